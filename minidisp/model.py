@@ -1,0 +1,359 @@
+"""The Transformer, one file: GPT-2 style and Qwen3 style blocks, chosen by `GPTConfig.arch`.
+
+    gpt2    LayerNorm, learned positions, GELU, biases                        (Radford et al. 2019)
+    qwen3   RMSNorm, rotary positions, SwiGLU, QK-norm, grouped-query heads   (arXiv 2505.09388)
+
+Shapes: B sequences, T tokens, C = n_embd channels, V = vocab_size, H heads of D channels each.
+The model knows nothing of the dispersion loss: it hands out its hidden states, and the trainer adds the regulariser.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidisp import InputError
+
+# Torch 2.13 brought a cross-entropy that takes the output layer in and works through the tokens in chunks, so that
+# the logits of all tokens never exist at once. It pays off when a chunk of logits is large, not for 256 bytes.
+FUSED_LOSS_CHUNK = 256  # tokens
+FUSED_LOSS_MIN_VOCAB = 1024
+_LossOptions = getattr(nn, "LinearCrossEntropyOptions", None)
+
+IGNORE = -1  # a target that is not counted in the loss
+
+
+def flag(default, help: str):
+    """A dataclass field that is also a command-line flag: its default, and its help text with the unit."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """What defines the network. Raises InputError naming the flag when the numbers do not fit together."""
+
+    arch: Literal["gpt2", "qwen3"] = flag("gpt2", "kind of block")
+    n_layer: int = flag(8, "number of blocks")
+    n_head: int = flag(6, "attention heads per block")
+    n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head")
+    n_embd: int = flag(192, "channels of the hidden states")
+    head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head")
+    mlp_dim: int = flag(0, "hidden channels of the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd rounded up to 64s (qwen3)")
+    block_size: int = flag(256, "context length in tokens")
+    dropout: float = flag(0.0, "dropout probability in [0, 1)")
+    bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only; qwen3 has none)")
+    gelu: Literal["erf", "tanh"] = flag("erf", "exact GELU, or the approximation that published GPT-2 weights expect (slower)")
+    tied: bool = flag(True, "input embedding and output layer share one matrix")
+    rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)")
+    vocab_size: int = 4096  # no flag: the tokenizer decides
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+        for name in ("n_kv_head", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be 0 or more")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise InputError(
+                f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or give --head-dim"
+            )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise InputError(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}: change one of them")
+        if self.arch == "qwen3" and self.head_width % 2:
+            raise InputError(f"rotary positions need an even --head-dim, not {self.head_width}: change --n-head or --head-dim")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
+        if self.rope_theta <= 0:
+            raise InputError(f"--rope-theta is {self.rope_theta}, but must be above 0")
+
+    # The widths in force, where 0 stands for the usual choice.
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_dim:
+            return self.mlp_dim
+        return 4 * self.n_embd if self.arch == "gpt2" else 64 * math.ceil(self.n_embd * 8 / 3 / 64)
+
+    @property
+    def use_bias(self) -> bool:
+        return self.bias and self.arch == "gpt2"
+
+
+class Output(NamedTuple):
+    """What the model returns; what was not asked for is None."""
+
+    logits: Tensor | None  # (B, T, V)
+    loss: Tensor | None  # scalar, nats per counted token; (B, T) with loss_reduction="none"
+    hidden_states: tuple[Tensor, ...] | None  # n_layer + 1 times (B, T, C)
+
+
+def norm(config: GPTConfig, width: int) -> nn.Module:
+    """LayerNorm or RMSNorm over the last dimension."""
+    return nn.LayerNorm(width, bias=config.bias) if config.arch == "gpt2" else nn.RMSNorm(width, eps=1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of x (B, H, T, D); channel i is paired with channel i + D/2.
+
+    cos, sin: (T, D), float32. Computed in float32, returned in the dtype of x.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all blocks for up to `size` tokens, so that generating costs one token a step.
+
+    A pair of tensors (B, kv_heads, size, D) per block, filled up to `length`.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, batch_size, config.kv_heads, size, config.head_width)
+        self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.size, self.length = size, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, kv_heads, T, D) behind what block `layer` has; returns all keys and values so far."""
+        end = self.length + k.shape[2]
+        self.blocks[layer][0, :, :, self.length : end] = k
+        self.blocks[layer][1, :, :, self.length : end] = v
+        return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; queries, keys and values come from one matrix product."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
+        width = config.n_head * config.head_width
+        self.c_attn = nn.Linear(
+            config.n_embd, width + 2 * config.kv_heads * config.head_width, bias=config.use_bias
+        )
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.use_bias)
+        if config.arch == "qwen3":
+            self.q_norm, self.k_norm = norm(config, config.head_width), norm(config, config.head_width)
+        self.rotary = config.arch == "qwen3"
+
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, self.n_head + 2 * self.kv_heads, self.head_width)
+        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        if self.rotary:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if self.rotary:
+            q, k = rotate(q, *positions), rotate(k, *positions)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=T > 1,  # a single new token sees everything in the cache
+            enable_gqa=self.kv_heads != self.n_head,
+        )
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_width)
+        return F.dropout(self.c_proj(y), self.dropout, self.training) if self.dropout else self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """c_proj(GELU(c_fc(x))), or SwiGLU (arXiv 2002.05202): c_proj(SiLU(gate) * up) with both from c_fc."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gated, self.dropout = config.arch == "qwen3", config.dropout
+        self.gelu = "tanh" if config.gelu == "tanh" else "none"
+        self.c_fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_width, bias=config.use_bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.use_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x, approximate=self.gelu)
+        x = self.c_proj(x)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = norm(config, config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), positions, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A causal language model. Parameters are drawn from torch's global generator: seed it first."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.arch == "gpt2":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_width, 2) / config.head_width)
+            angles = torch.outer(torch.arange(config.block_size), frequencies).repeat(1, 2)  # (block_size, D)
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = norm(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+        self.apply(self._init)
+        # GPT-2 scales the weights that write into the residual stream, since 2 n_layer of them add up there.
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_params(self) -> int:
+        """Number of parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_hidden_states: bool = False,
+        loss_reduction: Literal["mean", "none"] = "mean",
+    ) -> Output:
+        """Logits of the next tokens, or, with targets, the cross-entropy (and then no logits, to save memory).
+
+        idx, targets: (B, T) int64, T <= block_size; a target of -1 is not counted.
+        return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
+            the last, and the last one's **after the final norm** (the Hugging Face convention).
+        Returns Output(logits, loss, hidden_states). Raises ValueError if T > block_size.
+        """
+        x, hidden_states = self._backbone(idx, return_hidden_states)
+        if targets is None:
+            return Output(self.lm_head(x), None, hidden_states)
+        return Output(None, self._cross_entropy(x, targets, loss_reduction), hidden_states)
+
+    def _backbone(self, idx: Tensor, return_hidden_states: bool = False, cache: KVCache | None = None):
+        """The hidden states that enter the output layer, (B, T, C), and all of them if asked."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {self.config.block_size}")
+        x, positions = self.wte(idx), None
+        if self.config.arch == "gpt2":
+            x = x + self.wpe.weight[start:end]
+        else:
+            positions = self.cos[start:end], self.sin[start:end]
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        hidden_states = [x]
+        for block in self.h:
+            x = block(x, positions, cache)
+            hidden_states.append(x)
+        if cache is not None:
+            cache.length = end
+        hidden_states[-1] = x = self.ln_f(x)
+        return x, tuple(hidden_states) if return_hidden_states else None
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        x, flat = x.flatten(0, 1), targets.flatten()
+        # torch.compile fuses the plain form by itself and would stop at the chunked one.
+        if _LossOptions and self.config.vocab_size >= FUSED_LOSS_MIN_VOCAB and not torch.compiler.is_compiling():
+            options = _LossOptions(batch_chunk_size=FUSED_LOSS_CHUNK)
+            weight = self.lm_head.weight.to(x.dtype)
+            loss = F.linear_cross_entropy(x, weight, flat, reduction=reduction, ignore_index=IGNORE, options=options)
+        else:
+            loss = F.cross_entropy(self.lm_head(x).float(), flat, reduction=reduction, ignore_index=IGNORE)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_token: int | None = None,
+    ) -> Tensor:
+        """Sample a continuation of idx (B, T) int64, T >= 1; returns (B, T + new) with at most max_new_tokens new ones.
+
+        temperature: 0 takes the likeliest token. top_k: sample among the k likeliest only. top_p: among the fewest
+        that hold this much probability (nucleus sampling, arXiv 1904.09751). seed: makes the sample repeatable and
+        leaves torch's global generator alone. stop_token: end when every sequence has produced it.
+        When the context is full, its older half is dropped. Raises ValueError on a value out of range.
+        """
+        if idx.ndim != 2 or idx.shape[1] < 1:
+            raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(
+                f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature=}, {top_k=}, {top_p=}"
+            )
+        was_training = self.training
+        self.eval()
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        block_size = self.config.block_size
+        # The dtype that keys have: that of the weights, or of autocast.
+        device_type = idx.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.wte.weight.dtype
+        cache = KVCache(self.config, len(idx), block_size, idx.device, dtype)
+        context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache.length + unread.shape[1] > block_size:
+                cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
+            x, _ = self._backbone(unread, cache=cache)
+            unread = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            context = torch.cat((context, unread), dim=1)
+            if stop_token is not None:
+                stopped |= unread[:, 0] == stop_token
+                if stopped.all():
+                    break
+        self.train(was_training)
+        return context
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token per row of logits (B, V), float32; returns (B, 1) int64. See GPT.generate for the rest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        # A token stays if those before it do not reach top_p yet; so the likeliest always stays.
+        before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probs, 1, generator=generator)

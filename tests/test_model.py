@@ -1,0 +1,272 @@
+"""The Transformer: an independent float64 forward pass, parameter counts, causality, generation."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minidisp import InputError
+from minidisp.config import PRESETS, from_dict
+from minidisp.model import GPT, GPTConfig, sample
+
+SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+KINDS = {
+    "gpt2": GPTConfig(**SMALL),
+    "gpt2-nobias-untied": GPTConfig(**SMALL, bias=False, tied=False, mlp_dim=20),
+    "qwen3": GPTConfig(**SMALL, arch="qwen3"),
+    "qwen3-grouped": GPTConfig(**SMALL, arch="qwen3", n_kv_head=2, head_dim=10, tied=False),
+}
+
+
+@pytest.fixture(params=KINDS)
+def model(request) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(KINDS[request.param]).double().eval()
+    for p in model.parameters():  # larger than at initialisation, so that every part matters; norms and biases too
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.3)
+    return model
+
+
+def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits (T, V) and hidden states of one sequence, written out from the papers with loops over heads and positions."""
+    config = model.config
+    w = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    T, D = len(idx), config.head_width
+
+    def affine(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(x, name):
+        if config.arch == "gpt2":
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        else:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
+
+    def rope(x):  # (T, D): channel i turns with channel i + D/2
+        out = x.copy()
+        for t in range(T):
+            for i in range(D // 2):
+                angle = t * config.rope_theta ** (-2 * i / D)
+                a, b = x[t, i], x[t, i + D // 2]
+                out[t, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[t, i + D // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    x = w["wte.weight"][idx]
+    if config.arch == "gpt2":
+        x = x + w["wpe.weight"][:T]
+    states = [x]
+    for layer in range(config.n_layer):
+        name = f"h.{layer}"
+        qkv = affine(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
+        heads = []
+        for head in range(config.n_head):
+            group = head // (config.n_head // config.kv_heads)
+            q = qkv[:, head * D : (head + 1) * D]
+            k = qkv[:, (config.n_head + group) * D : (config.n_head + group + 1) * D]
+            v = qkv[:, (config.n_head + config.kv_heads + group) * D : (config.n_head + config.kv_heads + group + 1) * D]
+            if config.arch == "qwen3":
+                q, k = rope(norm(q, f"{name}.attn.q_norm")), rope(norm(k, f"{name}.attn.k_norm"))
+            out = np.zeros((T, D))
+            for t in range(T):
+                scores = np.exp(k[: t + 1] @ q[t] / math.sqrt(D))
+                out[t] = scores / scores.sum() @ v[: t + 1]
+            heads.append(out)
+        x = x + affine(np.concatenate(heads, axis=1), f"{name}.attn.c_proj")
+        h = affine(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        if config.arch == "gpt2":
+            h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+        else:
+            gate, up = np.split(h, 2, axis=1)
+            h = gate / (1 + np.exp(-gate)) * up
+        x = x + affine(h, f"{name}.mlp.c_proj")
+        states.append(x)
+    states[-1] = norm(x, "ln_f")
+    head = w["wte.weight"] if config.tied else w["lm_head.weight"]
+    return states[-1] @ head.T, states
+
+
+def test_forward_agrees_with_numpy(model):
+    idx = torch.randint(0, 50, (2, 11), generator=torch.Generator().manual_seed(0))
+    logits, loss, hidden_states = model(idx, return_hidden_states=True)
+    assert loss is None
+    assert len(hidden_states) == model.config.n_layer + 1
+    for b in range(2):
+        want, states = numpy_forward(model, idx[b].numpy())
+        # The rotary tables and their product are float32 by design.
+        tolerance = 1e-10 if model.config.arch == "gpt2" else 2e-4
+        np.testing.assert_allclose(logits[b].detach().numpy(), want, rtol=tolerance, atol=tolerance)
+        for got, state in zip(hidden_states, states, strict=True):
+            np.testing.assert_allclose(got[b].detach().numpy(), state, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 2000])  # the plain loss, and the one that works in chunks
+def test_loss_is_the_cross_entropy_of_the_logits(vocab_size):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab_size}))
+    torch.nn.init.normal_(model.wte.weight)
+    idx, targets = torch.randint(0, vocab_size, (2, 3, 16))
+    targets[1, :5] = -1
+    nats = -model(idx).logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    nats = nats.where(targets >= 0, 0.0)
+    logits, loss, hidden_states = model(idx, targets)
+    assert logits is None
+    assert hidden_states is None
+    torch.testing.assert_close(loss.double(), nats.sum() / (targets >= 0).sum(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        per_token = model(idx, targets, loss_reduction="none").loss
+    torch.testing.assert_close(per_token.double(), nats, rtol=1e-4, atol=1e-5)
+    (want,) = torch.autograd.grad(nats.sum() / (targets >= 0).sum(), model.wte.weight)
+    (got,) = torch.autograd.grad(loss, model.wte.weight)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "published"),
+    [
+        ("gpt2", 50257, 124_439_808),
+        ("gpt2-medium", 50257, 354_823_168),
+        ("gpt2-large", 50257, 774_030_080),
+        ("gpt2-xl", 50257, 1_557_611_200),
+        ("qwen3-0.6b", 151936, 596_049_920),
+    ],
+)
+def test_published_parameter_counts(preset, vocab_size, published):
+    config = from_dict({**PRESETS[preset], "preset": preset, "vocab_size": vocab_size})
+    with torch.device("meta"):
+        assert GPT(config).num_params() == published
+
+
+def test_own_presets_are_small():
+    for preset, low, high in (("tiny", 4e6, 5e6), ("mini", 1e7, 1.5e7)):
+        assert low < GPT(from_dict({**PRESETS[preset], "preset": preset})).num_params() < high
+
+
+def test_a_later_token_changes_nothing_before_it(model):
+    idx = torch.arange(12).unsqueeze(0)
+    changed = idx.clone()
+    changed[0, 7] = 40
+    a, b = model(idx).logits, model(changed).logits
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert not torch.allclose(a[:, 7:], b[:, 7:])
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_embd=128, n_head=4))
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert model.h[3].attn.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert not model.h[0].attn.c_attn.bias.any()
+    idx = torch.randint(0, 4096, (4, 64))
+    assert model(idx, idx.roll(-1, 1)).loss.item() == pytest.approx(math.log(4096), abs=0.1)
+
+
+def test_tied_weights_are_one_matrix():
+    model = GPT(GPTConfig(**SMALL))
+    assert model.lm_head.weight is model.wte.weight
+    assert GPT(dataclasses.replace(model.config, tied=False)).num_params() == model.num_params() + 50 * 32
+
+
+def test_dropout_acts_in_training_only():
+    model = GPT(GPTConfig(**SMALL, dropout=0.5))
+    idx = torch.arange(8).unsqueeze(0)
+    assert not torch.equal(model(idx).logits, model(idx).logits)
+    model.eval()
+    assert torch.equal(model(idx).logits, model(idx).logits)
+
+
+def test_the_cache_changes_no_token(model):
+    """Greedy generation with the cache equals running the whole text through the model again for every token."""
+    idx = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    slow = idx
+    for _ in range(11):  # up to the whole context of 16
+        slow = torch.cat((slow, model(slow).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(idx, 11, temperature=0), slow)
+
+
+def test_generation_goes_on_when_the_context_is_full(model):
+    idx = torch.arange(20).unsqueeze(0)  # longer than the context already
+    out = model.generate(idx, 30, seed=3)
+    assert out.shape == (1, 50)
+    assert torch.equal(out[:, :20], idx)
+    assert torch.equal(out, model.generate(idx, 30, seed=3))
+    assert not torch.equal(out, model.generate(idx, 30, seed=4))
+
+
+def test_generation_leaves_mode_and_random_numbers_alone():
+    model = GPT(GPTConfig(**SMALL, dropout=0.1)).train()
+    state = torch.get_rng_state()
+    model.generate(torch.tensor([[1]]), 5, seed=0)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_generation_stops_at_the_stop_token():
+    model = GPT(GPTConfig(**SMALL))
+    idx = torch.tensor([[1, 2, 3]])
+    token = model.generate(idx, 1, temperature=0)[0, -1].item()
+    assert model.generate(idx, 10, temperature=0, stop_token=token).shape[1] == 4
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_generation_refuses_bad_values(bad):
+    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+        GPT(GPTConfig(**SMALL)).generate(torch.tensor([[1]]), 2, **bad)
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def share(**options):
+        drawn = sample(logits, **{"temperature": 1.0, "top_k": None, "top_p": None, "generator": generator, **options})
+        return torch.bincount(drawn.flatten(), minlength=4) / len(drawn)
+
+    torch.testing.assert_close(share(), probs, atol=0.015, rtol=0)
+    torch.testing.assert_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
+    torch.testing.assert_close(share(top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
+    torch.testing.assert_close(share(top_p=0.4), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
+    torch.testing.assert_close(share(temperature=0.5), probs**2 / (probs**2).sum(), atol=0.015, rtol=0)
+
+
+def test_bfloat16_autocast_stays_close():
+    torch.manual_seed(0)
+    for vocab_size in (50, 2000):
+        model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab_size}))
+        idx, targets = torch.randint(0, vocab_size, (2, 2, 16))
+        want = model(idx, targets).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(idx, targets).loss
+            assert model.generate(idx, 3, seed=0).shape == (2, 19)
+        assert got.item() == pytest.approx(want.item(), rel=1e-2)
+        got.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"n_head": 5}, "--n-embd"),
+        ({"n_head": 0}, "--n-head"),
+        ({"n_kv_head": 3}, "--n-kv-head"),
+        ({"mlp_dim": -1}, "--mlp-dim"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"dropout": math.nan}, "--dropout"),
+        ({"arch": "qwen3", "head_dim": 7}, "--head-dim"),
+        ({"block_size": 0}, "--block-size"),
+    ],
+)
+def test_impossible_configs_name_the_flag(change, word):
+    with pytest.raises(InputError, match=word):
+        GPTConfig(**{**SMALL, **change})
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match=r"17 tokens .* 16"):
+        GPT(GPTConfig(**SMALL))(torch.zeros(1, 17, dtype=torch.int64))
