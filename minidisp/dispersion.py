@@ -1,0 +1,266 @@
+"""The dispersion loss (arXiv 2602.00217) in plain PyTorch: it pushes the hidden states of a sequence's tokens apart.
+
+    loss = cross_entropy + weight * dispersion_loss(z)                                  # one layer
+    loss = cross_entropy + weight * DispersionLoss()(hidden_states)                     # a whole model
+
+The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant is
+a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
+- float64 stays float64, every other dtype is computed in float32, also under autocast: bfloat16 rounds the cosine
+  1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch asks.)
+- Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
+- The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss, left out here.
+
+The variants check nothing: dispersion_loss does, then calls them.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minidisp import InputError
+
+
+def full_precision(function: Callable) -> Callable:
+    """Let function(z, ...) see float64 as it is and any other dtype as float32, with autocast off."""
+
+    @functools.wraps(function)
+    def wrapped(z: Tensor, *args, **kwargs) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return function(z if z.dtype == torch.float64 else z.float(), *args, **kwargs)
+
+    return wrapped
+
+
+def _unit(z: Tensor, eps: float) -> Tensor:
+    """z / (||z|| + eps) along the last dimension; a zero vector stays zero."""
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True) + eps
+    return z / length.masked_fill(length == 0, math.inf)  # with eps = 0 a zero vector has no direction, so no gradient
+
+
+def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
+    """The angle between tokens i and j in half turns: arccos(c_ij) / pi, (B, T, T).
+
+    arccos is infinitely steep at +-1, so it is taken of the clamped cosine. The gradient is straight-through: it, too, is
+    that of arccos at the clamped cosine, but passed on outside the band, or parallel tokens would never be pushed apart.
+    """
+    u = _unit(z, eps)
+    cosine = u @ u.mT
+    clamped = cosine.detach().clamp(clamp - 1, 1 - clamp)
+    return torch.arccos(clamped + (cosine - cosine.detach())) / math.pi
+
+
+def _squared_distances(z: Tensor) -> Tensor:
+    """||z_i - z_j||^2, (B, T, T).
+
+    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j cancels for tokens that are close compared with their norms, and those carry the loss.
+    Hence float64, where the device has it, and the mean token moved to the origin, which changes no distance.
+    """
+    wide = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    wide = wide - wide.mean(dim=1, keepdim=True).detach()
+    square = wide.square().sum(dim=-1)
+    return (square.unsqueeze(2) + square.unsqueeze(1) - 2 * wide @ wide.mT).to(z.dtype)
+
+
+def _fill_diagonal(pairs: Tensor, value: float) -> Tensor:
+    """Replace what belongs to i = j in (B, T, T)."""
+    return pairs.masked_fill(torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device), value)
+
+
+def _pair_mean(pairs: Tensor) -> Tensor:
+    """Mean over the pairs i != j of (B, T, T) and over the batch; every sequence has the same number of pairs."""
+    B, T, _ = pairs.shape
+    return _fill_diagonal(pairs, 0.0).sum() / (B * T * (T - 1))
+
+
+@full_precision
+def angular_spread(z: Tensor, tau: float = 1.0, clamp: float = 0.25, eps: float = 1e-2) -> Tensor:
+    """log mean_{i!=j} exp(-D_ij / tau), D_ij = arccos(c_ij) / pi: the paper's main variant.
+
+    tau is a temperature in half turns. -0.5 / tau when all tokens are orthogonal; about -0.23 / tau, the most, when all
+    are parallel (clamp = 0.25). The paper writes a log-sum, larger by the constant log(T (T - 1)).
+    """
+    T = z.shape[1]
+    exponents = _fill_diagonal(-_angles(z, clamp, eps) / tau, -math.inf)
+    return (exponents.logsumexp(dim=(1, 2)) - math.log(T * (T - 1))).mean()
+
+
+@full_precision
+def orthogonalization(z: Tensor, clamp: float = 0.25, eps: float = 1e-2) -> Tensor:
+    """mean_{i!=j} max(0, 1/2 - D_ij)^2, D_ij as in angular_spread: only angles below 90 degrees count. From 0 to 1/4."""
+    return _pair_mean((0.5 - _angles(z, clamp, eps)).relu().square())
+
+
+@full_precision
+def l2_repel(z: Tensor, tau: float = 1.0) -> Tensor:
+    """log mean_{i,j} exp(-||z_i - z_j||^2 / tau) + 0.1 mean(z^2), i = j included; at least -log T.
+
+    tau has the unit of z^2. The second term keeps tokens from running away from each other for ever.
+    """
+    T = z.shape[1]
+    exponents = _fill_diagonal(-_squared_distances(z) / tau, 0.0)  # instead of rounding errors
+    return (exponents.logsumexp(dim=(1, 2)) - 2 * math.log(T)).mean() + 0.1 * z.square().mean()
+
+
+@full_precision
+def decorrelation(z: Tensor) -> Tensor:
+    """mean_{i!=j} R_ij^2, R_ij the correlation of tokens i and j over their features. From 0 to 1.
+
+    The paper standardises each token (unbiased std) and divides Z Z^T by C - 1, which is the cosine of the centred tokens.
+    A token with all features equal correlates with nothing and gets no gradient.
+    """
+    centred = z - z.mean(dim=-1, keepdim=True)
+    rounding = 4 * torch.finfo(z.dtype).eps * z.abs().amax(dim=-1, keepdim=True)
+    constant = centred.abs().amax(dim=-1, keepdim=True) <= rounding  # what is left of such a token is no direction
+    u = _unit(centred.masked_fill(constant, 0.0), eps=0.0)
+    return _pair_mean((u @ u.mT).square())
+
+
+@full_precision
+def perplexity_entropy(z: Tensor, tau: float = 1.0) -> Tensor:
+    """mean_i sum_j p_ij log2(p_ij + 0.01), p_i = softmax over j != i of -||z_i - z_j||^2 / tau.
+
+    Minus the entropy, in bits, of a random step from token i to a neighbour; tau has the unit of z^2.
+    """
+    p = _fill_diagonal(-_squared_distances(z) / tau, -math.inf).softmax(dim=-1)
+    return (p * (p + 0.01).log2()).sum(dim=-1).mean()
+
+
+@full_precision
+def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
+    """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
+
+    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So this
+    is exactly the mean of the cosines that angular_spread sees; and where all of them exceed its clamp, the gradient of
+    angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
+    """
+    B, T, _ = z.shape
+    u = _unit(z, eps)
+    return (u.sum(dim=1).square().sum() - u.square().sum()) / (B * T * (T - 1))
+
+
+VARIANTS: dict[str, Callable[..., Tensor]] = {
+    variant.__name__: variant
+    for variant in (angular_spread, orthogonalization, l2_repel, decorrelation, perplexity_entropy, mean_cosine)
+}
+# Which of tau, clamp and eps a variant listens to, read off its signature: ("z", ...).
+_OPTIONS = {name: tuple(inspect.signature(variant).parameters)[1:] for name, variant in VARIANTS.items()}
+
+
+def _check_options(variant: str, tau: float, clamp: float, eps: float) -> None:
+    if variant not in VARIANTS:
+        raise InputError(f"unknown dispersion variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if not 0 < tau < math.inf:
+        raise InputError(f"the dispersion tau must be a positive number, not {tau}")
+    least = torch.finfo(torch.float32).eps  # with less, 1 - clamp is 1 in float32
+    if not least <= clamp < 1:
+        raise InputError(f"the dispersion clamp must lie between 0 and 1 (at least {least:.1e}), not {clamp}")
+    if not 0 <= eps < math.inf:
+        raise InputError(f"the dispersion eps must be 0 or a positive number, not {eps}")
+
+
+def dispersion_loss(
+    z: Tensor, variant: str = "angular_spread", tau: float = 1.0, clamp: float = 0.25, eps: float = 1e-2
+) -> Tensor:
+    """The dispersion loss of one layer.
+
+    z: hidden states, (B, T, C), T >= 2, any floating dtype; C >= 2 for all variants but l2_repel and perplexity_entropy.
+    variant: a name in VARIANTS; each uses those of the options that its function has and ignores the others.
+    tau: temperature, > 0. clamp: cosines are held in [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >= 0.
+    Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
+    """
+    _check_options(variant, tau, clamp, eps)
+    if z.ndim != 3 or not z.is_floating_point():
+        raise ValueError(f"z must be (B, T, C) of a floating dtype, not {tuple(z.shape)} of {z.dtype}")
+    min_features = 1 if variant in ("l2_repel", "perplexity_entropy") else 2  # one feature makes no angle
+    if z.shape[0] < 1 or z.shape[1] < 2 or z.shape[2] < min_features:
+        raise ValueError(f"{variant} needs B >= 1, T >= 2 and C >= {min_features}, but z is {tuple(z.shape)}")
+
+    options = {"tau": tau, "clamp": clamp, "eps": eps}
+    return VARIANTS[variant](z, **{name: options[name] for name in _OPTIONS[variant]})
+
+
+def select_layers(layers: str, n_layer: int) -> list[int]:
+    """Turn "all", "last", "early_half", "late_half" or "1,3,5" into ascending layer numbers in 1..n_layer.
+
+    Layer l is the output of block l; 0, the embeddings, is never chosen. early_half is the first floor(n_layer / 2) layers,
+    late_half the others. Raises ValueError if the text is none of these or chooses no layer.
+    """
+    half = n_layer // 2
+    named = {
+        "all": range(1, n_layer + 1),
+        "last": range(n_layer, n_layer + 1),
+        "early_half": range(1, half + 1),
+        "late_half": range(half + 1, n_layer + 1),
+    }
+    try:
+        chosen = sorted(named[layers] if layers in named else map(int, layers.split(",")))
+    except ValueError:
+        raise InputError(
+            f"cannot read the layers {layers!r}: give one of {', '.join(named)}, or numbers such as 1,3,5"
+        ) from None
+    if not chosen or not set(chosen) <= set(named["all"]) or len(set(chosen)) < len(chosen):
+        raise InputError(f"the layers {layers!r} do not fit: choose at least one of 1 to {n_layer}, each once")
+    return chosen
+
+
+class DispersionLoss(nn.Module):
+    """Mean of dispersion_loss over the chosen layers of a model.
+
+    layers: see select_layers. variant, tau, clamp, eps: see dispersion_loss.
+    tokens: 0 takes every token. N > 0 takes, where T > N, a random set of N positions, one per layer and shared by the
+    batch, from a generator of its own: the set depends on (seed, step, layer) and nothing else, so the micro-batches of an
+    optimiser step share it, a resumed run needs no state, and the global random numbers are what they were.
+    Raises ValueError for options that cannot be used.
+    """
+
+    def __init__(
+        self,
+        variant: str = "angular_spread",
+        layers: str = "all",
+        tokens: int = 0,
+        tau: float = 1.0,
+        clamp: float = 0.25,
+        eps: float = 1e-2,
+        seed: int = 0,
+    ):
+        super().__init__()
+        _check_options(variant, tau, clamp, eps)
+        if tokens < 0 or tokens == 1:
+            raise InputError(f"the dispersion tokens must be 0 (all) or at least 2, not {tokens}")
+        if seed < 0:
+            raise InputError(f"the dispersion seed must not be negative, but is {seed}")
+        self.variant, self.layers, self.tokens = variant, layers, tokens
+        self.tau, self.clamp, self.eps, self.seed = tau, clamp, eps, seed
+        self.calls = 0
+
+    def forward(self, hidden_states: Sequence[Tensor], step: int | None = None) -> Tensor:
+        """hidden_states: n_layer + 1 tensors (B, T, C), embeddings first, as Hugging Face models return them.
+
+        step: the optimiser step, which decides the random positions; None counts the calls of this module instead.
+        Returns a scalar.
+        """
+        layers = select_layers(self.layers, len(hidden_states) - 1)
+        states = [hidden_states[layer] for layer in layers]
+        if 0 < self.tokens < states[0].shape[1]:
+            # numpy's generator cannot be traced, and a traced counter would mean compiling anew each call. Not a
+            # decorator: that would load the compiler, two seconds of it, with every import of this file.
+            drawn = torch.compiler.disable(self._draw_positions)(states[0].shape[1], layers, step)
+            states = [z.index_select(1, positions.to(z.device)) for z, positions in zip(states, drawn, strict=True)]
+        losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps) for z in states]
+        return torch.stack(losses).mean()
+
+    def _draw_positions(self, T: int, layers: list[int], step: int | None) -> list[Tensor]:
+        if step is None:
+            step = self.calls
+            self.calls += 1
+        generators = [np.random.default_rng((self.seed, step, layer)) for layer in layers]
+        return [torch.from_numpy(np.sort(rng.choice(T, self.tokens, replace=False))) for rng in generators]
+
+    def extra_repr(self) -> str:
+        names = ("variant", "layers", "tokens", "tau", "clamp", "eps", "seed")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
