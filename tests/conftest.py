@@ -1,0 +1,55 @@
+"""A small corpus and a small trained run that several test files share."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from data import prepare
+from minidisp.config import from_dict
+from train import main
+
+SMALL = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
+    "eval_every": 6, "eval_tokens": 512, "log_every": 1, "save_every": 6, "lr": 3e-3, "device": "cpu", "threads": 1,
+}  # fmt: skip
+
+
+def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
+    """A text with a little structure in it, the same one every time."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 7))) for _ in range(60)]
+    path.write_text(" ".join(rng.choices(vocabulary, range(60, 0, -1), k=words)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """One document in bytes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = write_text(folder / "text.txt")
+    out = folder / "prepared"
+    assert prepare.main(["--input", str(text), "--name", "letters", "--tokenizer", "byte", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def bpe_corpus(tmp_path_factory) -> Path:
+    """The same text in SentencePiece tokens."""
+    folder = tmp_path_factory.mktemp("bpe")
+    text = write_text(folder / "text.txt")
+    out = folder / "prepared"
+    assert prepare.main(["--input", str(text), "--name", "words", "--vocab-size", "300", "--out", str(out)]) == 0
+    return out
+
+
+def small_config(corpus: Path, out: Path, **changes):
+    return from_dict({**SMALL, "data": str(corpus), "out": str(out), **changes})
+
+
+@pytest.fixture(scope="session")
+def run(corpus, tmp_path_factory) -> Path:
+    """A finished run on `corpus`."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    main(small_config(corpus, out, dispersion=0.1))
+    return out
