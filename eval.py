@@ -61,9 +61,9 @@ class Text(NamedTuple):
 
 
 def _whole(tail: bytes) -> bool:
-    """Whether the end of these bytes is the end of a UTF-8 character."""
+    """Whether the end of these bytes is the end of a UTF-8 character; they may begin inside one."""
     try:
-        tail.decode()
+        tail.lstrip(bytes(range(0x80, 0xC0))).decode()
     except UnicodeDecodeError as error:
         return error.reason != "unexpected end of data"
     return True
@@ -116,7 +116,8 @@ def evaluate(name: str, model: GPT, vocabulary, text: Text, stride: int, device:
     tokens = text.encode(vocabulary)
     if len(tokens) < 2:
         raise InputError(f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split")
-    nats = token_nats(model, tokens, vocabulary.eos_id, min(stride or model.config.block_size // 2 or 1, model.config.block_size), device)
+    stride = stride or max(1, model.config.block_size // 2)
+    nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
     # A token belongs to the block of text in which it ends.
     ends = np.cumsum([len(vocabulary.token_bytes[token]) for token in tokens])
     block_nats = np.bincount(np.maximum(ends - 1, 0) // BLOCK_BYTES, weights=nats)

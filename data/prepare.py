@@ -21,6 +21,7 @@ import glob
 import gzip
 import hashlib
 import heapq
+import http.client
 import io
 import itertools
 import json
@@ -108,20 +109,24 @@ def json_lines(path: str | Path, field: str) -> Iterator[Document]:
     """One document per line of a .jsonl or .jsonl.gz file; blank lines are skipped."""
     number = 0
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8")
-        with opened as file:
+        with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
                 if line.strip():
-                    where = f"{path}, line {number}"
-                    yield Document(where, [text_field(json.loads(line), field, "--field", where)])
+                    yield Document(where, [text_field(_parse(line, where), field, "--field", where)])
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}), after line {number}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: damaged gzip file, after line {number}") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _parse(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
 
 
 def text_field(record: object, field: str, flag: str, where: str) -> str:
@@ -144,19 +149,21 @@ def input_files(patterns: list[str], field: str) -> Source:
     """The files that match the glob patterns, in the order of the patterns and sorted within each, every file once."""
     paths: dict[str, None] = {}
     for pattern in patterns:
-        matches = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        matches = [path for path in matches if os.path.isfile(path)]
         if not matches:
             raise InputError(f"--input {pattern}: no such file")
         paths |= dict.fromkeys(matches)
     for path in paths:
         if not path.lower().endswith(TEXT_SUFFIXES + JSON_SUFFIXES):
-            raise InputError(f"{path}: not one of the kinds of file that are read: {' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}")
+            raise InputError(f"{path}: only {' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)} files are read")
 
     def documents() -> Iterator[Document]:
         for path in paths:
             yield from text_file(path) if path.lower().endswith(TEXT_SUFFIXES) else json_lines(path, field)
 
-    return Source(f"files {' '.join(patterns)}, field {field}", documents)
+    from_json = any(path.lower().endswith(JSON_SUFFIXES) for path in paths)
+    return Source(" ".join(patterns) + (f", field {field}" if from_json else ""), documents)
 
 
 def hugging_face(spec: str, column: str) -> Source:
@@ -196,7 +203,7 @@ def standard_library() -> Source:
 
 
 def wikitext(path: Path) -> Iterator[Document]:
-    """The articles of a WikiText archive, in its own splits. An article starts at the blank line before " = Title = "."""
+    """The articles of a WikiText archive, in its own splits; one starts at the blank line before its " = Title = "."""
     with zipfile.ZipFile(path) as archive:
         for split, file_name in zip(SPLITS, ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"), strict=True):
             member = next(name for name in archive.namelist() if name.endswith(file_name))
@@ -227,11 +234,12 @@ class Download(NamedTuple):
     sha256: str
 
 
-HUB = "https://huggingface.co/datasets"
+# Addresses that name a commit, so that the file behind them cannot change.
+GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 DOWNLOADS = {
     "shakespeare": Download(
         text_file,
-        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+        f"{GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
@@ -279,58 +287,54 @@ ATTEMPTS, PAUSE_S, TIMEOUT_S = 5, 2, 30
 
 
 def download(name: str, folder: Path) -> Path:
-    """Download the file of a built-in corpus, unless it is there; one that was cut off is continued."""
+    """The downloaded file of a built-in corpus, checked; a download that was cut off is continued."""
     wanted = DOWNLOADS[name]
     target = folder / f"{name}-{wanted.url.rpartition('/')[2]}"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        by_hand = f"or download it elsewhere and run python data/prepare.py {name} --source FILE"
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(PAUSE_S)
-            try:
-                _download_rest(wanted, part)
-            except urllib.error.HTTPError as error:
-                raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
-            except urllib.error.URLError as error:
-                raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
-            if part.stat().st_size >= wanted.bytes:
-                break
-        else:
-            have = f"{part.stat().st_size:,} of {wanted.bytes:,} bytes"
-            raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
+    if target.exists():
+        check_download(target, wanted)
+        return target
+    by_hand = f"or download it elsewhere and run python data/prepare.py {name} --source FILE"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    part.touch()
+    for attempt in range(ATTEMPTS):
+        if part.stat().st_size >= wanted.bytes:
+            break
+        time.sleep(PAUSE_S if attempt else 0)
         try:
-            check_download(part, wanted)
-        except InputError:
-            part.unlink()  # nothing to continue from
-            raise
-        os.replace(part, target)
-    check_download(target, wanted)
+            _download_rest(wanted, part)
+        except urllib.error.HTTPError as error:
+            raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
+        except urllib.error.URLError as error:
+            raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
+        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            _say(f"{wanted.url}: cut off ({error})")
+    if part.stat().st_size < wanted.bytes:
+        have = f"{part.stat().st_size:,} of {wanted.bytes:,} bytes"
+        raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
+    try:
+        check_download(part, wanted)
+    except InputError:
+        part.unlink()  # it cannot be continued
+        raise
+    part.replace(target)
     return target
 
 
 def _download_rest(wanted: Download, part: Path) -> None:
-    """Append what the server still sends to part; a cut connection is not an error, it leaves part too short."""
-    have = part.stat().st_size if part.exists() else 0
+    """Append to `part` what it lacks, or all that the server sends; a server without Range starts from the beginning."""
+    have = part.stat().st_size
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "minidisp", "Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         have = have if resumed else 0
         progress = tqdm(desc=part.stem, total=wanted.bytes, initial=have, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if resumed else "wb") as file, progress:
-            # One block more than announced is enough to know that it is another file.
-            while have <= wanted.bytes and (block := _read_block(response)):
+            # No more than a block past the announced end: that much shows that it is another file.
+            while have <= wanted.bytes and (block := response.read(1 << 16)):
                 file.write(block)
                 have += len(block)
                 progress.update(len(block))
-
-
-def _read_block(response) -> bytes:
-    try:
-        return response.read(1 << 16)
-    except (OSError, urllib.error.ContentTooShortError):  # reset or timed out
-        return b""
 
 
 def check_download(path: Path, wanted: Download) -> None:
@@ -340,8 +344,10 @@ def check_download(path: Path, wanted: Download) -> None:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if (size, sha256) != (wanted.bytes, wanted.sha256):
-        expected = f"{wanted.bytes:,} bytes with sha256 {wanted.sha256}"
-        raise InputError(f"{path}: {size:,} bytes with sha256 {sha256} is not the file of {wanted.url}, {expected}")
+        raise InputError(
+            f"{path} is not the file of {wanted.url}: {size:,} bytes with sha256 {sha256}, "
+            f"not {wanted.bytes:,} bytes with sha256 {wanted.sha256}; delete it, and get it again"
+        )
 
 
 # --- from documents to pieces, a sample of them, and shards -----------------------------------------------------------
@@ -407,8 +413,8 @@ def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], 
     return documents, chars, [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
 
 
-def write_shards(pieces: Iterable[Piece], chars: int, tokenizer: Tokenizer, folder: Path, workers: int) -> dict[str, dict]:
-    """Encode and write everything; returns the `splits` of meta.json."""
+def write_shards(pieces: Iterable[Piece], chars: int, tokenizer: Tokenizer, folder: Path, workers: int) -> dict:
+    """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display."""
     splits = {name: {"documents": 0, "tokens": 0, "bytes": 0, "words": 0, "shards": []} for name in SPLITS}
     token_bytes = [len(token) for token in tokenizer.token_bytes]
     with contextlib.ExitStack() as stack:
@@ -514,15 +520,15 @@ def _build(folder: Path, source: Source, options: dict, tokenizer: str | Tokeniz
                 file.write(json.dumps({"text": "".join(document.blocks)}) + "\n")
         source = source._replace(documents=lambda: json_lines(copy, "text"))
     first = list(itertools.islice(documents(), 2))
-    if options["one_document"] or (len(first) == 1 and not first[0].split):
-        split_by = "position"
-        chars = sum(map(len, joined(documents())))
-        if chars < 20:
-            raise InputError(f"{source.description}: {chars} characters are too few to be cut 90/5/5")
-        pieces = lambda: by_position(joined(documents()), chars)  # noqa: E731
-    else:
-        split_by = "hash" if not (first and first[0].split) else "corpus"
-        pieces = lambda: by_hash(documents())  # noqa: E731
+    own_splits, cut_chars = bool(first and first[0].split), 0
+    if options["one_document"] or (len(first) == 1 and not own_splits):
+        cut_chars = sum(map(len, joined(documents())))
+        if cut_chars < 20:
+            raise InputError(f"{source.description}: {cut_chars} characters are too few to be cut 90/5/5")
+
+    def pieces() -> Iterator[Piece]:
+        return by_position(joined(documents()), cut_chars) if cut_chars else by_hash(documents())
+
     counts, chars, sample = survey(pieces(), SAMPLE_BYTES if tokenizer == "sentencepiece" else 0)
     if not chars:
         raise InputError(f"{source.description}: there is no text")
@@ -542,7 +548,7 @@ def _build(folder: Path, source: Source, options: dict, tokenizer: str | Tokeniz
     splits = write_shards(pieces(), chars, tokenizer, folder, workers)
     copy.unlink(missing_ok=True)
     return {
-        "split_by": split_by,
+        "split_by": "position" if cut_chars else "corpus" if own_splits else "hash",
         "versions": {"minidisp": __version__, "sentencepiece": sentencepiece.__version__},
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -621,10 +627,8 @@ def _print_table(out: Path, meta: dict) -> None:
     print(f"{out}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
     print(f"{'split':5} {'documents':>10} {'tokens':>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
     for name, split in meta["splits"].items():
-        ratio = split["bytes"] / split["tokens"]
-        print(
-            f"{name:5} {split['documents']:>10,} {split['tokens']:>14,} {split['bytes']:>15,} {split['words']:>14,} {ratio:>12.3f}"
-        )
+        counts = f"{split['documents']:>10,} {split['tokens']:>14,} {split['bytes']:>15,} {split['words']:>14,}"
+        print(f"{name:5} {counts} {split['bytes'] / split['tokens']:>12.3f}")
 
 
 def _cores() -> int:
@@ -651,7 +655,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sizes = ", ".join(f"{name} ({download.bytes / 1e6:,.0f} MB)" for name, download in DOWNLOADS.items())
     add = parser.add_argument_group("where the text comes from").add_argument
     add("corpus", nargs="?", choices=BUILT_IN, metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
-    add("--source", type=Path, metavar="FILE", help="the file of a built-in corpus, where this machine cannot download it")
+    add("--source", type=Path, metavar="FILE", help="the file of a built-in corpus, if you downloaded it yourself")
     add("--input", nargs="+", metavar="GLOB", help=f"your own files: {' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}")
     add("--field", default="text", help="with --input: the field of .jsonl lines that holds the text (default: text)")
     add("--hf", metavar="NAME[:CONFIG]", help="the train split of a Hugging Face dataset; needs pip install datasets")
@@ -671,12 +675,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     own = [flag for flag, value in (("--input", args.input), ("--hf", args.hf)) if value]
     if len(own) + (args.corpus is not None) > 1:
-        parser.error(f"{' and '.join([*filter(None, [args.corpus]), *own])} cannot be combined: prepare one corpus at a time")
+        parser.error("prepare one corpus at a time: NAME, --input or --hf")
     if own:
         if not args.name:
             parser.error(f"{own[0]} needs --name NAME for the corpus")
         if args.name in BUILT_IN or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
-            parser.error(f"--name {args.name}: choose letters, digits, '.', '-' and '_', and not the name of a built-in corpus")
+            parser.error(f"--name {args.name}: use letters, digits, '.', '-' and '_', and not a built-in name")
     elif args.name:
         parser.error("--name goes with --input and --hf; --out DIR puts a built-in corpus elsewhere")
     if args.source and args.corpus not in DOWNLOADS:
@@ -702,7 +706,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         name = args.name or args.corpus or "pystdlib"
-        out = args.out or DATA / name
+        out = (args.out or DATA / name).resolve()
         if args.input:
             source = input_files(args.input, args.field)
         elif args.hf:

@@ -68,7 +68,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a minidisp checkpoint, or it is damaged: {reason}") from None
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise InputError(f"{path} is not a minidisp checkpoint: it lacks the entries model, config and step")

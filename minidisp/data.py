@@ -180,7 +180,14 @@ class Dataset:
 
 
 _META_FIELDS = {
-    "corpus": {"name": str, "source": str, "versions": dict, "vocab_size": int, "tokenizer_sha256": str, "splits": dict},
+    "corpus": {
+        "name": str,
+        "source": str,
+        "versions": dict,
+        "tokenizer_sha256": str,
+        "vocab_size": int,
+        "splits": dict,
+    },
     "split": {"documents": int, "tokens": int, "bytes": int, "words": int, "shards": list},
     "shard": {"file": str, "tokens": int, "sha256": str},
 }
@@ -242,7 +249,7 @@ class Batches:
     def _starts(self, epoch: int) -> np.ndarray:
         """First token of each window of an epoch, in the order of the visits, (n,)."""
         rng = np.random.default_rng([self._seed, epoch])
-        offset = rng.integers(self._split.tokens - self._n * self._T)  # 0..N - 1 - n T: the last window needs its target
+        offset = rng.integers(self._split.tokens - self._n * self._T)  # at most N - 1 - n T: the last target exists
         return offset + self._T * rng.permutation(self._n)
 
 
@@ -286,7 +293,7 @@ def strided_windows(n_tokens: int, block_size: int, stride: int) -> Iterator[Win
     [(0, 0, 4), (2, 4, 6), (4, 6, 8), (5, 8, 9)]
     """
     if not 1 <= stride <= block_size:
-        raise InputError(f"a stride of {stride} does not work with windows of {block_size} tokens: take 1 to {block_size}")
+        raise InputError(f"a stride of {stride} is none for windows of {block_size} tokens: take 1 to {block_size}")
     start, stop = 0, min(block_size, n_tokens)
     while start < stop:
         yield Window(max(0, stop - block_size), start, stop)

@@ -291,7 +291,9 @@ class GPT(nn.Module):
             weight = self.lm_head.weight.to(x.dtype)
             loss = F.linear_cross_entropy(x, weight, flat, reduction=reduction, ignore_index=IGNORE, options=options)
         else:
-            loss = F.cross_entropy(self.lm_head(x).float(), flat, reduction=reduction, ignore_index=IGNORE)
+            logits = self.lm_head(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(logits, flat, reduction=reduction, ignore_index=IGNORE)
         return loss if reduction == "mean" else loss.view_as(targets)
 
     @torch.no_grad()

@@ -136,5 +136,5 @@ def draw_heatmap(axes, histogram_by_layer: list[list[float]], mean_cosine_by_lay
     )  # fmt: skip
     x = np.arange(n_layer + 1) / n_layer
     axes.plot(x, mean_cosine_by_layer, color="white", marker="o", ms=4, mec=ORANGE, mfc=ORANGE, lw=1.2, label="mean")
-    axes.set(xlabel="layer fraction (0 = embeddings, 1 = after the final norm)", ylim=(-1, 1))
+    axes.set(xlabel="layer / n_layer  (0 = embeddings)", ylim=(-1, 1))
     return image
