@@ -115,7 +115,9 @@ def evaluate(name: str, model: GPT, vocabulary, text: Text, stride: int, device:
     """All scores of one model on the text. The model is in eval mode and on the device."""
     tokens = text.encode(vocabulary)
     if len(tokens) < 2:
-        raise InputError(f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split")
+        raise InputError(
+            f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split"
+        )
     stride = stride or max(1, model.config.block_size // 2)
     nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
     # A token belongs to the block of text in which it ends.
@@ -171,22 +173,40 @@ def condensation_table(results: list[Result]) -> str:
         values = (s["mean_cosine_by_layer"] for s in all_scores)
         label = "embeddings" if layer == 0 else f"layer {layer}"
         rows.append([label, *(report.number(v[layer] if layer < len(v) else None, 3) for v in values)])
-    for label, key in (("last half, mean", "last_half_mean"), ("Spearman with depth", "spearman"), ("Kendall with depth", "kendall")):
+    for label, key in (
+        ("last half, mean", "last_half_mean"),
+        ("Spearman with depth", "spearman"),
+        ("Kendall with depth", "kendall"),
+    ):
         rows.append([label, *(report.number(s[key], 3) for s in all_scores)])
     return report.table(["mean cosine", *(result.scores["name"] for result in results)], rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
-    parser.add_argument("--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own")
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="held-out part of the corpus (default val)")
-    parser.add_argument("--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)")
+    parser = Parser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
+    )
+    parser.add_argument(
+        "--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own"
+    )
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="held-out part of the corpus (default val)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)"
+    )
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens a window advances by, 1 to the model's context; "
                         "smaller is slower and gives every token more context (default: half the context)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all scores, condensation per layer included, to this file")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all scores, condensation per layer included, to this file"
+    )
     parser.add_argument("--figures", metavar="DIR", help="draw heatmap.png and cosine_by_layer.png into this folder")
-    parser.add_argument("--sample", metavar="TEXT", help="let every run continue this text by 200 tokens (temperature 0.8)")
+    parser.add_argument(
+        "--sample", metavar="TEXT", help="let every run continue this text by 200 tokens (temperature 0.8)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
     args = parser.parse_args(argv)
     if args.tokens < 0 or args.stride < 0:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import minidisp
 from minidisp import InputError, checkpoint, report
 from minidisp.config import Config, parse, to_dict
-from minidisp.data import Batches, Dataset, Split, eval_windows
+from minidisp.data import Batches, Dataset, eval_windows
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.metrics import Condensation, bits_per_byte, perplexity
 from minidisp.model import GPT, GPTConfig
@@ -110,7 +110,11 @@ def main(config: Config) -> dict:
         f"{model.num_params():,} parameters\n"
         f"steps   {config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule\n"
         f"loss    cross-entropy"
-        + (f" + {config.dispersion:g} x {config.dispersion_variant} ({config.dispersion_layers} layers)" if config.dispersion else "")
+        + (
+            f" + {config.dispersion:g} x {config.dispersion_variant} ({config.dispersion_layers} layers)"
+            if config.dispersion
+            else ""
+        )
         + f"\ndevice  {environment['device']}, {str(dtype).removeprefix('torch.')}, compile {'on' if use_compile else 'off'}\n",
         flush=True,
     )
@@ -146,7 +150,9 @@ def main(config: Config) -> dict:
         row = (step, scores["val_loss"], scores["perplexity"], scores["bits_per_byte"], cosines[0],
                scores["last_half_mean"], cosines[-1], scores["spearman"])  # fmt: skip
         if last_eval is None or step == first_step:
-            tqdm.write("  step  val loss  perplexity  bits/byte  | mean cosine: embedding  last half  last layer | spearman")
+            tqdm.write(
+                "  step  val loss  perplexity  bits/byte  | mean cosine: embedding  last half  last layer | spearman"
+            )
         tqdm.write("{:6d}  {:8.4f}  {:10.2f}  {:9.4f}  | {:22.3f}  {:9.3f}  {:10.3f} | {:8.2f}".format(*row))
         last_eval = step
         if step and scores["val_loss"] < best_val_loss:
@@ -201,7 +207,9 @@ def main(config: Config) -> dict:
             speed = (step - logged_step) * config.tokens_per_step / elapsed
             seconds += elapsed
             if not math.isfinite(line["loss"]):
-                raise Diverged(f"the loss is {line['loss']} at step {step}: lower --lr, or raise --warmup-steps; see {run}")
+                raise Diverged(
+                    f"the loss is {line['loss']} at step {step}: lower --lr, or raise --warmup-steps; see {run}"
+                )
             log({"step": step, "tokens": step * config.tokens_per_step, **line, "lr": lr, "grad_norm": float(grad_norm),
                  "tokens_per_second": speed, "seconds": seconds})  # fmt: skip
             progress.set_postfix_str(f"loss {line['ce']:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -220,7 +228,10 @@ def main(config: Config) -> dict:
         save()  # --max-steps 0: a model as initialised, to compare with
     metrics_file.close()
     if stop_signal:
-        print(f"stopped at step {step} by {stop_signal[0].name}; go on with: python train.py --resume --out {run}", file=sys.stderr)
+        print(
+            f"stopped at step {step} by {stop_signal[0].name}; go on with: python train.py --resume --out {run}",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + stop_signal[0])
 
     # --- summary ----------------------------------------------------------------------------------------------------
@@ -230,7 +241,7 @@ def main(config: Config) -> dict:
     title = f"{dataset.meta['name']}, {config.n_layer} x {config.n_embd}, dispersion {config.dispersion:g}"
     for path in report.draw_run(report.read_metrics(run / "metrics.jsonl"), title, run / "figures"):
         print(f"figure  {path}")
-    print(f"next    python eval.py {run} --sample \"...\"")
+    print(f'next    python eval.py {run} --sample "..."')
     return summary
 
 
@@ -320,9 +331,13 @@ def refuse_occupied(run: Path, config: Config) -> None:
     """Raise InputError if the run folder holds a run that would be lost, or lacks one to go on with."""
     occupied = (run / "config.json").exists()
     if config.resume and not (run / checkpoint.LAST).is_file():
-        raise InputError(f"--resume: {run} holds no {checkpoint.LAST} to go on with; leave --resume out, or name the run with --out")
+        raise InputError(
+            f"--resume: {run} holds no {checkpoint.LAST} to go on with; leave --resume out, or name the run with --out"
+        )
     if occupied and not config.resume and not config.overwrite:
-        raise InputError(f"{run} holds a run already: add --resume to go on, --overwrite to replace it, or another --out")
+        raise InputError(
+            f"{run} holds a run already: add --resume to go on, --overwrite to replace it, or another --out"
+        )
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is not a folder: give another --out")
 
@@ -340,9 +355,13 @@ def check_same_run(state: dict, config: Config, dataset: Dataset, path: Path) ->
     for field in dataclasses.fields(GPTConfig):
         saved, wanted = state["config"].get(field.name), getattr(config, field.name)
         if saved != wanted:
-            raise InputError(f"--resume: {field.name} is {saved} in {path}, but {wanted} is asked for; leave it as it was")
+            raise InputError(
+                f"--resume: {field.name} is {saved} in {path}, but {wanted} is asked for; leave it as it was"
+            )
     if state["data_hash"] != dataset.hash:
-        raise InputError(f"--resume: {path} was trained on other data or another tokenizer than {dataset.folder} holds now")
+        raise InputError(
+            f"--resume: {path} was trained on other data or another tokenizer than {dataset.folder} holds now"
+        )
 
 
 def start_from(model: GPT, config: Config, dataset: Dataset) -> None:
@@ -355,7 +374,9 @@ def start_from(model: GPT, config: Config, dataset: Dataset) -> None:
                 f"{getattr(config, field.name)}: give the same model flags"
             )
     if vocabulary.hash != dataset.tokenizer.hash:
-        raise InputError(f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: prepare the data with it")
+        raise InputError(
+            f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: prepare the data with it"
+        )
     model.load_state_dict(source.state_dict())
 
 
@@ -401,7 +422,9 @@ def describe_environment(dataset: Dataset, device: torch.device) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
         "data_hash": dataset.hash,
     }
 
@@ -409,7 +432,16 @@ def describe_environment(dataset: Dataset, device: torch.device) -> dict:
 def summarise(config: Config, model: GPT, run: Path, seconds: float) -> dict:
     """The run in a dozen numbers: where it began, where it ended, and what it cost."""
     evals = [line for line in report.read_metrics(run / "metrics.jsonl") if "val_loss" in line]
-    keys = ("step", "val_loss", "perplexity", "bits_per_byte", "mean_cosine_by_layer", "spearman", "kendall", "last_half_mean")
+    keys = (
+        "step",
+        "val_loss",
+        "perplexity",
+        "bits_per_byte",
+        "mean_cosine_by_layer",
+        "spearman",
+        "kendall",
+        "last_half_mean",
+    )
     tokens = config.max_steps * config.tokens_per_step
     return {
         "run": str(run),
@@ -447,7 +479,10 @@ def cli(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"train.py: {error.filename or 'input/output'}: {error.strerror}; give another --out, or free some space", file=sys.stderr)
+        print(
+            f"train.py: {error.filename or 'input/output'}: {error.strerror}; give another --out, or free some space",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)

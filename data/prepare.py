@@ -11,7 +11,8 @@ document is cut by position, at 90 and 95 % of its characters. Text is kept as i
 documents are left out. The tokenizer is trained on the training split only, on at most 16 MB of it.
 
 The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
-give the same files, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end.
+give the same files, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end;
+downloads stay in data/.downloads.
 """
 
 import argparse
@@ -290,39 +291,37 @@ def download(name: str, folder: Path) -> Path:
     """The downloaded file of a built-in corpus, checked; a download that was cut off is continued."""
     wanted = DOWNLOADS[name]
     target = folder / f"{name}-{wanted.url.rpartition('/')[2]}"
-    if target.exists():
-        check_download(target, wanted)
-        return target
-    by_hand = f"or download it elsewhere and run python data/prepare.py {name} --source FILE"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.touch()
-    for attempt in range(ATTEMPTS):
-        if part.stat().st_size >= wanted.bytes:
-            break
-        time.sleep(PAUSE_S if attempt else 0)
-        try:
-            _download_rest(wanted, part)
-        except urllib.error.HTTPError as error:
-            raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
-        except urllib.error.URLError as error:
-            raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
-        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            _say(f"{wanted.url}: cut off ({error})")
-    if part.stat().st_size < wanted.bytes:
-        have = f"{part.stat().st_size:,} of {wanted.bytes:,} bytes"
-        raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        part.touch()
+        by_hand = f"or download it elsewhere and run python data/prepare.py {name} --source FILE"
+        for attempt in range(ATTEMPTS):
+            if part.stat().st_size >= wanted.bytes:
+                break
+            time.sleep(PAUSE_S if attempt else 0)
+            try:
+                _download_rest(wanted, part)
+            except urllib.error.HTTPError as error:
+                raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
+            except urllib.error.URLError as error:
+                raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
+            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                _say(f"{wanted.url}: {error or 'cut off'}")
+        if (size := part.stat().st_size) < wanted.bytes:
+            have = f"{size:,} of {wanted.bytes:,} bytes"
+            raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
+        part.replace(target)
     try:
-        check_download(part, wanted)
+        check_download(target, wanted)
     except InputError:
-        part.unlink()  # it cannot be continued
+        target.unlink()  # the next run downloads it again
         raise
-    part.replace(target)
     return target
 
 
 def _download_rest(wanted: Download, part: Path) -> None:
-    """Append to `part` what it lacks, or all that the server sends; a server without Range starts from the beginning."""
+    """Append to `part` what it lacks, or all of it if the server cannot continue in the middle."""
     have = part.stat().st_size
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "minidisp", "Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -331,10 +330,17 @@ def _download_rest(wanted: Download, part: Path) -> None:
         progress = tqdm(desc=part.stem, total=wanted.bytes, initial=have, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if resumed else "wb") as file, progress:
             # No more than a block past the announced end: that much shows that it is another file.
-            while have <= wanted.bytes and (block := response.read(1 << 16)):
+            while have <= wanted.bytes and (block := _read(response)):
                 file.write(block)
                 have += len(block)
                 progress.update(len(block))
+
+
+def _read(response) -> bytes:
+    try:
+        return response.read(1 << 16)
+    except OSError as error:  # whatever it is, not to be confused with a full disk
+        raise ConnectionError(error) from error
 
 
 def check_download(path: Path, wanted: Download) -> None:
@@ -346,7 +352,7 @@ def check_download(path: Path, wanted: Download) -> None:
     if (size, sha256) != (wanted.bytes, wanted.sha256):
         raise InputError(
             f"{path} is not the file of {wanted.url}: {size:,} bytes with sha256 {sha256}, "
-            f"not {wanted.bytes:,} bytes with sha256 {wanted.sha256}; delete it, and get it again"
+            f"not {wanted.bytes:,} bytes with sha256 {wanted.sha256}"
         )
 
 
@@ -567,7 +573,7 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         return False
     dataset = Dataset(out)
     wanted = {"source": source.description, **options}
-    found = {"source": dataset.meta["source"], **dataset.meta.get("options", {})}
+    found = {"source": dataset.meta["source"], **dataset.meta["options"]}
     if different := [key for key in wanted if wanted[key] != found.get(key)]:
         key = different[0]
         raise InputError(
@@ -594,6 +600,8 @@ def _locked(out: Path) -> Iterator[None]:
             except BlockingIOError:
                 _say(f"waiting for another process that prepares {out}")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # the file systems of some clusters have no locks
+                _say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus twice at the same time")
             # The one we waited for has removed the file it had locked: start over with a new one.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 try:
@@ -728,7 +736,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare.py: interrupted, nothing was written", file=sys.stderr)
+        print("prepare.py: interrupted, no corpus was written", file=sys.stderr)
         return 130
     return 0
 

@@ -125,5 +125,3 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, obje
     """
     model, vocabulary, _ = load_run(run, device)
     return model, vocabulary
-
-

@@ -57,18 +57,24 @@ class Config(GPTConfig):
     max_steps: int = flag(1000, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")
     grad_accum: int = flag(1, "micro-steps per optimiser step")
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest")
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest"
+    )
     lr: float = flag(1e-3, "peak learning rate")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10")
     warmup_steps: int = flag(100, "steps of linear warm-up")
-    schedule: Literal["cosine", "wsd", "constant"] = flag("cosine", "after warm-up; wsd: constant, last fifth linear down")
+    schedule: Literal["cosine", "wsd", "constant"] = flag(
+        "cosine", "after warm-up; wsd: constant, last fifth linear down"
+    )
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only")
     beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)")
     beta2: float = flag(0.95, "AdamW's second decay rate")
     grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping")
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of matrix products; auto: bfloat16 on cuda")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of matrix products; auto: bfloat16 on cuda"
+    )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda")
     threads: int = flag(0, "CPU threads; 0 = torch's choice")
     # logging
@@ -94,7 +100,9 @@ class Config(GPTConfig):
             raise InputError("--resume goes on with a run's own weights: leave out --init-from")
         if self.dispersion:
             if self.block_size < 2 or self.dispersion_tokens == 1:
-                raise InputError("the dispersion loss needs pairs: --block-size and --dispersion-tokens must be 2 or more")
+                raise InputError(
+                    "the dispersion loss needs pairs: --block-size and --dispersion-tokens must be 2 or more"
+                )
             try:
                 select_layers(self.dispersion_layers, self.n_layer)
             except ValueError as error:
@@ -220,7 +228,9 @@ def from_dict(values: dict) -> Config:
 
 
 def _expected(kind) -> str:
-    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"of type {_base_type(kind).__name__}"
+    return (
+        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"of type {_base_type(kind).__name__}"
+    )
 
 
 def to_dict(config: Config) -> dict:

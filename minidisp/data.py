@@ -139,7 +139,7 @@ class Split:
 
 
 class Dataset:
-    """A prepared corpus: `tokenizer`, `meta` (the content of meta.json), `split(name)`, and `hash`, which identifies it.
+    """A prepared corpus: `tokenizer`, `meta` (what meta.json says), `split(name)`, and `hash`, which identifies it.
 
     Opening checks that meta.json is complete and agrees with every shard's header and size, and that the tokenizer is
     the one the tokens were made with; it reads no tokens. Raises InputError naming the file that is wrong.
@@ -184,6 +184,7 @@ _META_FIELDS = {
         "name": str,
         "source": str,
         "versions": dict,
+        "options": dict,
         "tokenizer_sha256": str,
         "vocab_size": int,
         "splits": dict,
@@ -194,7 +195,7 @@ _META_FIELDS = {
 
 
 def _read_meta(path: Path) -> dict:
-    """The content of a meta.json, or InputError: every field has its type, every split its shards, every sum is right."""
+    """What a meta.json says, or InputError unless all fields have their types and the shards add up to their split."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -254,7 +255,7 @@ class Batches:
 
 
 def eval_windows(split: Split, block_size: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The fixed validation set of training: windows spread evenly over the split, not overlapping, in the split's order.
+    """The fixed validation set of training: windows spread evenly over the split, in its order, without overlap.
 
     n_tokens: how many tokens to predict, rounded down to whole windows but at least one; 0 = as many as there are.
     Returns x and y, int64, (windows, block_size); the same for every seed.

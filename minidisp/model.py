@@ -45,7 +45,9 @@ class GPTConfig:
     block_size: int = flag(256, "context length in tokens")
     dropout: float = flag(0.0, "dropout probability in [0, 1)")
     bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only; qwen3 has none)")
-    gelu: Literal["erf", "tanh"] = flag("erf", "exact GELU, or the approximation that published GPT-2 weights expect (slower)")
+    gelu: Literal["erf", "tanh"] = flag(
+        "erf", "exact GELU, or the approximation that published GPT-2 weights expect (slower)"
+    )
     tied: bool = flag(True, "input embedding and output layer share one matrix")
     rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)")
     vocab_size: int = 4096  # no flag: the tokenizer decides
@@ -62,9 +64,13 @@ class GPTConfig:
                 f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or give --head-dim"
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise InputError(f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}: change one of them")
+            raise InputError(
+                f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}: change one of them"
+            )
         if self.arch == "qwen3" and self.head_width % 2:
-            raise InputError(f"rotary positions need an even --head-dim, not {self.head_width}: change --n-head or --head-dim")
+            raise InputError(
+                f"rotary positions need an even --head-dim, not {self.head_width}: change --n-head or --head-dim"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
         if self.rope_theta <= 0:
@@ -139,9 +145,7 @@ class Attention(nn.Module):
         self.layer, self.dropout = layer, config.dropout
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         width = config.n_head * config.head_width
-        self.c_attn = nn.Linear(
-            config.n_embd, width + 2 * config.kv_heads * config.head_width, bias=config.use_bias
-        )
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * config.kv_heads * config.head_width, bias=config.use_bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.use_bias)
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = norm(config, config.head_width), norm(config, config.head_width)
@@ -266,7 +270,9 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + idx.shape[1]
         if end > self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {self.config.block_size}")
+            raise ValueError(
+                f"a sequence of {end} tokens is longer than the model's context of {self.config.block_size}"
+            )
         x, positions = self.wte(idx), None
         if self.config.arch == "gpt2":
             x = x + self.wpe.weight[start:end]
@@ -326,7 +332,9 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         # The dtype that keys have: that of the weights, or of autocast.
         device_type = idx.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.wte.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.wte.weight.dtype
+        )
         cache = KVCache(self.config, len(idx), block_size, idx.device, dtype)
         context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):

@@ -104,7 +104,9 @@ def draw_comparison(scores: list[dict], folder: Path) -> list[Path]:
     """
     plt = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
-    figure, panels = plt.subplots(1, len(scores), figsize=(1 + 4.5 * len(scores), 4.2), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(scores), figsize=(1 + 4.5 * len(scores), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
     for axes, s in zip(panels[0], scores, strict=True):
         image = draw_heatmap(axes, s["condensation"]["histogram_by_layer"], s["condensation"]["mean_cosine_by_layer"])
         axes.set_title(f"{s['name']}\nloss {s['loss']:.3f} nats/token", fontsize=10)

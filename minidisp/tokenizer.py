@@ -4,7 +4,7 @@
     ids = tokenizer.encode("def f():\\n")                    # list[int], no end-of-sequence id added
     tokenizer.decode(ids) == "def f():\\n"                   # for every str that UTF-8 can represent
 
-An id stands for the same bytes wherever it occurs, so decoding is a join, and bits per byte can be counted token by token.
+An id stands for the same bytes wherever it occurs: decoding is a join, and bits per byte are counted token by token.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with byte fallback. Raises ValueError where the model is damaged or would change the text."""
+    """A SentencePiece model with byte fallback. ValueError where the model is damaged or would change the text."""
 
     def __init__(self, serialized: bytes):
         super().__init__(serialized)

@@ -13,6 +13,7 @@ from minidisp.metrics import (
     bits_per_byte,
     cosine_matrix,
     kendall_tau_b,
+    paired_bootstrap,
     perplexity,
     spearman,
     word_perplexity,
@@ -241,3 +242,24 @@ def test_one_token_is_refused():
 def test_no_result_without_sequences():
     with pytest.raises(ValueError, match="update"):
         Condensation().result()
+
+
+def test_paired_bootstrap_covers_a_known_difference():
+    rng = np.random.default_rng(0)
+    hard = rng.gamma(4, 100, size=400)  # blocks differ far more from each other than the two models do
+    first, second = hard, hard + rng.normal(2.0, 5.0, size=400)
+    n_bytes = np.full(400, 1024)
+    difference, low, high = paired_bootstrap(first, second, n_bytes)
+    assert difference == pytest.approx((second - first).sum() / n_bytes.sum() / math.log(2))
+    # The normal approximation, from the spread of the paired differences.
+    spread = 1.96 * (second - first).std() / math.sqrt(400) / 1024 / math.log(2)
+    assert low == pytest.approx(difference - spread, abs=0.15 * spread)
+    assert high == pytest.approx(difference + spread, abs=0.15 * spread)
+    assert paired_bootstrap(second, first, n_bytes)[0] == -difference
+
+
+def test_paired_bootstrap_of_one_block_knows_no_spread():
+    difference, low, high = paired_bootstrap(np.array([1.0]), np.array([2.0]), np.array([8]))
+    assert difference == pytest.approx(1 / 8 / math.log(2))
+    assert math.isnan(low)
+    assert math.isnan(high)

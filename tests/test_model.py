@@ -67,7 +67,9 @@ def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndar
             group = head // (config.n_head // config.kv_heads)
             q = qkv[:, head * D : (head + 1) * D]
             k = qkv[:, (config.n_head + group) * D : (config.n_head + group + 1) * D]
-            v = qkv[:, (config.n_head + config.kv_heads + group) * D : (config.n_head + config.kv_heads + group + 1) * D]
+            v = qkv[
+                :, (config.n_head + config.kv_heads + group) * D : (config.n_head + config.kv_heads + group + 1) * D
+            ]
             if config.arch == "qwen3":
                 q, k = rope(norm(q, f"{name}.attn.q_norm")), rope(norm(k, f"{name}.attn.k_norm"))
             out = np.zeros((T, D))

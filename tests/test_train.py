@@ -43,7 +43,15 @@ def assert_same_weights(a: dict, b: dict) -> None:
 
 def test_a_run_leaves_what_it_promises(run):
     files = {path.name for path in run.iterdir()}
-    assert files == {"config.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_best.pt", "tokenizer.model", "summary.json", "figures"}
+    assert files == {
+        "config.json",
+        "metrics.jsonl",
+        "ckpt_last.pt",
+        "ckpt_best.pt",
+        "tokenizer.model",
+        "summary.json",
+        "figures",
+    }
     for name in ("loss.png", "cosine.png", "heatmap.png"):
         assert (run / "figures" / name).read_bytes().startswith(b"\x89PNG")
     metrics = report.read_metrics(run / "metrics.jsonl")
@@ -51,7 +59,18 @@ def test_a_run_leaves_what_it_promises(run):
     evals = [line for line in metrics if "val_loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert [line["step"] for line in evals] == [0, 6, 12]
-    assert {"step", "tokens", "loss", "ce", "dispersion", "mean_cosine", "lr", "grad_norm", "tokens_per_second", "seconds"} == steps[0].keys()
+    assert {
+        "step",
+        "tokens",
+        "loss",
+        "ce",
+        "dispersion",
+        "mean_cosine",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "seconds",
+    } == steps[0].keys()
     for key in ("val_loss", "perplexity", "bits_per_byte", "mean_cosine_by_layer", "spearman", "kendall"):
         assert all(key in line for line in evals)
     for line in steps:
@@ -99,7 +118,9 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, tmp_path, optimize
     train.main(small_config(corpus, tmp_path / "one", batch_size=8, **options))
     train.main(small_config(corpus, tmp_path / "two", batch_size=4, grad_accum=2, **options))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    tolerance = 2e-5 if optimizer == "adamw" else 2e-3  # Muon orthogonalises in bfloat16, where rounding is a visible step
+    tolerance = (
+        2e-5 if optimizer == "adamw" else 2e-3
+    )  # Muon orthogonalises in bfloat16, where rounding is a visible step
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=tolerance)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
@@ -157,14 +178,22 @@ def test_the_evaluation_interval_changes_nothing_else(corpus, tmp_path):
     assert_same_weights(weights(tmp_path / "often"), weights(tmp_path / "rarely"))
 
 
-@pytest.mark.parametrize("options", [{"arch": "qwen3"}, {"optimizer": "muon"}, {"dispersion": 1.0}, {"schedule": "wsd"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"arch": "qwen3"}, {"optimizer": "muon"}, {"dispersion": 1.0}, {"schedule": "wsd"}, {"dtype": "bfloat16"}],
+)
 def test_it_learns_a_text_by_heart(tmp_path, options):
     from data import prepare
 
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     out = tmp_path / "data"
-    assert prepare.main(["--input", str(tmp_path / "text.txt"), "--name", "fox", "--tokenizer", "byte", "--out", str(out)]) == 0
-    summary = train.main(small_config(out, tmp_path / "run", max_steps=150, eval_every=150, log_every=50, lr=5e-3, **options))
+    assert (
+        prepare.main(["--input", str(tmp_path / "text.txt"), "--name", "fox", "--tokenizer", "byte", "--out", str(out)])
+        == 0
+    )
+    summary = train.main(
+        small_config(out, tmp_path / "run", max_steps=150, eval_every=150, log_every=50, lr=5e-3, **options)
+    )
     assert summary["first"]["val_loss"] == pytest.approx(np.log(257), abs=0.2)
     assert summary["last"]["val_loss"] < 0.3
 
@@ -172,7 +201,9 @@ def test_it_learns_a_text_by_heart(tmp_path, options):
 def test_dispersion_lowers_the_mean_cosine(corpus, tmp_path):
     cosines = []
     for weight in (0.0, 1.0):
-        summary = train.main(small_config(corpus, tmp_path / str(weight), dispersion=weight, max_steps=60, eval_every=60))
+        summary = train.main(
+            small_config(corpus, tmp_path / str(weight), dispersion=weight, max_steps=60, eval_every=60)
+        )
         cosines.append(summary["last"]["last_half_mean"])
     assert cosines[1] < cosines[0] - 0.1
 
@@ -220,11 +251,20 @@ def test_resume_needs_no_other_flag(run):
 
 
 def command(*arguments, cwd=ROOT, timeout=120) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def small_flags(**changes) -> list[str]:
-    return [part for name, value in {**SMALL, **changes}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [
+        part for name, value in {**SMALL, **changes}.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def test_the_command_trains(corpus, tmp_path):

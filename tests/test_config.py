@@ -1,0 +1,70 @@
+"""Settings: command line, config.json, and back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from minidisp import InputError
+from minidisp.config import PRESETS, Config, flags, from_dict, parse, read_json, to_dict
+
+
+def test_defaults_are_the_tiny_preset():
+    assert parse([]) == Config()
+    assert parse([]).run_dir.as_posix() == "runs/pystdlib-tiny-d0-s0"
+    assert parse(["--dispersion", "0.1", "--seed", "3", "--data", "a/b"]).run_dir.name == "b-tiny-d0.1-s3"
+
+
+def test_every_field_but_the_vocabulary_has_a_flag_with_a_help_text():
+    assert {field.name for field in flags()} == {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
+    assert all(len(field.metadata["help"]) > 10 for field in flags())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset):
+    config = parse(["--preset", preset, "--lr", "1", "--no-bias"])
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_flags_win_over_presets_and_presets_over_a_file(tmp_path):
+    file = tmp_path / "config.json"
+    saved = to_dict(parse(["--n-layer", "3", "--lr", "0.5", "--out", "somewhere"]))
+    file.write_text(json.dumps({**saved, "environment": {"torch": "2"}}))
+    config = parse(["--config", str(file), "--lr", "0.25"])
+    assert (config.n_layer, config.lr, config.out) == (3, 0.25, "")
+    config = parse(["--config", str(file), "--preset", "gpt2", "--n-head", "6"])
+    assert (config.n_layer, config.n_head, config.n_embd, config.lr) == (12, 6, 768, 6e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"n_layers": 3}, "n_layers"),
+        ({"n_layer": "3"}, "n_layer"),
+        ({"n_layer": 3.0}, "n_layer"),
+        ({"n_layer": True}, "n_layer"),
+        ({"bias": 1}, "bias"),
+        ({"arch": "rnn"}, "arch"),
+        ({"lr": None}, "lr"),
+        ({"arch": ["gpt2"]}, "arch"),
+    ],
+)
+def test_wrong_settings_are_named(values, expected):
+    with pytest.raises(InputError, match=expected):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\udcff"])
+def test_a_file_that_is_no_config_is_named(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_json(file)
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')}" in text for field in flags())

@@ -1,0 +1,363 @@
+"""Shards, the checks on opening a corpus, and which tokens a training step sees."""
+
+import doctest
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minidisp.data
+from minidisp import InputError
+from minidisp.data import (
+    FORMAT,
+    HEADER,
+    SPLITS,
+    Batches,
+    Dataset,
+    ShardWriter,
+    eval_windows,
+    open_shard,
+    strided_windows,
+)
+from minidisp.tokenizer import ByteTokenizer
+
+SHARD_TOKENS = 50
+
+
+def write_corpus(folder: Path, tokens: int = 333, vocab_size: int = 257) -> np.ndarray:
+    """A corpus whose training split is the tokens returned, in shards of 50; val and test have a few more."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
+    splits = {}
+    for name in SPLITS:
+        with ShardWriter(folder, name, vocab_size, SHARD_TOKENS) as writer:
+            for start in range(0, tokens, 7):
+                writer.write(ids[start : start + 7].tolist())
+            if name != "train":
+                writer.write([1, 2, 3])
+        total = sum(shard["tokens"] for shard in writer.shards)
+        splits[name] = {"documents": 1, "tokens": total, "bytes": total, "words": 9, "shards": writer.shards}
+    tokenizer = ByteTokenizer()
+    tokenizer.save(folder / "tokenizer.model")
+    meta = {"format": FORMAT, "name": "test", "source": "numbers", "versions": {}, "options": {}, "splits": splits}
+    meta |= {"vocab_size": 257, "tokenizer_sha256": tokenizer.hash}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return ids
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path), tmp_path
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocab_size", "itemsize"), [(257, 2), (65_536, 2), (65_537, 4)])
+def test_shard_round_trip(tmp_path, vocab_size, itemsize):
+    ids = [0, 1, vocab_size - 1] * 40
+    with ShardWriter(tmp_path, "val", vocab_size, 50) as writer:
+        writer.write(ids)
+        writer.write([])
+    assert [shard["file"] for shard in writer.shards] == ["val_000.bin", "val_001.bin", "val_002.bin"]
+    assert [shard["tokens"] for shard in writer.shards] == [50, 50, 20]
+    shards = [open_shard(tmp_path / shard["file"]) for shard in writer.shards]
+    assert np.concatenate(shards).tolist() == ids
+    assert shards[0].dtype.itemsize == itemsize
+    for shard in writer.shards:
+        content = (tmp_path / shard["file"]).read_bytes()
+        assert len(content) == HEADER.size + itemsize * shard["tokens"]
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [shard["file"] for shard in writer.shards]
+
+
+def test_shard_header_is_as_documented(tmp_path):
+    with ShardWriter(tmp_path, "train", 257, 50) as writer:
+        writer.write([258, 3])
+    header = b"minidisp" + b"\1\0\0\0" + b"\2\0\0\0" + b"\2" + bytes(7)
+    assert (tmp_path / "train_000.bin").read_bytes() == header.ljust(64, b"\0") + b"\2\1\3\0"
+
+
+def test_interrupted_writer_leaves_whole_shards_only(tmp_path):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "train", 257, 50) as writer:
+        writer.write([1] * 70)
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000.bin"]
+    assert len(open_shard(tmp_path / "train_000.bin")) == 50
+
+
+@pytest.mark.parametrize("bad", [65_536, -1])
+def test_writer_refuses_ids_that_do_not_fit(tmp_path, bad):
+    with pytest.raises(OverflowError), ShardWriter(tmp_path, "train", 257, 50) as writer:
+        writer.write([1, bad])
+
+
+def test_bad_shards_are_refused_by_name(tmp_path):
+    with ShardWriter(tmp_path, "train", 257, 50) as writer:
+        writer.write([1] * 20)
+    path = tmp_path / "train_000.bin"
+    whole = path.read_bytes()
+    bad = {
+        "is not a token shard": [b"", whole[:63], b"x" + whole[1:], b"text " * 50],
+        "version 2": [whole[:8] + b"\2" + whole[9:]],
+        "prepare the corpus again": [whole[:12] + b"\3" + whole[13:]],
+        "truncated or damaged": [whole[:-1], whole + b"\0", whole[:64], whole[:16] + bytes(8) + whole[24:64]],
+        "1,000,000,020": [whole[:16] + (1_000_000_020).to_bytes(8, "little") + whole[24:]],
+    }
+    for message, contents in bad.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=rf"train_000\.bin.*{message}"):
+                open_shard(path)
+    with pytest.raises(InputError, match=r"nowhere\.bin: No such file"):
+        open_shard(tmp_path / "nowhere.bin")
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------
+
+
+def test_slices_cross_shards(corpus):
+    ids, folder = corpus
+    split = Dataset(folder).split("train")
+    assert (split.tokens, split.documents, split.bytes, split.words) == (333, 1, 333, 9)
+    for start, stop in [(0, 333), (0, 0), (333, 333), (49, 51), (50, 100), (50, 50), (99, 301), (332, 333)]:
+        tokens = split.slice(start, stop)
+        assert tokens.dtype == np.int64
+        assert tokens.tolist() == ids[start:stop].tolist()
+    for start, stop in [(-1, 3), (0, 334), (5, 4)]:
+        with pytest.raises(IndexError):
+            split.slice(start, stop)
+
+
+def test_dataset_offers_what_its_files_say(corpus):
+    ids, folder = corpus
+    dataset = Dataset(str(folder))
+    assert dataset.folder == folder
+    assert dataset.tokenizer.vocab_size == 257
+    assert dataset.meta["name"] == "test"
+    assert dataset.split("val").tokens == 336
+    dataset.verify()
+    with pytest.raises(InputError, match="no split 'dev'"):
+        dataset.split("dev")
+
+
+def test_hash_identifies_the_data(tmp_path):
+    hashes = []
+    for name, tokens in (("a", 333), ("b", 333), ("c", 334)):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name, tokens)
+        hashes.append(Dataset(tmp_path / name).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_verify_finds_a_changed_token(corpus):
+    _, folder = corpus
+    path = folder / "val_002.bin"
+    content = bytearray(path.read_bytes())
+    content[80] ^= 1
+    path.write_bytes(content)
+    dataset = Dataset(folder)  # header and size are as they were
+    with pytest.raises(InputError, match=r"val_002\.bin has changed"):
+        dataset.verify()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["format"], 2, "format 1"),
+        (["name"], 3, "corpus name"),
+        (["vocab_size"], True, "corpus vocab_size"),
+        (["vocab_size"], 300, "not the tokenizer"),
+        (["tokenizer_sha256"], "0" * 64, "not the tokenizer"),
+        (["splits"], {}, "splits are not"),
+        (["splits", "val"], [], "split documents"),
+        (["splits", "val", "tokens"], -1, "split tokens"),
+        (["splits", "val", "tokens"], 3, "do not add up"),
+        (["splits", "val", "shards"], [], "do not add up"),
+        (["splits", "val", "shards", 0], "val_000.bin", "shard file"),
+        (["splits", "val", "shards", 0, "file"], "../val_000.bin", "not in the same folder"),
+        (["splits", "val", "shards", 0, "file"], "val_006.bin", r"val_006\.bin holds 36"),
+        (["splits", "val", "shards", 0, "file"], "meta.json", "not a token shard"),
+    ],
+)
+def test_bad_meta_is_refused(corpus, keys, value, message):
+    _, folder = corpus
+    meta = target = json.loads((folder / "meta.json").read_text())
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=message):
+        Dataset(folder)
+
+
+def test_missing_or_broken_files_are_refused_by_name(corpus):
+    _, folder = corpus
+    for content in (b"", b"{", b"[]", b"\xff", b'{"format": 1}', b"[" * 100_000):
+        (folder / "meta.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"meta\.json"):
+            Dataset(folder)
+    (folder / "meta.json").unlink()
+    with pytest.raises(InputError, match="is not a prepared corpus"):
+        Dataset(folder)
+    with pytest.raises(InputError, match="nowhere is not a prepared corpus"):
+        Dataset(folder / "nowhere")
+    write_corpus(folder)
+    (folder / "train_001.bin").unlink()
+    with pytest.raises(InputError, match=r"train_001\.bin"):
+        Dataset(folder)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def sequences(corpus, T, seed, first, count):
+    """(start in the split, x, y) of training sequences; tokens of this corpus are their own positions."""
+    x, y = Batches(corpus, T, seed).batch(first, count)
+    assert x.shape == y.shape == (count, T)
+    assert x.dtype == y.dtype == np.int64
+    assert x.flags.c_contiguous
+    assert y.flags.c_contiguous
+    return x[:, 0].tolist(), x, y
+
+
+class Positions:
+    """A split whose tokens are their own positions."""
+
+    name = "train"
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def slice(self, start, stop):
+        assert 0 <= start <= stop <= self.tokens
+        return np.arange(start, stop)
+
+
+def test_targets_are_one_token_later(corpus):
+    ids, folder = corpus
+    x, y = Batches(Dataset(folder).split("train"), 16, seed=3).batch(5, 30)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    starts = [
+        next(s for s in range(333 - 16) if (ids[s : s + 17] == [*row, last]).all()) for row, last in zip(x, y[:, -1])
+    ]
+    assert len(set(starts)) == 30 - 30 // 19 * 0 - (30 - 19) or len(set(starts)) > 19
+
+
+@pytest.mark.parametrize("tokens", [161, 165, 176])
+def test_an_epoch_visits_windows_side_by_side_once(tokens):
+    T = 16
+    n = (tokens - 1) // T - 1
+    offsets, orders = set(), set()
+    for epoch in range(30):
+        starts, _, y = sequences(Positions(tokens), T, 7, epoch * n, n)
+        ordered = sorted(starts)
+        assert np.diff(ordered).tolist() == [T] * (n - 1)
+        assert ordered[0] >= 0
+        assert y.max() <= tokens - 1
+        offsets.add(ordered[0])
+        orders.add(tuple(start - ordered[0] for start in starts))
+    assert len(offsets) > 5
+    assert len(orders) > 25
+
+
+def test_every_offset_occurs():
+    """Also the first and the last token of the split take part in training."""
+    tokens, T = 40, 8
+    n = (tokens - 1) // T - 1
+    starts, _, y = sequences(Positions(tokens), T, 0, 0, 400 * n)
+    assert (min(starts), y.max()) == (0, tokens - 1)
+
+
+def test_batches_depend_on_seed_and_index_only():
+    split = Positions(500)
+    whole = Batches(split, 8, seed=1).batch(0, 200)[0]
+    for count in (1, 3, 8, 50):  # other micro-batches, other numbers of processes, other order: the same sequences
+        batches = Batches(split, 8, seed=1)
+        for first in reversed(range(0, 200 - count, count)):
+            assert (batches.batch(first, count)[0] == whole[first : first + count]).all()
+    assert (Batches(split, 8, seed=2).batch(0, 200)[0] != whole).any()
+    assert (whole[:60] != whole[61:121]).any()
+
+
+def test_batches_of_a_seed_never_change():
+    """A change here changes every training run: its seed would no longer reproduce it."""
+    assert sequences(Positions(100), 8, 1337, 0, 24)[0] == FIXED
+
+
+FIXED: list[int] = []
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 16, 17, 24])
+def test_short_splits_have_one_window(tokens):
+    starts, _, y = sequences(Positions(tokens), 8, 0, 0, 60)
+    assert y.max() <= tokens - 1
+    assert len(set(starts)) == tokens - 8
+
+
+@pytest.mark.parametrize("use", [lambda split: Batches(split, 8, 0), lambda split: eval_windows(split, 8, 0)])
+def test_too_short_splits_are_refused(use):
+    with pytest.raises(InputError, match="train has 8 tokens.* takes 9: use a smaller --block-size or more text"):
+        use(Positions(8))
+
+
+def test_a_batch_takes_well_under_a_millisecond(tmp_path):
+    write_corpus(tmp_path, 20_000)
+    batches = Batches(Dataset(tmp_path).split("train"), 64, seed=0)
+    batches.batch(0, 12)
+    times = []
+    for step in range(1, 40):
+        start = time.perf_counter()
+        batches.batch(12 * step, 12)
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 1e-3
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [9, 17, 100, 101])
+@pytest.mark.parametrize("n_tokens", [0, 1, 8, 31, 64, 10**9])
+def test_eval_windows_are_spread_and_do_not_overlap(tokens, n_tokens):
+    x, y = eval_windows(Positions(tokens), 8, n_tokens)
+    most = (tokens - 1) // 8
+    assert len(x) == (max(1, min(n_tokens // 8, most)) if n_tokens else most)
+    assert (y == x + 1).all()
+    assert y.max() <= tokens - 1
+    gaps = np.diff(x[:, 0])
+    assert (gaps >= 8).all()
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 8, 9, 50])
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_strided_windows_predict_every_token_once_with_full_context(n_tokens, stride):
+    windows = list(strided_windows(n_tokens, 8, stride))
+    assert [i for w in windows for i in range(w.start, w.stop)] == list(range(n_tokens))
+    for i, window in enumerate(windows):
+        assert 0 <= window.context_start <= window.start
+        assert window.stop - window.context_start == min(8, window.stop)  # all the context that there is room for
+        assert window.stop - window.start <= (stride if i else 8)
+
+
+def test_strided_windows_side_by_side():
+    assert [tuple(w) for w in strided_windows(20, 8, 8)] == [(0, 0, 8), (8, 8, 16), (12, 16, 20)]
+
+
+@pytest.mark.parametrize("stride", [0, 9, -1])
+def test_strides_that_skip_tokens_are_refused(stride):
+    with pytest.raises(InputError, match="take 1 to 8"):
+        list(strided_windows(20, 8, stride))
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(minidisp.data).failed == 0
+
+
+def test_data_does_not_import_torch():
+    code = "import sys, minidisp.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

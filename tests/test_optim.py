@@ -1,0 +1,75 @@
+"""Schedules, parameter groups, and one step of each optimiser against the written formula."""
+
+import math
+
+import pytest
+import torch
+
+from minidisp.config import Config
+from minidisp.model import GPT
+from minidisp.optim import build_optimizers, learning_rate
+
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_every_schedule_warms_up_and_stays_within_its_bounds(schedule):
+    config = Config(schedule=schedule, max_steps=1000, warmup_steps=100, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 101)
+    assert rates[99] == pytest.approx(100 / 101)
+    assert rates[100] == 1.0
+    assert max(rates) == 1.0
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == 1.0 if schedule == "constant" else rates[-1] == pytest.approx(0.1, abs=5e-3)
+
+
+def test_cosine_and_wsd_in_the_middle():
+    cosine = Config(max_steps=1100, warmup_steps=100, lr=1.0, min_lr=0.0)
+    assert learning_rate(600, cosine) == pytest.approx(0.5)
+    assert learning_rate(350, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    wsd = Config(schedule="wsd", max_steps=1000, warmup_steps=100, lr=1.0, min_lr=0.2)
+    assert learning_rate(799, wsd) == 1.0
+    assert learning_rate(900, wsd) == pytest.approx(0.6)
+
+
+def test_more_warmup_than_steps_and_no_steps_at_all():
+    assert learning_rate(4, Config(max_steps=5, warmup_steps=100, lr=1.0)) == pytest.approx(5 / 101)
+    assert math.isfinite(learning_rate(0, Config(max_steps=0, warmup_steps=0)))
+
+
+def test_final_rate_is_a_tenth_by_default():
+    assert Config(lr=1.0).final_lr == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_optimised_once_and_only_matrices_decay(optimizer):
+    config = Config(**SMALL, optimizer=optimizer, weight_decay=0.3)
+    model = GPT(config)
+    groups = [group for o in build_optimizers(model, config) for group in o.param_groups]
+    seen = [id(p) for group in groups for p in group["params"]]
+    assert sorted(seen) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.3) for p in group["params"])
+    if optimizer == "muon":
+        muon = build_optimizers(model, config)[1]
+        assert {id(p) for g in muon.param_groups for p in g["params"]} == {
+            id(p) for name, p in model.h.named_parameters() if p.ndim == 2
+        }
+
+
+def test_one_step_of_adamw_is_the_formula():
+    """After one step Adam's update is lr * sign-like g / (|g| + eps), and the decay lr * weight_decay * w."""
+    config = Config(**SMALL, lr=0.1, weight_decay=0.5)
+    torch.manual_seed(0)
+    model = GPT(config)
+    before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    idx = torch.randint(0, 32, (2, 8))
+    model(idx, idx).loss.backward()
+    for optimizer in build_optimizers(model, config):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        g = p.grad.double()
+        decay = 0.5 if p.ndim >= 2 else 0.0
+        want = before[name] * (1 - 0.1 * decay) - 0.1 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(p.detach().double(), want, rtol=1e-4, atol=1e-5)
