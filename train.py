@@ -190,6 +190,7 @@ def main(config: Config) -> dict:
                 with torch.no_grad():
                     cosines = torch.stack([mean_cosine(z, eps=0.0) for z in hidden_states[1:]])
                 totals["mean_cosine"] += cosines.mean() / config.grad_accum
+            del hidden_states  # or they would still be there during the next forward pass
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         # With max_norm infinite nothing is clipped, and the norm is still measured.
@@ -206,10 +207,7 @@ def main(config: Config) -> dict:
             elapsed = time.perf_counter() - logged_at
             speed = (step - logged_step) * config.tokens_per_step / elapsed
             seconds += elapsed
-            if not math.isfinite(line["loss"]):
-                raise Diverged(
-                    f"the loss is {line['loss']} at step {step}: lower --lr, or raise --warmup-steps; see {run}"
-                )
+            refuse_divergence(line["loss"], step, run)
             log({"step": step, "tokens": step * config.tokens_per_step, **line, "lr": lr, "grad_norm": float(grad_norm),
                  "tokens_per_second": speed, "seconds": seconds})  # fmt: skip
             progress.set_postfix_str(f"loss {line['ce']:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -221,6 +219,7 @@ def main(config: Config) -> dict:
         if step % config.save_every == 0 or step == config.max_steps or stop_signal:
             paused = time.perf_counter()
             seconds += paused - logged_at
+            refuse_divergence(float(totals["loss"]), step, run)  # the checkpoint before stays
             save()
             logged_at, logged_step = time.perf_counter(), step
     progress.close()
@@ -282,6 +281,14 @@ class Validation:
             **{name: scores[name] for name in wanted},
             "histogram_by_layer": histogram,
         }
+
+
+def refuse_divergence(loss: float, step: int, run: Path) -> None:
+    """Raise Diverged if the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss is {loss} at step {step}: lower --lr, or raise --warmup-steps; what was saved is in {run}"
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -19,11 +19,11 @@ from minidisp.model import GPTConfig, flag
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
 # from the defaults stands here.
-_GPT2 = {"block_size": 1024, "batch_size": 16, "grad_accum": 32, "lr": 6e-4, "warmup_steps": 700, "max_steps": 20_000,
+_GPT2 = {"block_size": 1024, "batch_size": 16, "grad_accum": 32, "lr": 6e-4, "beta2": 0.95, "warmup_steps": 700, "max_steps": 20_000,
          "eval_every": 1000, "eval_tokens": 1_048_576, "save_every": 1000}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "tiny": {},
-    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000},
+    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000, "lr": 1e-3, "warmup_steps": 100},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_GPT2},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_GPT2, "lr": 3e-4},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, **_GPT2, "lr": 2.5e-4},
@@ -54,21 +54,21 @@ class Config(GPTConfig):
     dispersion_clamp: float = flag(0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through")
     dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
     # optimisation
-    max_steps: int = flag(1000, "optimiser steps")
+    max_steps: int = flag(600, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")
     grad_accum: int = flag(1, "micro-steps per optimiser step")
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest"
     )
-    lr: float = flag(1e-3, "peak learning rate")
+    lr: float = flag(3e-3, "peak learning rate")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10")
-    warmup_steps: int = flag(100, "steps of linear warm-up")
+    warmup_steps: int = flag(50, "steps of linear warm-up")
     schedule: Literal["cosine", "wsd", "constant"] = flag(
         "cosine", "after warm-up; wsd: constant, last fifth linear down"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only")
     beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)")
-    beta2: float = flag(0.95, "AdamW's second decay rate")
+    beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95")
     grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping")
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
@@ -81,7 +81,7 @@ class Config(GPTConfig):
     eval_every: int = flag(100, "steps between evaluations; there is always one at step 0 and one at the end")
     eval_tokens: int = flag(16_384, "validation tokens per evaluation, the same ones every time; 0 = all")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
-    save_every: int = flag(500, "steps between checkpoints; there is always one at the end")
+    save_every: int = flag(250, "steps between checkpoints; there is always one at the end")
     keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt")
 
     def __post_init__(self):
