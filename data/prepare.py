@@ -6,9 +6,9 @@
     python data/prepare.py --hf HuggingFaceFW/fineweb-edu:sample-10BT --limit 200000 --name fineweb
 
 A file is one document, a line of a .jsonl file is one. Documents go to train, val and test, 90/5/5, by the sha256 of
-their text: a document never changes sides, and its copies stay with it. WikiText keeps its own splits. A single
-document is cut by position, at 90 and 95 % of its characters. Text is kept as it is, to the last byte; empty
-documents are left out. The tokenizer is trained on the training split only, on at most 16 MB of it.
+their text: a document never changes sides, and its copies stay with it. A single document is cut by position, at 90
+and 95 % of its characters. Text is kept as it is, to the last byte; empty documents are left out. The tokenizer is
+trained on the training split only, on at most 16 MB of it.
 
 The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
 give the same files, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end;
@@ -40,7 +40,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import sentencepiece
 from tqdm import tqdm
@@ -62,14 +62,13 @@ SHARD_TOKENS = 100_000_000
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
 BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
 SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
-MAX_DOCUMENT_CHARS = 1 << 26  # to be hashed before a document is placed, it is held in memory
+MAX_DOCUMENT_CHARS = 1 << 25  # to be hashed before a document is placed, it is held in memory
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz")
 
 
 class Document(NamedTuple):
     name: str  # for messages: a file, or a line of one
     blocks: Iterable[str]  # the text, in consecutive parts
-    split: str = ""  # where the corpus says which one it belongs to
 
 
 class Source(NamedTuple):
@@ -87,12 +86,17 @@ class Piece(NamedTuple):
 # --- sources: where documents come from -------------------------------------------------------------------------------
 
 
+def blocks_of(file: TextIO) -> Iterator[str]:
+    """The text of an open file in blocks that end where a line ends, unless a line is very long."""
+    while block := file.read(BLOCK_CHARS):
+        yield block + file.readline(BLOCK_CHARS)
+
+
 def file_blocks(path: str | Path) -> Iterator[str]:
-    """The text of a UTF-8 file, unchanged, in blocks that end where a line ends (unless a line is very long)."""
+    """The text of a UTF-8 file, unchanged, in blocks."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            while block := file.read(BLOCK_CHARS):
-                block += file.readline(BLOCK_CHARS)
+            for block in blocks_of(file):
                 if "\0" in block:
                     raise InputError(f"{path}: a binary file (it has NUL bytes), not text")
                 yield block
@@ -106,6 +110,10 @@ def text_file(path: str | Path) -> Iterator[Document]:
     yield Document(str(path), file_blocks(path))
 
 
+def text_document(name: str, text: str) -> Document:
+    return Document(name, blocks_of(io.StringIO(text, newline="")))
+
+
 def json_lines(path: str | Path, field: str) -> Iterator[Document]:
     """One document per line of a .jsonl or .jsonl.gz file; blank lines are skipped."""
     number = 0
@@ -114,7 +122,7 @@ def json_lines(path: str | Path, field: str) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 if line.strip():
-                    yield Document(where, [text_field(_parse(line, where), field, "--field", where)])
+                    yield text_document(where, text_field(_parse(line, where), field, "--field", where))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}), after line {number}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -180,7 +188,7 @@ def hugging_face(spec: str, column: str) -> Source:
             rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
             for number, row in enumerate(rows, 1):
                 where = f"--hf {spec}, row {number}"
-                yield Document(where, [text_field(row, column, "--hf-column", where)])
+                yield text_document(where, text_field(row, column, "--hf-column", where))
         except InputError:
             raise
         except Exception as error:  # of datasets, of its hub client, of a dozen file formats
@@ -204,28 +212,28 @@ def standard_library() -> Source:
 
 
 def wikitext(path: Path) -> Iterator[Document]:
-    """The articles of a WikiText archive, in its own splits; one starts at the blank line before its " = Title = "."""
+    """The articles of a WikiText archive; one starts at the blank line before its " = Title = "."""
     with zipfile.ZipFile(path) as archive:
-        for split, file_name in zip(SPLITS, ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"), strict=True):
+        for file_name in ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"):
             member = next(name for name in archive.namelist() if name.endswith(file_name))
             with io.TextIOWrapper(archive.open(member), encoding="utf-8", newline="\n") as lines:
                 article: list[str] = []
                 for line in lines:
                     if re.fullmatch(r" = [^=].* = \n", line) and article and not article[-1].strip():
                         blank = article.pop()
-                        yield Document(member, ["".join(article)], split)
+                        if article:
+                            yield text_document(member, "".join(article))
                         article = [blank]
                     article.append(line)
-                yield Document(member, ["".join(article)], split)
+                yield text_document(member, "".join(article))
 
 
 def tinystories(path: Path) -> Iterator[Document]:
     """The stories of TinyStoriesV2-GPT4-train.txt, without the line breaks around the separators."""
     rest = ""
-    for block in file_blocks(path):
+    for block in itertools.chain(file_blocks(path), ["<|endoftext|>"]):
         *stories, rest = (rest + block).split("<|endoftext|>")
-        yield from (Document(str(path), [story.strip()]) for story in stories)
-    yield Document(str(path), [rest.strip()])
+        yield from (text_document(str(path), story.strip()) for story in stories if story.strip())
 
 
 class Download(NamedTuple):
@@ -363,7 +371,7 @@ def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
     """Every document as a whole to the split that its text, or the corpus, says."""
     for document in documents:
         digest, blocks, size = hashlib.sha256(), [], 0
-        for block in filter(None, document.blocks):
+        for block in document.blocks:
             digest.update(block.encode("utf-8"))
             blocks.append(block)
             size += len(block)
@@ -373,7 +381,7 @@ def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
                     "split it up, or stream everything as one text that is cut 90/5/5 with --one-document"
                 )
         percent = int.from_bytes(digest.digest()[:8], "big") % 100
-        split = document.split or ("train" if percent < 90 else "val" if percent < 95 else "test")
+        split = "train" if percent < 90 else "val" if percent < 95 else "test"
         for i, block in enumerate(blocks, 1):
             yield Piece(split, block, ends=i == len(blocks))
 
@@ -526,8 +534,8 @@ def _build(folder: Path, source: Source, options: dict, tokenizer: str | Tokeniz
                 file.write(json.dumps({"text": "".join(document.blocks)}) + "\n")
         source = source._replace(documents=lambda: json_lines(copy, "text"))
     first = list(itertools.islice(documents(), 2))
-    own_splits, cut_chars = bool(first and first[0].split), 0
-    if options["one_document"] or (len(first) == 1 and not own_splits):
+    cut_chars = 0
+    if options["one_document"] or len(first) == 1:
         cut_chars = sum(map(len, joined(documents())))
         if cut_chars < 20:
             raise InputError(f"{source.description}: {cut_chars} characters are too few to be cut 90/5/5")
@@ -544,17 +552,16 @@ def _build(folder: Path, source: Source, options: dict, tokenizer: str | Tokeniz
             "add documents, or use --one-document to join them and cut the whole 90/5/5"
         )
     if tokenizer == "sentencepiece":
-        sample_mb = sum(map(len, sample)) / 1e6
-        _say(f"training a tokenizer of {options['vocab_size']:,} tokens on {sample_mb:,.1f} million characters")
+        _say(f"training a tokenizer of {options['vocab_size']:,} tokens on {sum(map(len, sample)):,} characters")
         tokenizer = train_sentencepiece(sample, options["vocab_size"])
     elif tokenizer == "byte":
         tokenizer = ByteTokenizer()
     tokenizer.save(folder / "tokenizer.model")
-    _say(f"encoding {chars / 1e6:,.1f} million characters, {workers} threads")
+    _say(f"encoding {chars:,} characters, {workers} threads")
     splits = write_shards(pieces(), chars, tokenizer, folder, workers)
     copy.unlink(missing_ok=True)
     return {
-        "split_by": "position" if cut_chars else "corpus" if own_splits else "hash",
+        "split_by": "position" if cut_chars else "hash",
         "versions": {"minidisp": __version__, "sentencepiece": sentencepiece.__version__},
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,

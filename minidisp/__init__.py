@@ -1,6 +1,6 @@
 """minidisp: small language models trained from scratch, with and without the dispersion loss (arXiv 2602.00217).
 
-    from minidisp import dispersion_loss, DispersionLoss, GPT, GPTConfig, load
+from minidisp import dispersion_loss, DispersionLoss, GPT, GPTConfig, load
 """
 
 import importlib

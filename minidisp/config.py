@@ -54,7 +54,7 @@ class Config(GPTConfig):
     dispersion_clamp: float = flag(0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through")
     dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
     # optimisation
-    max_steps: int = flag(600, "optimiser steps")
+    max_steps: int = flag(500, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")
     grad_accum: int = flag(1, "micro-steps per optimiser step")
     optimizer: Literal["adamw", "muon"] = flag(

@@ -43,7 +43,7 @@ class ShardWriter:
     def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int):
         self.shards: list[dict] = []
         self._folder, self._split, self._shard_tokens = Path(folder), split, shard_tokens
-        self._dtype = token_dtype(vocab_size)
+        self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._file = None
         self._tokens = 0  # in the current file
 
@@ -60,8 +60,11 @@ class ShardWriter:
             self._finish()
 
     def write(self, ids: list[int]) -> None:
-        """Append token ids; OverflowError if one does not fit the dtype."""
-        tokens = np.array(ids, dtype=self._dtype)
+        """Append token ids; ValueError if one is not in the vocabulary."""
+        tokens = np.array(ids, dtype=np.int64)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(f"token ids {tokens.min()}..{tokens.max()} for a vocabulary of {self._vocab_size}")
+        tokens = tokens.astype(self._dtype)
         while len(tokens):
             if self._file is None:
                 path = self._folder / f"{self._split}_{len(self.shards):03d}.bin.tmp"
