@@ -9,6 +9,7 @@ Exit codes: 0 done; 2 bad usage or input; 3 training diverged; 130 or 143 after 
 """
 
 import dataclasses
+import gc
 import json
 import math
 import platform
@@ -74,7 +75,9 @@ def main(config: Config) -> dict:
     elif config.init_from:
         start_from(model, config, dataset)
     model.to(device)
+    gc.disable()  # AdamW loads torch's compiler: looking for garbage in what it brings would take half a second
     optimizers = build_optimizers(model, config)
+    gc.enable()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     dispersion = DispersionLoss(
         config.dispersion_variant,

@@ -79,7 +79,7 @@ class Config(GPTConfig):
     threads: int = flag(0, "CPU threads; 0 = torch's choice")
     # logging
     eval_every: int = flag(100, "steps between evaluations; there is always one at step 0 and one at the end")
-    eval_tokens: int = flag(16_384, "validation tokens per evaluation, the same ones every time; 0 = all")
+    eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     save_every: int = flag(250, "steps between checkpoints; there is always one at the end")
     keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt")
