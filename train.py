@@ -494,6 +494,11 @@ def cli(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and on a CPU there is only the message
+        if "allocate" not in str(error):
+            raise
+        print("train.py: out of memory: lower --batch-size, --block-size or the size of the model", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130

@@ -94,15 +94,15 @@ class Config(GPTConfig):
                 raise InputError(f"--{_kebab(name)} is {getattr(self, name)}, but must be above {low} and below {high}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise InputError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}: change one of them")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed is {self.seed}, but must be below 2^32 = {2**32}")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
         if self.resume and self.init_from:
             raise InputError("--resume goes on with a run's own weights: leave out --init-from")
         if self.dispersion:
-            if self.block_size < 2 or self.dispersion_tokens == 1:
-                raise InputError(
-                    "the dispersion loss needs pairs: --block-size and --dispersion-tokens must be 2 or more"
-                )
+            if self.dispersion_tokens == 1:
+                raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
             try:
                 select_layers(self.dispersion_layers, self.n_layer)
             except ValueError as error:
@@ -124,7 +124,7 @@ class Config(GPTConfig):
 
 
 _AT_LEAST = {
-    "seed": 0, "dispersion_tokens": 0, "max_steps": 0, "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "threads": 0,
+    "block_size": 2, "seed": 0, "dispersion_tokens": 0, "max_steps": 0, "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "threads": 0,
     "eval_every": 1, "eval_tokens": 0, "log_every": 1, "save_every": 1, "keep": 0,
 }  # fmt: skip
 _BETWEEN = {

@@ -315,6 +315,10 @@ BAD = {
     "no run": (["--resume", "--out", "missing"], "missing"),
     "no weights": (["--init-from", "missing"], "missing"),
     "long context": (["--block-size", "30000"], "--block-size"),
+    "one token of context": (["--block-size", "1"], "--block-size"),
+    "large seed": (["--seed", "99999999999999999999"], "--seed"),
+    "a file as corpus": (["--data", __file__], "data/prepare.py"),
+    "too large a model": (["--n-embd", "600000000"], "memory"),
     "odd head": (["--arch", "qwen3", "--head-dim", "7"], "--head-dim"),
 }
 
