@@ -54,7 +54,7 @@ class Config(GPTConfig):
     dispersion_clamp: float = flag(0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through")
     dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
     # optimisation
-    max_steps: int = flag(500, "optimiser steps")
+    max_steps: int = flag(400, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")
     grad_accum: int = flag(1, "micro-steps per optimiser step")
     optimizer: Literal["adamw", "muon"] = flag(
@@ -62,7 +62,7 @@ class Config(GPTConfig):
     )
     lr: float = flag(3e-3, "peak learning rate")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10")
-    warmup_steps: int = flag(50, "steps of linear warm-up")
+    warmup_steps: int = flag(40, "steps of linear warm-up")
     schedule: Literal["cosine", "wsd", "constant"] = flag(
         "cosine", "after warm-up; wsd: constant, last fifth linear down"
     )
@@ -81,7 +81,7 @@ class Config(GPTConfig):
     eval_every: int = flag(100, "steps between evaluations; there is always one at step 0 and one at the end")
     eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
-    save_every: int = flag(250, "steps between checkpoints; there is always one at the end")
+    save_every: int = flag(200, "steps between checkpoints; there is always one at the end")
     keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt")
 
     def __post_init__(self):
