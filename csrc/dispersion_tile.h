@@ -82,7 +82,7 @@ void register_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t de
     for (int n = 0; n < N; ++n) right[n] = load<V>(b + k * ldb + n * W);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      V left = V{} + (kTransposed ? a[k * lda + m] : rows[m / 3][(m % 3) * lda + k]);
+      const T left = kTransposed ? a[k * lda + m] : rows[m / 3][(m % 3) * lda + k];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
     }
@@ -188,8 +188,9 @@ double weigh(T* tile, int64_t ld, int64_t m, int64_t n, bool diagonal, bool need
   constexpr int W = lanes<T>();
   Mask lane;
   for (int l = 0; l < W; ++l) lane[l] = l;
-  V total{};
-  for (int64_t i = 0; i < m; ++i)
+  V total{}, lost{};  // summed with Kahan's compensation: thousands of equal values would round the same way
+  for (int64_t i = 0; i < m; ++i) {
+    V row{};
     for (int64_t j = diagonal ? i / W * W : 0; j < n; j += W) {
       V value, weight;
       pair(load<V>(tile + i * ld + j), i, j, &value, &weight);
@@ -200,9 +201,14 @@ double weigh(T* tile, int64_t ld, int64_t m, int64_t n, bool diagonal, bool need
         value = wanted ? value : V{};
         weight = wanted ? weight : V{};
       }
-      total += value;
+      row += value;
       if (need_grad) store(tile + i * ld + j, weight);
     }
+    row -= lost;
+    const V sum = total + row;
+    lost = (sum - total) - row;
+    total = sum;
+  }
   if (diagonal && need_grad)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < i; ++j) tile[i * ld + j] = tile[j * ld + i];
