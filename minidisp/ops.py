@@ -13,7 +13,6 @@ built before, or now, into torch's cache of extensions; none, and then streamed 
 """
 
 import contextlib
-import functools
 import hashlib
 import math
 import os
@@ -40,9 +39,7 @@ STRIP_ELEMENTS_ELSEWHERE = 2**24  # 64 MB: fewer, larger kernels
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
-def _streamed(
-    z: Tensor, variant: str, tau: float, clamp: float, eps: float, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _streamed(z: Tensor, variant: str, tau: float, clamp: float, eps: float, need_grad: bool) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         by_distance = variant in ("l2_repel", "perplexity_entropy")
@@ -241,12 +238,13 @@ def _register(name: str) -> None:
     torch.library.register_autograd(name, _backward, setup_context=_save)
 
 
-torch.library.define(
-    "minidisp::dispersion_streamed",
-    "(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)",
-)
-torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(_streamed)
-_register("minidisp::dispersion_streamed")
+if __name__ != "__main__":  # python -m minidisp.ops imports this file once more, under its own name
+    torch.library.define(
+        "minidisp::dispersion_streamed",
+        "(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)",
+    )
+    torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(_streamed)
+    _register("minidisp::dispersion_streamed")
 
 
 def fused(z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> Tensor:
@@ -260,7 +258,167 @@ def streamed(z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> T
     need_grad = torch.is_grad_enabled() and z.requires_grad
     return torch.ops.minidisp.dispersion_streamed(z, variant, tau, clamp, eps, need_grad)[0]
 
-# Which implementation
+
+# The extension: found, or built
+
+SOURCE_FOLDER = Path(__file__).resolve().parent.parent / "csrc"
+CXX_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fopenmp")  # at::parallel_for is serial without OpenMP
+NVCC_FLAGS = ("-O3", "-std=c++20")
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
+EXPECTED_SECONDS = 60
+
+_status: tuple[bool, str] | None = None  # whether the extension is loaded, and the line that says so
+
+
+def sources(cuda: bool) -> list[Path]:
+    return sorted(path for path in SOURCE_FOLDER.glob("*.c*") if cuda or path.suffix == ".cpp")
+
+
+def builds_cuda() -> bool:
+    """Whether the extension is compiled for CUDA too: PyTorch is, and nvcc is there. MINIDISP_CUDA=0 or 1 overrides."""
+    wanted = os.environ.get("MINIDISP_CUDA")
+    return (
+        wanted == "1" if wanted else bool(torch.version.cuda and (shutil.which("nvcc") or os.environ.get("CUDA_HOME")))
+    )
+
+
+def file_stem() -> str:
+    """Of the extension built ahead. It names all that the binary depends on, so a stale one is not loaded, but left."""
+    digest = hashlib.sha256("\0".join((*CXX_FLAGS, *NVCC_FLAGS, str(builds_cuda()))).encode())
+    for path in sorted(SOURCE_FOLDER.glob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"_fused_{torch.__version__.replace('.', '_').replace('+', '_')}_{digest.hexdigest()[:12]}"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+
+
+def cache_folder() -> Path:
+    """Where the extension is built on first use: one folder per torch, ABI, Python, compiler, flags and sources."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    compiler = _compiler()
+    stat = os.stat(compiler) if compiler else None
+    parts = (
+        file_stem(), torch.compiled_with_cxx11_abi(), torch.version.cuda, platform.machine(), compiler,
+        stat and (os.path.realpath(compiler), stat.st_size, stat.st_mtime_ns), os.environ.get("CXX"),
+        os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ.get("CUDA_HOME"),
+    )  # fmt: skip
+    return Path(root) / f"minidisp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One builder at a time; the lock goes with its process, however that ends."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(folder: Path) -> None:
+    """Build into folder/minidisp_fused.so with ninja, or raise an exception; what the compilers said is in the exception."""
+    from torch.utils import cpp_extension  # slow to import, hence only here
+
+    # ninja from requirements.txt lies beside the interpreter, which need not be in the path.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cuda = builds_cuda()
+    if cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    (folder / "lock").unlink(missing_ok=True)  # torch's own, which a killed process leaves behind
+    cpp_extension.load(
+        "minidisp_fused",
+        [str(path) for path in sources(cuda)],
+        extra_cflags=[*CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],
+        extra_cuda_cflags=list(NVCC_FLAGS),
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+        with_cuda=cuda,
+        is_python_module=False,
+    )
+
+
+def _load(path: Path) -> None:
+    if not hasattr(torch.ops.minidisp, "dispersion"):
+        torch.ops.load_library(str(path))
+    _register("minidisp::dispersion")
+
+
+def _find() -> tuple[bool, str]:
+    """Load the extension, building it if need be. Returns whether it is there, and one line about it."""
+    if os.environ.get("MINIDISP_FUSED") == "0":
+        return False, "streamed in PyTorch: MINIDISP_FUSED=0 is set"
+    installed = sorted(Path(__file__).parent.glob("_fused_*.so"))
+    stem = file_stem() if SOURCE_FOLDER.is_dir() else None
+    prefix = stem or file_stem().rsplit("_", 1)[0] + "_"  # a wheel comes without the sources
+    note = ""
+    for path in installed:
+        if path.name.startswith(prefix):
+            try:
+                _load(path)
+                return True, f"fused, built ahead ({path.name})"
+            except (OSError, RuntimeError) as error:
+                note = f"; {path.name} does not load: {str(error).splitlines()[0]}"
+    if installed and not note:
+        note = "; the one built ahead is for another torch or other sources"
+    if stem is None:
+        return False, "streamed in PyTorch: there is neither an extension for this torch nor its sources" + note
+    if os.name != "posix" or sys.platform == "darwin":
+        return False, f"streamed in PyTorch: the extension is not built on {platform.system()}" + note
+
+    folder = cache_folder()
+    binary, log = folder / "minidisp_fused.so", folder / "build.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "done").exists() and not log.exists() and not _compiler():
+            return False, "streamed in PyTorch: no C++ compiler was found" + note
+        with _locked(folder / "minidisp.lock"):
+            if log.exists():
+                return (
+                    False,
+                    f"streamed in PyTorch: the extension did not build; see {log} (delete it to try again)" + note,
+                )
+            built = not (folder / "done").exists()
+            if built:
+                print(
+                    f"minidisp: compiling the extension, once, in about {EXPECTED_SECONDS} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                start = time.time()
+                try:
+                    _compile(folder)
+                except Exception as error:  # whatever goes wrong, training goes on
+                    log.write_text(str(error))
+                    return False, f"streamed in PyTorch: the extension did not build; see {log}" + note
+                (folder / "done").touch()
+                how = f"built now in {time.time() - start:.0f} s"
+            else:
+                how = "built before"
+        _load(binary)
+        return True, f"fused, {how} ({binary}){note}"
+    except (OSError, RuntimeError) as error:  # no place to write, or a binary that does not load
+        return False, f"streamed in PyTorch: {str(error).splitlines()[0]}" + note
+
+
+def _available(device: str) -> bool:
+    """Whether the extension is loaded, now at the latest, and runs on that kind of device."""
+    global _status
+    if _status is None:
+        _status = _find()
+    if not _status[0]:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        "minidisp::dispersion", {"cpu": "CPU", "cuda": "CUDA"}.get(device, "MPS")
+    )
+
+
+# torch.compile takes the answer for a constant instead of tracing the search for the extension. This is all that
+# torch.compiler.assume_constant_result does, but that imports the compiler.
+_available._dynamo_marked_constant = True
 
 
 def check_name(impl: str) -> None:
@@ -269,5 +427,65 @@ def check_name(impl: str) -> None:
 
 
 def resolve(impl: str, device: str) -> str:
+    """What impl stands for on a kind of device ("cpu", "cuda", ...): fused, streamed or reference.
+
+    May build the extension. Raises ValueError if impl is fused and the extension is not to be had.
+    """
     check_name(impl)
-    return "streamed" if impl == "auto" else impl
+    if impl in ("reference", "streamed"):
+        return impl
+    if _available(device):
+        return "fused"
+    if impl == "fused":
+        raise InputError(f"impl='fused' cannot be used on {device}: {explain(device)}")
+    return "streamed"
+
+
+def explain(device: str) -> str:
+    """One line: which of the two is in use on a kind of device, and why."""
+    available = _available(device)
+    if _status[0] and not available:
+        return f"streamed in PyTorch: the extension was built without {device}"
+    return _status[1]
+
+
+def diagnosis() -> tuple[str, bool]:
+    """What python -m minidisp.ops prints, and whether the self-test passed."""
+    from minidisp import dispersion  # to the right of this file, but the diagnosis is the top of its own program
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    lines = [
+        f"torch     {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} threads",
+        f"CUDA      torch {torch.version.cuda or 'without'}, nvcc {shutil.which('nvcc') or 'none'}, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU visible"),
+        f"compiler  {_compiler() or 'none'}, ninja {shutil.which('ninja') or 'none in the path'}",
+    ]
+    passed = True
+    for device in devices:
+        lines.append(f"{device:9s} {explain(device)}")
+        for impl in ("fused", "streamed"):
+            if impl == "fused" and not _available(device):
+                continue
+            worst = 0.0
+            for variant in FUSED_VARIANTS if impl == "fused" else STREAMED_VARIANTS:
+                generator = torch.Generator().manual_seed(0)
+                z = torch.randn(2, 150, 40, generator=generator, dtype=torch.float64).to(device)
+                results = []
+                for x, name in ((z, "reference"), (z.float(), impl)):
+                    x = x.clone().requires_grad_()
+                    loss = dispersion.dispersion_loss(x, variant, impl=name)
+                    loss.backward()
+                    results.append((loss.item(), x.grad.double()))
+                (loss, grad), (fast_loss, fast_grad) = results
+                worst = max(worst, abs(loss - fast_loss), ((grad - fast_grad).norm() / grad.norm()).item())
+            passed &= worst < 1e-5
+            lines.append(f"          self-test of {impl}: error {worst:.0e}, {'passed' if worst < 1e-5 else 'FAILED'}")
+    return "\n".join(lines), passed
+
+
+if __name__ == "__main__":
+    from minidisp import ops  # under its own name, so that the operators are defined once
+
+    text, good = ops.diagnosis()
+    print(text)
+    sys.exit(0 if good else 1)
