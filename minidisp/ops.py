@@ -120,8 +120,9 @@ def _cosine_pairs(
         diagonal = strip.diagonal(dim1=1, dim2=2)
         if variant == "decorrelation":
             diagonal.zero_()
-            total += 2 * torch.linalg.vector_norm(strip, dim=(1, 2)).square()
-            total -= torch.linalg.vector_norm(strip[:, :, : stop - start], dim=(1, 2)).square()
+            # Row by row, as sums of very many equal values round all in the same direction.
+            total += 2 * torch.linalg.vector_norm(strip, dim=2).square().sum(dim=1)
+            total -= torch.linalg.vector_norm(strip[:, :, : stop - start], dim=2).square().sum(dim=1)
         else:
             strip.clamp_(clamp - 1, 1 - clamp).acos_()
             sine = torch.sin(strip, out=spare[: strip.numel()].view_as(strip)) if grad is not None else None
@@ -218,19 +219,19 @@ def _fake(z: Tensor, variant: str, tau: float, clamp: float, eps: float, need_gr
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx, grad_loss: Tensor | None, grad_grad: Tensor | None):
-    if grad_grad is not None:
+def _backward(ctx, grad_loss: Tensor, _):
+    if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
-            "the fused and streamed dispersion losses have no second derivative: use impl='reference' for that"
+            "the fused and streamed dispersion losses have no second derivative: for create_graph=True use impl='reference'"
         )
     (grad,) = ctx.saved_tensors
     # Multiplied in float32 and then rounded, so that float16 profits from the scale of a gradient scaler.
-    return (None if grad_loss is None else (grad * grad_loss).to(ctx.dtype), *[None] * 5)
+    return ((grad * grad_loss).to(ctx.dtype), *[None] * 5)
 
 
 def _register(name: str) -> None:
