@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minidisp import InputError
+from minidisp import InputError, ops
 
 
 def full_precision(function: Callable) -> Callable:
@@ -164,13 +164,22 @@ def _check_options(variant: str, tau: float, clamp: float, eps: float) -> None:
 
 
 def dispersion_loss(
-    z: Tensor, variant: str = "angular_spread", tau: float = 1.0, clamp: float = 0.25, eps: float = 1e-2
+    z: Tensor,
+    variant: str = "angular_spread",
+    tau: float = 1.0,
+    clamp: float = 0.25,
+    eps: float = 1e-2,
+    impl: str = "auto",
 ) -> Tensor:
     """The dispersion loss of one layer.
 
     z: hidden states, (B, T, C), T >= 2, any floating dtype; C >= 2 for all variants but l2_repel and perplexity_entropy.
     variant: a name in VARIANTS; each uses those of the options that its function has and ignores the others.
     tau: temperature, > 0. clamp: cosines are held in [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >= 0.
+    impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but keeps no
+    T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but float64; what it
+    lacks is streamed. "auto" takes fused where the extension is, builds it on first use where it can, and else streamed.
+    mean_cosine has no pairs and is the same under every name.
     Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
     """
     _check_options(variant, tau, clamp, eps)
@@ -180,6 +189,10 @@ def dispersion_loss(
     if z.shape[0] < 1 or z.shape[1] < 2 or z.shape[2] < min_features:
         raise ValueError(f"{variant} needs B >= 1, T >= 2 and C >= {min_features}, but z is {tuple(z.shape)}")
 
+    chosen = ops.resolve(impl, z.device.type)
+    if chosen != "reference" and variant in ops.STREAMED_VARIANTS:
+        take_fused = chosen == "fused" and variant in ops.FUSED_VARIANTS and z.dtype != torch.float64
+        return (ops.fused if take_fused else ops.streamed)(z, variant, float(tau), float(clamp), float(eps))
     options = {"tau": tau, "clamp": clamp, "eps": eps}
     return VARIANTS[variant](z, **{name: options[name] for name in _OPTIONS[variant]})
 
@@ -215,6 +228,7 @@ class DispersionLoss(nn.Module):
     tokens: 0 takes every token. N > 0 takes, where T > N, a random set of N positions, one per layer and shared by the
     batch, from a generator of its own: the set depends on (seed, step, layer) and nothing else, so the micro-batches of an
     optimiser step share it, a resumed run needs no state, and the global random numbers are what they were.
+    impl: see dispersion_loss.
     Raises ValueError for options that cannot be used.
     """
 
@@ -227,6 +241,7 @@ class DispersionLoss(nn.Module):
         clamp: float = 0.25,
         eps: float = 1e-2,
         seed: int = 0,
+        impl: str = "auto",
     ):
         super().__init__()
         _check_options(variant, tau, clamp, eps)
@@ -236,6 +251,8 @@ class DispersionLoss(nn.Module):
             raise InputError(f"the dispersion seed must not be negative, but is {seed}")
         self.variant, self.layers, self.tokens = variant, layers, tokens
         self.tau, self.clamp, self.eps, self.seed = tau, clamp, eps, seed
+        ops.check_name(impl)
+        self.impl = impl
         self.calls = 0
 
     def forward(self, hidden_states: Sequence[Tensor], step: int | None = None) -> Tensor:
@@ -251,7 +268,7 @@ class DispersionLoss(nn.Module):
             # decorator: that would load the compiler, two seconds of it, with every import of this file.
             drawn = torch.compiler.disable(self._draw_positions)(states[0].shape[1], layers, step)
             states = [z.index_select(1, positions.to(z.device)) for z, positions in zip(states, drawn, strict=True)]
-        losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps) for z in states]
+        losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()
 
     def _draw_positions(self, T: int, layers: list[int], step: int | None) -> list[Tensor]:
@@ -262,5 +279,5 @@ class DispersionLoss(nn.Module):
         return [torch.from_numpy(np.sort(rng.choice(T, self.tokens, replace=False))) for rng in generators]
 
     def extra_repr(self) -> str:
-        names = ("variant", "layers", "tokens", "tau", "clamp", "eps", "seed")
+        names = ("variant", "layers", "tokens", "tau", "clamp", "eps", "seed", "impl")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -1,0 +1,208 @@
+"""How fast the dispersion loss is: forward and backward, plain, compiled by torch.compile, streamed and fused.
+
+    python bench/dispersion.py [--threads 1] [--variant angular_spread] [--shapes 16x128x256,...] [--device cpu] [--no-compile]
+
+Before anything is timed, every form is verified against float64. Then all are timed in turn, round after round in one process,
+since machines are shared and clocks move; ratios are those of medians. GFLOP/s count 3 T^2 C per sequence (the products over
+half of the pairs, forward and backward), whatever a form really computes, and are compared with a product of square matrices
+timed in the same rounds. "block" is forward and backward of a GPT-2 style block at the same shape: the share is what
+the fused loss on the block's output adds to it. The peak memory is what each form needs beyond z and its gradient, and comes
+from a child process (CPU) or the allocator (CUDA). A table, then one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minidisp import ops
+from minidisp.dispersion import dispersion_loss
+
+SHAPES = "16x128x256,8x256x384,4x1024x768,2x2048x768,1x1024x768"
+
+
+class Block(nn.Module):
+    """GPT-2 style: attention and an MLP of four times the width, pre-norm, no dropout."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.heads = C // 64 if C % 64 == 0 else 1
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.c_attn, self.attn_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp_proj(functional.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+def timed(function, synchronize) -> float:
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def forms(variant: str, with_compile: bool, device: str) -> dict:
+    """The ways of computing the loss: name -> function of z."""
+    chosen = {
+        "eager": lambda z: dispersion_loss(z, variant, impl="reference"),
+        "streamed": lambda z: dispersion_loss(z, variant, impl="streamed"),
+    }
+    if with_compile:
+        # The clamp and arccos in one kernel between two products is what the compiler does best.
+        chosen["compiled"] = torch.compile(chosen["eager"], dynamic=False)
+    if ops.resolve("auto", device) == "fused" and variant in ops.FUSED_VARIANTS:
+        chosen["fused"] = lambda z: dispersion_loss(z, variant, impl="fused")
+    return chosen
+
+
+def step(function, z: Tensor) -> Tensor:
+    z.grad = None
+    loss = function(z)
+    loss.backward()
+    return loss
+
+
+def verify(chosen: dict, z: Tensor, variant: str) -> None:
+    exact = z.detach()[:1].double().requires_grad_()
+    step(lambda z: dispersion_loss(z, variant, impl="reference"), exact)
+    for name, function in chosen.items():
+        small = z.detach()[:1].clone().requires_grad_()
+        step(function, small)
+        error = ((small.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+        if not error < (1e-5 if z.dtype == torch.float32 else 1e-2):
+            raise SystemExit(f"{name} is wrong at {tuple(z.shape)}: the gradient is off by {error:.1e}")
+
+
+def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: str) -> float:
+    """What a step of a form needs beyond z and its gradient."""
+    if device == "cuda":
+        z = torch.randn(shape, device="cuda", requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(forms(variant, False, device)[name], z)
+        return (torch.cuda.max_memory_allocated() - before - z.nbytes) / 2**20
+    command = [sys.executable, __file__, "--peak-of", name, "--variant", variant, "--shapes", "x".join(map(str, shape))]
+    command += ["--threads", str(torch.get_num_threads())]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(name: str, variant: str, shape: tuple[int, int, int]) -> None:
+    """In a child process: the growth of the peak of the resident memory over one step."""
+    function = forms(variant, False, "cpu")[name]
+    step(function, torch.randn(1, 33, 8, requires_grad=True))
+    z = torch.randn(shape, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(function, z)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - z.nbytes / 2**20)
+
+
+def measure(shape: tuple[int, int, int], args) -> dict:
+    B, T, C = shape
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    z = torch.randn(shape, device=args.device).to(dtype).requires_grad_()
+    chosen = forms(args.variant, args.compile, args.device)
+    verify(chosen, z, args.variant)
+    n = 1024 if args.device == "cpu" else 8192
+    left, right = torch.randn(2, n, n, device=args.device, dtype=dtype)
+    product = torch.empty(n, n, device=args.device, dtype=dtype)
+    block = Block(C).to(args.device, dtype)
+    x = torch.randn(shape, device=args.device, dtype=dtype).requires_grad_()
+    runs = {name: (lambda function=function: step(function, z)) for name, function in chosen.items()}
+    runs["block"] = lambda: block(x).sum().backward()
+    runs["gemm"] = lambda: torch.mm(left, right, out=product)
+
+    for run in runs.values():
+        run()
+    times_ms: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.monotonic() + args.seconds
+    while time.monotonic() < end or len(times_ms["gemm"]) < 5:
+        for name, run in runs.items():
+            times_ms[name].append(timed(run, synchronize))
+    median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
+    quintiles = {name: statistics.quantiles(times, n=5) for name, times in times_ms.items()}
+
+    best = "fused" if "fused" in chosen else "streamed"
+    gflops = {name: 3 * B * T * T * C / median_ms[name] / 1e6 for name in chosen}
+    return {
+        "shape": shape,
+        "rounds": len(times_ms["gemm"]),
+        "median_ms": median_ms,
+        "p20_ms": {name: q[0] for name, q in quintiles.items()},
+        "p80_ms": {name: q[-1] for name, q in quintiles.items()},
+        "best": best,
+        "gflops": gflops,
+        "gemm_gflops": 2 * n**3 / median_ms["gemm"] / 1e6,
+        "share_of_block": median_ms[best] / median_ms["block"],
+        "peak_mem_mib": {n: peak_mem_mib(n, args.variant, shape, args.device) for n in chosen if n != "compiled"},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variant", choices=ops.STREAMED_VARIANTS, default="angular_spread")
+    parser.add_argument("--shapes", default=SHAPES, help="B x T x C, such as 4x1024x768, separated by commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing per shape")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shapes = [tuple(int(n) for n in text.split("x")) for text in args.shapes.split(",")]
+    if args.peak_of:
+        print_peak(args.peak_of, args.variant, shapes[0])
+        return
+
+    where = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
+    )
+    print(f"{args.variant} on {where}, torch {torch.__version__}; {ops.explain(args.device)}")
+    print("forward and backward in ms, and in brackets how many times the first of fused and streamed is as fast\n")
+    print(
+        "| (B, T, C) | eager | torch.compile | streamed | fused | GFLOP/s | of the matrix product | of a block | MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    results = []
+    for shape in shapes:
+        result = measure(shape, args)
+        results.append(result)
+        ms, best = result["median_ms"], result["best"]
+        cells = [
+            f"{ms[name]:.2f}" + (f" ({ms[name] / ms[best]:.1f}x)" if name != best else "") if name in ms else "-"
+            for name in ("eager", "compiled", "streamed", "fused")
+        ]
+        memory = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_mem_mib"].items())
+        rate, peak = result["gflops"][best], result["gemm_gflops"]
+        print(
+            f"| {', '.join(map(str, shape))} | {' | '.join(cells)} | {rate:.0f} | {rate / peak:.0%} | "
+            f"{result['share_of_block']:.1%} | {memory} |",
+            flush=True,
+        )
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    print(json.dumps({"device": where, "torch": torch.__version__, "commit": git.stdout.strip(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// The weight of a pair of tokens, for a float or a vector of floats F: its share in the loss's sum, and the slope that its
+// cosine or distance passes on, up to factors that are the same for all pairs. Included once per instruction set, inside a
+// namespace which has lesser, greater, magnitude, choose (by sign), inverse_root and exponential for F.
+
+// arccos(x) / sqrt(1 - x) for 0 <= x < 1, off by less than 2e-9 / sqrt(1 - x): a fit of degree 8.
+template <class F>
+PAIR_INLINE F arccos_quotient(F x) {
+  F p = x * 0.0008180630f - 0.0044795653f;
+  p = p * x + 0.0118018047f;
+  p = p * x - 0.0213423601f;
+  p = p * x + 0.0328407919f;
+  p = p * x - 0.0506575304f;
+  p = p * x + 0.0890375541f;
+  p = p * x - 0.2146014869f;
+  return p * x + 1.5707963250f;
+}
+
+// The angle whose cosine is c, and 1 / sin of it, for |c| < 1.
+template <class F>
+PAIR_INLINE void angle_of(F c, F* angle, F* inverse_sine) {
+  F x = magnitude(c);
+  F root = inverse_root(1.0f - x);
+  F small = (1.0f - x) * root * arccos_quotient(x);
+  *angle = choose(c, 3.14159265f - small, small);
+  *inverse_sine = root * inverse_root(1.0f + x);
+}
+
+struct AngularSpread {  // exp((shift - angle) / (pi tau)); its slope in c, times pi tau
+  float limit, shift, inverse_pi_tau;
+  template <class F>
+  PAIR_INLINE void operator()(F c, F* value, F* weight) const {
+    F angle, inverse_sine;
+    angle_of(greater(lesser(c, limit), -limit), &angle, &inverse_sine);
+    *value = exponential((shift - angle) * inverse_pi_tau);
+    *weight = *value * inverse_sine;
+  }
+};
+
+struct Orthogonalization {  // max(0, 1/2 - angle / pi)^2; its slope in c, times pi / 2
+  float limit;
+  template <class F>
+  PAIR_INLINE void operator()(F c, F* value, F* weight) const {
+    F angle, inverse_sine;
+    angle_of(greater(lesser(c, limit), -limit), &angle, &inverse_sine);
+    F gap = choose(-c, greater(0.5f - angle * 0.318309886f, 0.0f), c * 0.0f);  // exactly 0 up from a right angle
+    *value = gap * gap;
+    *weight = gap * inverse_sine;
+  }
+};
+
+struct Decorrelation {  // c^2; half its slope in c
+  template <class F>
+  PAIR_INLINE void operator()(F c, F* value, F* weight) const {
+    *value = c * c;
+    *weight = c;
+  }
+};

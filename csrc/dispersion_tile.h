@@ -1,0 +1,320 @@
+// The vector code of the CPU: products of small matrices, and the weights of a tile of pairs. dispersion_cpu.cpp includes
+// this file once per instruction set, inside a namespace, with VECTOR_BYTES, ROWS (of the register block; two vectors wide)
+// and PAIR_INLINE defined. Vector extensions of GCC and Clang, no intrinsics: it compiles on any processor.
+
+constexpr int kVectors = 2;  // width of the register block
+
+typedef float F __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
+typedef double D __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t L __attribute__((vector_size(VECTOR_BYTES)));
+typedef float HalfF __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many floats as D has doubles
+typedef int32_t HalfI __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> { using V = F; using Mask = I; };
+template <> struct VectorOf<double> { using V = D; using Mask = L; };
+template <class V> struct IntegerOf;
+template <> struct IntegerOf<F> { using Type = I; };
+template <> struct IntegerOf<HalfF> { using Type = HalfI; };
+template <class T> constexpr int lanes() { return VECTOR_BYTES / sizeof(T); }
+
+template <class V, class T>
+PAIR_INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+PAIR_INLINE void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class V>
+PAIR_INLINE V broadcast(float x) { return V{} + x; }
+
+// What dispersion_pair.h asks for.
+template <class V> PAIR_INLINE V lesser(V a, float b) { V w = broadcast<V>(b); return a < w ? a : w; }
+template <class V> PAIR_INLINE V greater(V a, float b) { V w = broadcast<V>(b); return a > w ? a : w; }
+template <class V> PAIR_INLINE V magnitude(V a) {
+  using N = typename IntegerOf<V>::Type;
+  return (V)((N)a & 0x7fffffff);
+}
+template <class V> PAIR_INLINE V choose(V sign, V negative, V positive) { return sign < 0.0f ? negative : positive; }
+// 1 / sqrt(x), x > 0 and normal: a guess from the exponent, right to 3 %, and three steps of Newton.
+template <class V> PAIR_INLINE V inverse_root(V x) {
+  using N = typename IntegerOf<V>::Type;
+  V y = (V)(0x5f3759df - ((N)x >> 1)), half = 0.5f * x;
+  for (int step = 0; step < 3; ++step) y = y * (1.5f - half * y * y);
+  return y;
+}
+// exp(x) for x <= 0, as 2^n exp(r) with |r| <= ln(2) / 2; below -87 it stays at exp(-87).
+template <class V> PAIR_INLINE V exponential(V x) {
+  using N = typename IntegerOf<V>::Type;
+  x = greater(x, -87.0f);
+  V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: leaves n, the nearest integer, in the last bits
+  V n = shifted - 12582912.0f;
+  V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V p = r * 1.98756915e-4f + 1.39819995e-3f;
+  p = p * r + 8.33345192e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  return p * (V)(((N)shifted << 23) + 0x3f800000);
+}
+
+#include "dispersion_pair.h"
+
+// C += A B for a block of M rows and N vectors that fits the registers: summed from zero, then added. A(m, k) stands at
+// a[m * lda + k], or at a[k * lda + m] if kTransposed.
+template <class T, int M, int N, bool kTransposed>
+void register_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc, bool add) {
+  using V = typename VectorOf<T>::V;
+  constexpr int W = lanes<T>();
+  for (int m = 0; m < M; ++m) __builtin_prefetch(c + m * ldc, 1);
+  const T* rows[(M + 2) / 3];  // every third row; the ones between are reached through the addressing mode
+  for (int m = 0; m < M; m += 3) rows[m / 3] = a + m * lda;
+  V sum[M][N] = {};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = load<V>(b + k * ldb + n * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T left = kTransposed ? a[k * lda + m] : rows[m / 3][(m % 3) * lda + k];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      T* p = c + m * ldc + n * W;
+      store(p, add ? load<V>(p) + sum[m][n] : sum[m][n]);
+    }
+}
+
+template <class T>
+using Block = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool);
+
+template <class T, int N, bool kTransposed, int... M>
+Block<T> block_of(int rows, std::integer_sequence<int, M...>) {
+  static constexpr Block<T> table[] = {register_block<T, M + 1, N, kTransposed>...};
+  return table[rows - 1];
+}
+
+// C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the lanes.
+// upper: what lies wholly below the diagonal of C is not wanted.
+template <class T, bool kTransposed>
+void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+              bool add, bool upper = false) {
+  constexpr int W = lanes<T>();
+  const int64_t groups = (m + ROWS - 1) / ROWS;  // of rows, as equal as can be
+  for (int64_t column = 0; column < n; column += kVectors * W) {
+    const bool full = n - column >= kVectors * W;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = g * m / groups, rows = (g + 1) * m / groups - row;
+      if (upper && row >= column + kVectors * W) break;
+      const auto all = std::make_integer_sequence<int, ROWS>();
+      const Block<T> block = full ? block_of<T, kVectors, kTransposed>(static_cast<int>(rows), all)
+                                  : block_of<T, 1, kTransposed>(static_cast<int>(rows), all);
+      block(kTransposed ? a + row : a + row * lda, lda, b + column, ldb, depth, c + row * ldc + column, ldc, add);
+    }
+  }
+}
+
+// One of the log2(lanes) steps of transposing a square of vectors: swaps the off-diagonal squares of side S.
+template <class T, int S>
+PAIR_INLINE void transpose_step(typename VectorOf<T>::V* r) {
+  using V = typename VectorOf<T>::V;
+  using Mask = typename VectorOf<T>::Mask;
+  constexpr int W = lanes<T>();
+  Mask low{}, high{};
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) {
+    low[l] = l & S ? W + l - S : l;
+    high[l] = l & S ? W + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) {
+      const V a = r[i], b = r[i + S];
+#if defined(__clang__)
+      for (int l = 0; l < W; ++l) {
+        r[i][l] = l & S ? b[l - S] : a[l];
+        r[i + S][l] = l & S ? b[l] : a[l + S];
+      }
+#else
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + S] = __builtin_shuffle(a, b, high);
+#endif
+    }
+  if constexpr (2 * S < W) transpose_step<T, 2 * S>(r);
+}
+
+// out[k * ldo + i] = in[i * ldi + k] for i < n, k < depth; i is filled up with zeros to a multiple of the lanes. Rows of in
+// may be read up to a multiple of the lanes beyond depth, rows of out be written there.
+template <class T>
+void transpose(const T* in, int64_t ldi, int64_t n, int64_t depth, T* out, int64_t ldo) {
+  using V = typename VectorOf<T>::V;
+  constexpr int W = lanes<T>();
+  for (int64_t i = 0; i < n; i += W)
+    for (int64_t k = 0; k < depth; k += W) {
+      V r[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) r[l] = i + l < n ? load<V>(in + (i + l) * ldi + k) : V{};
+      transpose_step<T, 1>(r);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(out + (k + l) * ldo + i, r[l]);
+    }
+}
+
+template <class V>
+PAIR_INLINE double sum_lanes(V v) {
+  double sum = 0;
+  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) sum += v[l];
+  return sum;
+}
+
+// Replaces the products in a tile (m x n, row-major) by the weights of the pairs and returns the sum of their values, each
+// pair once. A diagonal tile is computed above its diagonal and mirrored; the diagonal itself gets no weight. pair(x, i, j,
+// &value, &weight) sees one vector of products, those of row i with the columns from j on.
+template <class T, class Pair>
+double weigh(T* tile, int64_t ld, int64_t m, int64_t n, bool diagonal, bool need_grad, Pair pair) {
+  using V = typename VectorOf<T>::V;
+  using Mask = typename VectorOf<T>::Mask;
+  constexpr int W = lanes<T>();
+  Mask lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  V total{}, lost{};  // summed with Kahan's compensation: thousands of equal values would round the same way
+  for (int64_t i = 0; i < m; ++i) {
+    V row{};
+    for (int64_t j = diagonal ? i / W * W : 0; j < n; j += W) {
+      V value, weight;
+      pair(load<V>(tile + i * ld + j), i, j, &value, &weight);
+      if (diagonal || j + W > n) {
+        using Index = std::decay_t<decltype(lane[0])>;
+        const Index first = static_cast<Index>(diagonal ? i - j : -1), stop = static_cast<Index>(n - j);
+        const Mask wanted = (lane > first) & (lane < stop);
+        value = wanted ? value : V{};
+        weight = wanted ? weight : V{};
+      }
+      row += value;
+      if (need_grad) store(tile + i * ld + j, weight);
+    }
+    row -= lost;
+    const V sum = total + row;
+    lost = (sum - total) - row;
+    total = sum;
+  }
+  if (diagonal && need_grad)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < i; ++j) tile[i * ld + j] = tile[j * ld + i];
+  return sum_lanes(total);
+}
+
+// The largest product of a pair.
+inline float largest(const float* tile, int64_t ld, int64_t m, int64_t n, bool diagonal) {
+  float most = -2;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = diagonal ? i + 1 : 0; j < n; ++j) most = std::max(most, tile[i * ld + j]);
+  return most;
+}
+
+double weigh_cosines(const Options& o, double shift, float* tile, int64_t ld, int64_t m, int64_t n, bool diagonal,
+                     bool need_grad) {
+  const auto run = [&](auto pair) {
+    return weigh<float>(tile, ld, m, n, diagonal, need_grad,
+                        [&](F c, int64_t, int64_t, F* value, F* weight) PAIR_INLINE_LAMBDA { pair(c, value, weight); });
+  };
+  const float limit = static_cast<float>(1 - o.clamp);
+  if (o.variant == Variant::angular_spread)
+    return run(AngularSpread{limit, static_cast<float>(shift), static_cast<float>(1 / (kPi * o.tau))});
+  if (o.variant == Variant::orthogonalization) return run(Orthogonalization{limit});
+  return run(Decorrelation{});
+}
+
+// l2_repel: exp(-||z_i - z_j||^2 / tau) from the products and the squared norms of the tile's rows and columns.
+double weigh_distances(double tau, const double* row_square, const double* column_square, double* tile, int64_t ld, int64_t m,
+                       int64_t n, bool diagonal, bool need_grad) {
+  return weigh<double>(tile, ld, m, n, diagonal, need_grad,
+                       [&](D product, int64_t i, int64_t j, D* value, D* weight) PAIR_INLINE_LAMBDA {
+                         const D x = (2 * product - row_square[i] - load<D>(column_square + j)) * (1 / tau);
+                         const HalfF small = __builtin_convertvector(x > -100.0 ? x : D{} - 100.0, HalfF);
+                         *value = *weight = __builtin_convertvector(exponential(lesser(small, 0.0f)), D);
+                       });
+}
+
+// A row of z, padded with zeros to a multiple of the lanes, becomes a row of u: divided by length = norm + eps, or, for
+// decorrelation, centred first, with a constant row turned into zeros. Returns NaN for NaN or infinity in the row, else 0.
+float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* length) {
+  constexpr int W = lanes<float>();
+  const int64_t padded = (D_ + W - 1) / W * W;
+  double eps = o.eps;
+  F bad{};
+  for (int64_t d = 0; d < padded; d += W) bad += load<F>(u + d) * 0.0f;
+  if (o.variant == Variant::decorrelation) {
+    F sum{}, most{}, rest{};
+    for (int64_t d = 0; d < padded; d += W) {
+      const F x = load<F>(u + d);
+      sum += x;
+      most = magnitude(x) > most ? magnitude(x) : most;
+    }
+    const float mean = static_cast<float>(sum_lanes(sum) / static_cast<double>(D_));
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) - mean);
+    for (int64_t d = D_; d < padded; ++d) u[d] = 0;
+    for (int64_t d = 0; d < padded; d += W) {
+      const F x = magnitude(load<F>(u + d));
+      rest = x > rest ? x : rest;
+    }
+    float largest_before = 0, largest_after = 0;
+    for (int l = 0; l < W; ++l) {
+      largest_before = std::max(largest_before, most[l]);
+      largest_after = std::max(largest_after, rest[l]);
+    }
+    if (largest_after <= 4 * std::numeric_limits<float>::epsilon() * largest_before) std::fill(u, u + padded, 0.0f);
+    eps = 0;
+  }
+  F squares{};
+  for (int64_t d = 0; d < padded; d += W) squares += load<F>(u + d) * load<F>(u + d);
+  *norm = static_cast<float>(std::sqrt(sum_lanes(squares)));
+  *length = static_cast<float>(*norm + eps);
+  if (*length == 0) *length = std::numeric_limits<float>::infinity();  // no direction, so no gradient
+  for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) / *length);
+  return static_cast<float>(sum_lanes(bad));
+}
+
+// grad_u, in parts (padded like u), becomes the gradient of the row of z: through the division, and through the centring.
+void gradient_row(const Options& o, float* const* parts, int n_parts, const float* u, int64_t D_, float norm, float length,
+                  float scale, float* out) {
+  constexpr int W = lanes<float>();
+  const int64_t padded = (D_ + W - 1) / W * W;
+  float* g = parts[0];
+  F dot{}, sum{};
+  for (int64_t d = 0; d < padded; d += W) {
+    F x = load<F>(g + d);
+    for (int p = 1; p < n_parts; ++p) x += load<F>(parts[p] + d);
+    x *= scale;
+    store(g + d, x);
+    dot += x * load<F>(u + d);
+  }
+  const float radial = norm == 0 ? 0.0f : static_cast<float>(sum_lanes(dot)) / norm;
+  for (int64_t d = 0; d < padded; d += W) {
+    const F x = load<F>(g + d) / length - load<F>(u + d) * radial;
+    store(g + d, x);
+    sum += x;
+  }
+  const bool centre = o.variant == Variant::decorrelation && norm != 0;
+  const float mean = centre ? static_cast<float>(sum_lanes(sum) / static_cast<double>(D_)) : 0.0f;
+  for (int64_t d = 0; d < D_; ++d) out[d] = g[d] - mean;
+}
+
+const Kernels kernels = {
+    multiply<float, false>, multiply<float, true>, multiply<double, false>, multiply<double, true>, transpose<float>,
+    transpose<double>,      weigh_cosines,         weigh_distances,         largest,                unit_row,
+    gradient_row};
+
+#undef VECTOR_BYTES
+#undef ROWS
