@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import minidisp
-from minidisp import InputError, checkpoint, report
+from minidisp import InputError, checkpoint, ops, report
 from minidisp.config import Config, parse, to_dict
 from minidisp.data import Batches, Dataset, eval_windows
 from minidisp.dispersion import DispersionLoss, mean_cosine
@@ -86,6 +86,8 @@ def main(config: Config) -> dict:
         config.dispersion_tau,
         config.dispersion_clamp,
         seed=config.seed,
+        # Resolved before the first step, since it may build the extension, and not at all where nothing is dispersed.
+        impl=ops.resolve(config.dispersion_impl, device.type) if config.dispersion else "reference",
     )
     use_compile = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     trained = torch.compile(model) if use_compile else model
@@ -106,19 +108,18 @@ def main(config: Config) -> dict:
     environment = describe_environment(dataset, device)
     checkpoint.write_json(run / "config.json", {**to_dict(config), "environment": environment})
     shutil.copyfile(dataset.folder / "tokenizer.model", run / "tokenizer.model")
+    objective = "cross-entropy"
+    if config.dispersion:
+        objective += f" + {config.dispersion:g} x {config.dispersion_variant} ({config.dispersion_layers} layers), "
+        objective += ops.explain(device.type) if dispersion.impl != "reference" else "plain PyTorch"
     print(
         f"minidisp {minidisp.__version__}  {run}\n"
         f"data    {dataset.meta['name']}: {dataset.split('train').tokens:,} training tokens, vocabulary {config.vocab_size:,}\n"
         f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: "
         f"{model.num_params():,} parameters\n"
         f"steps   {config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule\n"
-        f"loss    cross-entropy"
-        + (
-            f" + {config.dispersion:g} x {config.dispersion_variant} ({config.dispersion_layers} layers)"
-            if config.dispersion
-            else ""
-        )
-        + f"\ndevice  {environment['device']}, {str(dtype).removeprefix('torch.')}, compile {'on' if use_compile else 'off'}\n",
+        f"loss    {objective}\n"
+        f"device  {environment['device']}, {str(dtype).removeprefix('torch.')}, compile {'on' if use_compile else 'off'}\n",
         flush=True,
     )
 

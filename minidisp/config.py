@@ -13,7 +13,7 @@ import types
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
-from minidisp import InputError
+from minidisp import InputError, ops
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.model import GPTConfig, flag
 
@@ -53,6 +53,8 @@ class Config(GPTConfig):
     dispersion_tau: float = flag(1.0, "temperature; angle / pi for angular_spread, squared distance for the others")
     dispersion_clamp: float = flag(0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through")
     dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
+    dispersion_impl: Literal[ops.IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
+                                                         "reference: plain; auto: fused where it is, else streamed")  # fmt: skip
     # optimisation
     max_steps: int = flag(400, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")

@@ -25,10 +25,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for a table; "-" for one that is undefined (None or NaN), and powers of ten only where they help."""
+    """A number for a table, "-" for one that is undefined (None or NaN), and powers of ten from a billion on."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 
 def read_metrics(path: Path) -> list[dict]:
