@@ -1,4 +1,4 @@
-// The schema of the operator, once for all devices; dispersion_cpu.cpp and dispersion_cuda.cu register what computes it, and
+// The schema of the operator, once for all devices. A file per device registers what computes it (dispersion_cpu.cpp), and
 // minidisp/ops.py its fake and its gradient.
 
 #include <torch/library.h>

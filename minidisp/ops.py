@@ -1,6 +1,6 @@
 """The two fast implementations of the dispersion loss, as torch operators, and how the compiled one is found or built.
 
-    minidisp::dispersion           fused: C++ and CUDA in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
+    minidisp::dispersion           fused: C++ in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
     minidisp::dispersion_streamed  streamed: plain PyTorch on strips of rows, on any device; those and perplexity_entropy
 
 Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass over the
@@ -276,7 +276,12 @@ def sources(cuda: bool) -> list[Path]:
 
 
 def builds_cuda() -> bool:
-    """Whether the extension is compiled for CUDA too: PyTorch is, and nvcc is there. MINIDISP_CUDA=0 or 1 overrides."""
+    """Whether the extension is compiled for CUDA too: there is a kernel, PyTorch has CUDA, and nvcc is there.
+
+    MINIDISP_CUDA=0 or 1 overrides the last two.
+    """
+    if not any(SOURCE_FOLDER.glob("*.cu")):
+        return False
     wanted = os.environ.get("MINIDISP_CUDA")
     return (
         wanted == "1" if wanted else bool(torch.version.cuda and (shutil.which("nvcc") or os.environ.get("CUDA_HOME")))
