@@ -8,7 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # whose complaint about pyproject.toml would be a page long
+    sys.exit(
+        f"minidisp needs setuptools 77 or later to be installed, not {setuptools.__version__}: "
+        "leave out --no-build-isolation, or pip install -U setuptools torch first"
+    )
 
 
 def extension() -> dict:
@@ -29,10 +35,15 @@ def extension() -> dict:
             "cxx": [*ops.CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],
             "nvcc": list(ops.NVCC_FLAGS),
         },
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", "-s"],
+        py_limited_api=True,  # nothing in it is Python's: a wheel serves every version
         optional=os.environ.get("MINIDISP_BUILD") != "1",  # a failed build is a warning
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 options = {}
@@ -48,4 +59,4 @@ if os.environ.get("MINIDISP_BUILD") != "0" and os.name == "posix" and sys.platfo
             f"minidisp: the extension is not built ahead ({error}); use --no-build-isolation to build it",
             file=sys.stderr,
         )
-setup(**options)
+setuptools.setup(**options)

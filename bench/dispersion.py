@@ -6,14 +6,16 @@ Before anything is timed, every form is verified against float64. Then all are t
 since machines are shared and clocks move; ratios are those of medians. GFLOP/s count 3 T^2 C per sequence (the products over
 half of the pairs, forward and backward), whatever a form really computes, and are compared with a product of square matrices
 timed in the same rounds. "block" is forward and backward of a GPT-2 style block at the same shape: the share is what
-the fused loss on the block's output adds to it. The peak memory is what each form needs beyond z and its gradient, and comes
+the fused loss on the block's output adds to it. "2 threads" says how many times as fast two threads are as one, timed in the same
+rounds (--threads 1 only). The peak memory is what each form needs beyond z and its gradient, and comes
 from a child process (CPU) or the allocator (CUDA). A table, then one JSON line.
 """
 
 import argparse
 import json
+import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -103,14 +105,19 @@ def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: s
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def resident_peak_kib() -> int:
+    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def print_peak(name: str, variant: str, shape: tuple[int, int, int]) -> None:
     """In a child process: the growth of the peak of the resident memory over one step."""
     function = forms(variant, False, "cpu")[name]
     step(function, torch.randn(1, 33, 8, requires_grad=True))
     z = torch.randn(shape, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak_kib()
     step(function, z)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - z.nbytes / 2**20)
+    print((resident_peak_kib() - before) / 1024 - z.nbytes / 2**20)
 
 
 def measure(shape: tuple[int, int, int], args) -> dict:
@@ -130,6 +137,9 @@ def measure(shape: tuple[int, int, int], args) -> dict:
     runs = {name: (lambda function=function: step(function, z)) for name, function in chosen.items()}
     runs["block"] = lambda: block(x).sum().backward()
     runs["gemm"] = lambda: torch.mm(left, right, out=product)
+    best = "fused" if "fused" in chosen else "streamed"
+    if args.device == "cpu" and args.threads == 1 and os.cpu_count() > 1:
+        runs["2 threads"] = runs[best]
 
     for run in runs.values():
         run()
@@ -137,11 +147,14 @@ def measure(shape: tuple[int, int, int], args) -> dict:
     end = time.monotonic() + args.seconds
     while time.monotonic() < end or len(times_ms["gemm"]) < 5:
         for name, run in runs.items():
+            if name == "2 threads":
+                torch.set_num_threads(2)
+                run()  # wakes the second one up
             times_ms[name].append(timed(run, synchronize))
+            torch.set_num_threads(args.threads)
     median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
     quintiles = {name: statistics.quantiles(times, n=5) for name, times in times_ms.items()}
 
-    best = "fused" if "fused" in chosen else "streamed"
     gflops = {name: 3 * B * T * T * C / median_ms[name] / 1e6 for name in chosen}
     return {
         "shape": shape,
@@ -152,6 +165,7 @@ def measure(shape: tuple[int, int, int], args) -> dict:
         "best": best,
         "gflops": gflops,
         "gemm_gflops": 2 * n**3 / median_ms["gemm"] / 1e6,
+        "speedup_2_threads": median_ms[best] / median_ms["2 threads"] if "2 threads" in runs else None,
         "share_of_block": median_ms[best] / median_ms["block"],
         "peak_mem_mib": {n: peak_mem_mib(n, args.variant, shape, args.device) for n in chosen if n != "compiled"},
     }
@@ -179,9 +193,9 @@ def main() -> None:
     print(f"{args.variant} on {where}, torch {torch.__version__}; {ops.explain(args.device)}")
     print("forward and backward in ms, and in brackets how many times the first of fused and streamed is as fast\n")
     print(
-        "| (B, T, C) | eager | torch.compile | streamed | fused | GFLOP/s | of the matrix product | of a block | MiB |"
+        "| (B, T, C) | eager | torch.compile | streamed | fused | 2 threads | GFLOP/s | of the matrix product | of a block | MiB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     results = []
     for shape in shapes:
         result = measure(shape, args)
@@ -192,9 +206,10 @@ def main() -> None:
             for name in ("eager", "compiled", "streamed", "fused")
         ]
         memory = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_mem_mib"].items())
+        speedup = result["speedup_2_threads"]
         rate, peak = result["gflops"][best], result["gemm_gflops"]
         print(
-            f"| {', '.join(map(str, shape))} | {' | '.join(cells)} | {rate:.0f} | {rate / peak:.0%} | "
+            f"| {', '.join(map(str, shape))} | {' | '.join(cells)} | {f'{speedup:.2f}x' if speedup else '-'} | {rate:.0f} | {rate / peak:.0%} | "
             f"{result['share_of_block']:.1%} | {memory} |",
             flush=True,
         )

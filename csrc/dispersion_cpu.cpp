@@ -60,6 +60,7 @@ struct Kernels {
 namespace avx512 {
 #define VECTOR_BYTES 64
 #define ROWS 14
+#define ROOT_GUESS(x) __builtin_ia32_rsqrt14ps512_mask(x, x, -1)
 #include "dispersion_tile.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -68,6 +69,7 @@ namespace avx512 {
 namespace avx2 {
 #define VECTOR_BYTES 32
 #define ROWS 6
+#define ROOT_GUESS(x) __builtin_ia32_rsqrtps256(x)
 #include "dispersion_tile.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -358,15 +360,7 @@ struct Call {
 
 std::tuple<at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
                                               double eps, bool need_grad) {
-  Options options{Variant::angular_spread, tau, clamp, eps};
-  TORCH_CHECK_VALUE(parse_variant(std::string_view(variant.data(), variant.size()), &options.variant),
-                    "minidisp::dispersion does not know the variant ", variant);
-  TORCH_CHECK_VALUE(z.dim() == 3 && z.size(0) >= 1 && z.size(1) >= 2 && z.size(2) >= 1,
-                    "z must be (B, T, C) with B >= 1, T >= 2 and C >= 1, not ", z.sizes());
-  const at::ScalarType dtype = z.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-                    "minidisp::dispersion takes float32, bfloat16 and float16, not ", dtype);
-
+  const Options options = checked_options(z, variant, tau, clamp, eps);
   at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), z.options().dtype(at::kFloat));
   static const Kernels& kernels = choose_kernels();
   const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, kernels};

@@ -1,6 +1,7 @@
 // The vector code of the CPU: products of small matrices, and the weights of a tile of pairs. dispersion_cpu.cpp includes
-// this file once per instruction set, inside a namespace, with VECTOR_BYTES, ROWS (of the register block; two vectors wide)
-// and PAIR_INLINE defined. Vector extensions of GCC and Clang, no intrinsics: it compiles on any processor.
+// this file once per instruction set, inside a namespace, with VECTOR_BYTES, ROWS (of the register block; two vectors wide),
+// PAIR_INLINE and, where the processor has one, ROOT_GUESS (1 / sqrt, roughly) defined. All else is written in the vector
+// extensions of GCC and Clang, so that it compiles on any processor.
 
 constexpr int kVectors = 2;  // width of the register block
 
@@ -40,11 +41,18 @@ template <class V> PAIR_INLINE V magnitude(V a) {
   return (V)((N)a & 0x7fffffff);
 }
 template <class V> PAIR_INLINE V choose(V sign, V negative, V positive) { return sign < 0.0f ? negative : positive; }
-// 1 / sqrt(x), x > 0 and normal: a guess from the exponent, right to 3 %, and three steps of Newton.
+// 1 / sqrt(x), x > 0 and normal: a guess, and steps of Newton, each of which doubles its right digits.
 template <class V> PAIR_INLINE V inverse_root(V x) {
+#if defined(ROOT_GUESS)  // the processor's own, right to 14 (AVX-512) or 12 bits (AVX)
+  constexpr int kSteps = VECTOR_BYTES == 64 ? 1 : 2;
+  V y = ROOT_GUESS(x);
+#else  // from the exponent, right to 3 %
+  constexpr int kSteps = 3;
   using N = typename IntegerOf<V>::Type;
-  V y = (V)(0x5f3759df - ((N)x >> 1)), half = 0.5f * x;
-  for (int step = 0; step < 3; ++step) y = y * (1.5f - half * y * y);
+  V y = (V)(0x5f3759df - ((N)x >> 1));
+#endif
+  const V half = 0.5f * x;
+  for (int step = 0; step < kSteps; ++step) y = y * (1.5f - half * y * y);
   return y;
 }
 // exp(x) for x <= 0, as 2^n exp(r) with |r| <= ln(2) / 2; below -87 it stays at exp(-87).
@@ -253,12 +261,12 @@ float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* lengt
   constexpr int W = lanes<float>();
   const int64_t padded = (D_ + W - 1) / W * W;
   double eps = o.eps;
-  F bad{};
-  for (int64_t d = 0; d < padded; d += W) bad += load<F>(u + d) * 0.0f;
+  F bad{}, squares{};
   if (o.variant == Variant::decorrelation) {
     F sum{}, most{}, rest{};
     for (int64_t d = 0; d < padded; d += W) {
       const F x = load<F>(u + d);
+      bad += x * 0.0f;
       sum += x;
       most = magnitude(x) > most ? magnitude(x) : most;
     }
@@ -277,12 +285,19 @@ float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* lengt
     if (largest_after <= 4 * std::numeric_limits<float>::epsilon() * largest_before) std::fill(u, u + padded, 0.0f);
     eps = 0;
   }
-  F squares{};
-  for (int64_t d = 0; d < padded; d += W) squares += load<F>(u + d) * load<F>(u + d);
+  for (int64_t d = 0; d < padded; d += W) {
+    const F x = load<F>(u + d);
+    bad += x * 0.0f;
+    squares += x * x;
+  }
   *norm = static_cast<float>(std::sqrt(sum_lanes(squares)));
   *length = static_cast<float>(*norm + eps);
   if (*length == 0) *length = std::numeric_limits<float>::infinity();  // no direction, so no gradient
-  for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) / *length);
+  const float inverse = 1 / *length;
+  if (std::isnormal(inverse))  // dividing the whole row would cost more than all of the above
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) * inverse);
+  else
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) / *length);
   return static_cast<float>(sum_lanes(bad));
 }
 
@@ -290,25 +305,24 @@ float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* lengt
 void gradient_row(const Options& o, float* const* parts, int n_parts, const float* u, int64_t D_, float norm, float length,
                   float scale, float* out) {
   constexpr int W = lanes<float>();
-  const int64_t padded = (D_ + W - 1) / W * W;
+  const int64_t padded = (D_ + W - 1) / W * W, whole = D_ / W * W;
   float* g = parts[0];
-  F dot{}, sum{};
+  for (int p = 1; p < n_parts; ++p)
+    for (int64_t d = 0; d < padded; d += W) store(g + d, load<F>(g + d) + load<F>(parts[p] + d));
+  F dot{}, g_sum{}, u_sum{};
   for (int64_t d = 0; d < padded; d += W) {
-    F x = load<F>(g + d);
-    for (int p = 1; p < n_parts; ++p) x += load<F>(parts[p] + d);
-    x *= scale;
-    store(g + d, x);
-    dot += x * load<F>(u + d);
+    const F x = load<F>(g + d), y = load<F>(u + d);
+    dot += x * y;
+    g_sum += x;
+    u_sum += y;
   }
-  const float radial = norm == 0 ? 0.0f : static_cast<float>(sum_lanes(dot)) / norm;
-  for (int64_t d = 0; d < padded; d += W) {
-    const F x = load<F>(g + d) / length - load<F>(u + d) * radial;
-    store(g + d, x);
-    sum += x;
-  }
-  const bool centre = o.variant == Variant::decorrelation && norm != 0;
-  const float mean = centre ? static_cast<float>(sum_lanes(sum) / static_cast<double>(D_)) : 0.0f;
-  for (int64_t d = 0; d < D_; ++d) out[d] = g[d] - mean;
+  const float radial = norm == 0 ? 0.0f : static_cast<float>(sum_lanes(dot) * scale / norm);
+  const float inverse = scale / length;
+  float mean = 0;  // of the gradient of the centred row; that of u is not quite 0, where rounding is all that was left
+  if (o.variant == Variant::decorrelation && norm != 0)
+    mean = static_cast<float>((sum_lanes(g_sum) * inverse - sum_lanes(u_sum) * radial) / static_cast<double>(D_));
+  for (int64_t d = 0; d < whole; d += W) store(out + d, load<F>(g + d) * inverse - load<F>(u + d) * radial - mean);
+  for (int64_t d = whole; d < D_; ++d) out[d] = g[d] * inverse - u[d] * radial - mean;
 }
 
 const Kernels kernels = {
@@ -318,3 +332,4 @@ const Kernels kernels = {
 
 #undef VECTOR_BYTES
 #undef ROWS
+#undef ROOT_GUESS

@@ -9,7 +9,8 @@ float64 z is computed in float64 (streamed only), all other dtypes in float32; l
 
 The extension is looked for in this order: built ahead by `pip install --no-build-isolation -e .` and lying in this folder;
 built before, or now, into torch's cache of extensions; none, and then streamed is in use. A failed build is remembered.
-`python -m minidisp.ops` says which it is and why, and checks that it computes what it should.
+`python -m minidisp.ops` says which it is and why, and checks that it computes what it should. On a GPU that check comes by
+itself, once, before the CUDA kernels are first used.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ import hashlib
 import math
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -266,9 +269,10 @@ SOURCE_FOLDER = Path(__file__).resolve().parent.parent / "csrc"
 CXX_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fopenmp")  # at::parallel_for is serial without OpenMP
 NVCC_FLAGS = ("-O3", "-std=c++20")
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
-EXPECTED_SECONDS = 60
+EXPECTED_SECONDS = {False: 60, True: 180}  # without and with CUDA
 
 _status: tuple[bool, str] | None = None  # whether the extension is loaded, and the line that says so
+_cuda_status: tuple[bool, str] | None = None  # whether its CUDA kernels passed the check, likewise
 
 
 def sources(cuda: bool) -> list[Path]:
@@ -377,20 +381,19 @@ def _find() -> tuple[bool, str]:
 
     folder = cache_folder()
     binary, log = folder / "minidisp_fused.so", folder / "build.log"
+    way_out = "; MINIDISP_CUDA=0 builds it for the CPU alone" if builds_cuda() else ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "done").exists() and not log.exists() and not _compiler():
             return False, "streamed in PyTorch: no C++ compiler was found" + note
         with _locked(folder / "minidisp.lock"):
             if log.exists():
-                return (
-                    False,
-                    f"streamed in PyTorch: the extension did not build; see {log} (delete it to try again)" + note,
-                )
+                failure = f"the extension did not build; see {log} (delete it to try again{way_out})"
+                return False, f"streamed in PyTorch: {failure}{note}"
             built = not (folder / "done").exists()
             if built:
                 print(
-                    f"minidisp: compiling the extension, once, in about {EXPECTED_SECONDS} s",
+                    f"minidisp: compiling the extension, once, in about {EXPECTED_SECONDS[builds_cuda()]} s",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -399,7 +402,7 @@ def _find() -> tuple[bool, str]:
                     _compile(folder)
                 except Exception as error:  # whatever goes wrong, training goes on
                     log.write_text(str(error))
-                    return False, f"streamed in PyTorch: the extension did not build; see {log}" + note
+                    return False, f"streamed in PyTorch: the extension did not build; see {log}{way_out}{note}"
                 (folder / "done").touch()
                 how = f"built now in {time.time() - start:.0f} s"
             else:
@@ -415,11 +418,43 @@ def _available(device: str) -> bool:
     global _status
     if _status is None:
         _status = _find()
-    if not _status[0]:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, "MPS")
+    if not _status[0] or not torch._C._dispatch_has_kernel_for_dispatch_key("minidisp::dispersion", key):
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "minidisp::dispersion", {"cpu": "CPU", "cuda": "CUDA"}.get(device, "MPS")
-    )
+    return device != "cuda" or _check_cuda()[0]
+
+
+def _check_cuda() -> tuple[bool, str]:
+    """Whether the CUDA kernels compute what they should on this kind of GPU, and one line about it.
+
+    Tried once per build and GPU, in a child process: an illegal access would leave this one without CUDA.
+    """
+    global _cuda_status
+    if _cuda_status is None:
+        name, folder = torch.cuda.get_device_name(), cache_folder()
+        log = folder / f"check-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.log"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / "check.lock"):
+                if not log.exists():
+                    print(
+                        f"minidisp: checking the CUDA kernels on this GPU ({name}), once", file=sys.stderr, flush=True
+                    )
+                    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+                    child = subprocess.run(
+                        [sys.executable, "-m", "minidisp.ops", "check", f"cuda:{torch.cuda.current_device()}"],
+                        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                    )
+                    log.write_text(f"{child.stdout}{'passed' if child.returncode == 0 else 'FAILED'}\n")
+                passed = log.read_text().endswith("passed\n")
+            failure = f"the CUDA kernels failed their check on this GPU; see {log} (delete it to try again)"
+            _cuda_status = passed, _status[1] if passed else f"streamed in PyTorch: {failure}"
+        except OSError as error:  # no place to write
+            _cuda_status = False, f"streamed in PyTorch: the CUDA kernels could not be checked: {error}"
+    return _cuda_status
 
 
 # torch.compile takes the answer for a constant instead of tracing the search for the extension. This is all that
@@ -450,15 +485,54 @@ def resolve(impl: str, device: str) -> str:
 def explain(device: str) -> str:
     """One line: which of the two is in use on a kind of device, and why."""
     available = _available(device)
+    if device == "cuda" and _cuda_status is not None:
+        return _cuda_status[1]
     if _status[0] and not available:
         return f"streamed in PyTorch: the extension was built without {device}"
     return _status[1]
 
 
+# The largest error that passes: of the loss, and of the gradient relative to its norm, which z's own type rounds.
+SELF_TEST_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def self_test(impl: str, device: str) -> tuple[str, bool]:
+    """One line with the errors of fused or streamed per dtype, and whether they are small enough.
+
+    The truth is, in float64, the streamed implementation for fused, and the reference for streamed.
+    """
+    from minidisp import dispersion  # to the right of this file, but this is the top of a program of its own
+
+    function = fused if impl == "fused" else streamed
+    shapes = [(2, 150, 40), (3, 270, 33)]  # several tiles; features that can be read in place, and that cannot
+    if torch.device(device).type == "cuda" and impl == "fused":
+        shapes.append((1, 6000, 8))  # in strips
+    texts, all_passed = [], True
+    for dtype, tolerance in SELF_TEST_TOLERANCE.items():
+        found = []
+        for shape in shapes:
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            for variant in FUSED_VARIANTS if impl == "fused" else STREAMED_VARIANTS:
+                exact = z.double().requires_grad_()
+                if impl == "fused":
+                    truth = streamed(exact, variant, 1.0, 0.25, 1e-2)
+                else:
+                    truth = dispersion.dispersion_loss(exact, variant, impl="reference")
+                truth.backward()
+                x = z.clone().requires_grad_()
+                loss = function(x, variant, 1.0, 0.25, 1e-2)
+                (2**16 * loss).backward()  # scaled, or float16 would underflow
+                found.append((loss - truth).abs().item())
+                found.append(((x.grad.double() / 2**16 - exact.grad).norm() / exact.grad.norm()).item())
+        passed = all(error < tolerance for error in found)  # NaN does not
+        all_passed &= passed
+        worst = max(error if error == error else math.inf for error in found)
+        texts.append(f"{str(dtype).removeprefix('torch.')} {worst:.0e}")
+    return f"self-test of {impl}: errors {', '.join(texts)}: {'passed' if all_passed else 'FAILED'}", all_passed
+
+
 def diagnosis() -> tuple[str, bool]:
     """What python -m minidisp.ops prints, and whether the self-test passed."""
-    from minidisp import dispersion  # to the right of this file, but the diagnosis is the top of its own program
-
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines = [
         f"torch     {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} threads",
@@ -472,26 +546,20 @@ def diagnosis() -> tuple[str, bool]:
         for impl in ("fused", "streamed"):
             if impl == "fused" and not _available(device):
                 continue
-            worst = 0.0
-            for variant in FUSED_VARIANTS if impl == "fused" else STREAMED_VARIANTS:
-                generator = torch.Generator().manual_seed(0)
-                z = torch.randn(2, 150, 40, generator=generator, dtype=torch.float64).to(device)
-                results = []
-                for x, name in ((z, "reference"), (z.float(), impl)):
-                    x = x.clone().requires_grad_()
-                    loss = dispersion.dispersion_loss(x, variant, impl=name)
-                    loss.backward()
-                    results.append((loss.item(), x.grad.double()))
-                (loss, grad), (fast_loss, fast_grad) = results
-                worst = max(worst, abs(loss - fast_loss), ((grad - fast_grad).norm() / grad.norm()).item())
-            passed &= worst < 1e-5
-            lines.append(f"          self-test of {impl}: error {worst:.0e}, {'passed' if worst < 1e-5 else 'FAILED'}")
+            text, good = self_test(impl, device)
+            passed &= good
+            lines.append(f"          {text}")
     return "\n".join(lines), passed
 
 
 if __name__ == "__main__":
     from minidisp import ops  # under its own name, so that the operators are defined once
 
-    text, good = ops.diagnosis()
+    if sys.argv[1:2] == ["check"]:  # of the CUDA kernels, by _check_cuda
+        torch.cuda.set_device(sys.argv[2])
+        ops._find()
+        text, good = ops.self_test("fused", sys.argv[2])
+    else:
+        text, good = ops.diagnosis()
     print(text)
     sys.exit(0 if good else 1)

@@ -15,6 +15,12 @@ SMALL = {
 }  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz", type=float, default=1, metavar="N", help="N times as many damaged files, and other ones each time"
+    )
+
+
 def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
     """A text with a little structure in it, the same one every time."""
     rng = random.Random(seed)
@@ -45,6 +51,13 @@ def bpe_corpus(tmp_path_factory) -> Path:
 
 def small_config(corpus: Path, out: Path, **changes):
     return from_dict({**SMALL, "data": str(corpus), "out": str(out), **changes})
+
+
+def small_flags(**changes) -> list[str]:
+    """SMALL as a command line."""
+    return [
+        part for name, value in {**SMALL, **changes}.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,255 @@
+// csrc/dispersion_cuda.cu on the CPU: its kernels, as they stand, and its launchers, as the operator minidisp_emulator::dispersion.
+//
+// A block's threads are fibers. One runs until it waits: at a barrier of the block, or at an instruction of its warp, which the
+// last of 32 lanes to arrive carries out for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX ISA). A warp runs as
+// far as it can before the next one does. schedule, bit 0: the last warp first instead of the first. Bit 1: cp.async copies when it
+// is issued, the earliest a device may; else when it is waited for, the latest. Shared memory begins as NaN, and what is
+// addressed in it must lie inside it. A wait that never ends, or of lanes that wait for different things, is an error.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <torch/library.h>
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct Index { int x; };
+static Index threadIdx, blockIdx;
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+using std::isinf;
+using std::isnan;
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+enum class Wait { none, block, shuffle, ldmatrix, mma, done };
+struct Copy { char* to; const void* from; bool wanted; };
+struct Thread {
+  ucontext_t context;  // where it begins
+  jmp_buf jump;        // where it goes on: unlike swapcontext, without a call to the system
+  bool begun;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Wait wait;
+  void* operands;
+  std::vector<std::vector<Copy>> groups;  // of copies under way; the last one is open
+};
+
+std::vector<Thread> threads;
+int running, schedule;
+jmp_buf main_jump;
+std::vector<char> shared;
+std::function<void()> kernel;
+
+Thread& self() { return threads[running]; }
+
+void wait(Wait what, void* operands = nullptr) {
+  self().wait = what;
+  self().operands = operands;
+  if (_setjmp(self().jump) == 0) _longjmp(main_jump, 1);
+}
+
+void body() {
+  kernel();
+  self().wait = Wait::done;
+  _longjmp(main_jump, 1);
+}
+
+__attribute__((noinline)) void resume(int thread) {
+  threadIdx.x = running = thread;
+  if (_setjmp(main_jump) != 0) return;  // it waits, or is done
+  if (self().begun) _longjmp(self().jump, 1);
+  self().begun = true;
+  setcontext(&self().context);
+}
+
+void carry_out(const Copy& copy) {
+  if (copy.wanted) std::memcpy(copy.to, copy.from, 16);
+  else std::memset(copy.to, 0, 16);
+}
+
+void check_shared(const char* p) {
+  TORCH_CHECK(p >= shared.data() && p + 16 <= shared.data() + shared.size(), "outside shared memory");
+  TORCH_CHECK((p - shared.data()) % 16 == 0, "not aligned to 16 bytes");
+}
+
+struct Shuffle { double x; int mask; };
+struct Matrices { uint32_t* m; const char* row; };
+struct Product { float* d; const uint32_t *a, *b; float (*number)(uint32_t); };
+
+float half(uint32_t bits) { return static_cast<float>(c10::Half(static_cast<unsigned short>(bits), c10::Half::from_bits())); }
+float bfloat(uint32_t bits) {
+  return static_cast<float>(c10::BFloat16(static_cast<unsigned short>(bits), c10::BFloat16::from_bits()));
+}
+
+// The instruction for which all lanes of a warp wait.
+void carry_out(Wait what, Thread* lanes) {
+  const auto of = [&](int lane, auto* type) -> auto& { return *static_cast<decltype(type)>(lanes[lane].operands); };
+  if (what == Wait::shuffle) {
+    double x[kLanes];
+    for (int l = 0; l < kLanes; ++l) x[l] = of(l ^ of(l, (Shuffle*)0).mask, (Shuffle*)0).x;
+    for (int l = 0; l < kLanes; ++l) of(l, (Shuffle*)0).x = x[l];
+  } else if (what == Wait::ldmatrix) {
+    for (int l = 0; l < kLanes; ++l)
+      for (int matrix = 0; matrix < 4; ++matrix)
+        std::memcpy(of(l, (Matrices*)0).m + matrix, of(matrix * 8 + l / 4, (Matrices*)0).row + l % 4 * 4, 4);
+  } else {
+    float a[16][16], b[16][8];
+    for (int l = 0; l < kLanes; ++l) {
+      const Product& p = of(l, (Product*)0);
+      for (int e = 0; e < 2; ++e) {
+        const auto number = [&](uint32_t pair) { return p.number(pair >> (16 * e) & 0xffff); };
+        for (int r = 0; r < 4; ++r) a[l / 4 + r % 2 * 8][l % 4 * 2 + e + r / 2 * 8] = number(p.a[r]);
+        for (int r = 0; r < 2; ++r) b[l % 4 * 2 + e + r * 8][l / 4] = number(p.b[r]);
+      }
+    }
+    for (int l = 0; l < kLanes; ++l)
+      for (int r = 0; r < 4; ++r) {
+        float& d = of(l, (Product*)0).d[r];
+        for (int k = 0; k < 16; ++k) d += a[l / 4 + r / 2 * 8][k] * b[k][l % 4 * 2 + r % 2];
+      }
+  }
+}
+
+// Runs a warp until all its threads are done or wait for the block. Whether anything happened.
+bool run_warp(int warp) {
+  bool progress = false;
+  for (;;) {
+    Thread* lanes = &threads[warp * kLanes];
+    for (int l = 0; l < kLanes; ++l)
+      if (lanes[l].wait == Wait::none) {
+        resume(warp * kLanes + l);
+        progress = true;
+      }
+    const Wait what = lanes[0].wait;
+    for (int l = 0; l < kLanes; ++l)
+      TORCH_CHECK(lanes[l].wait == what, "lanes 0 and ", l, " of a warp wait for different things");
+    if (what == Wait::block || what == Wait::done) return progress;
+    carry_out(what, lanes);
+    for (int l = 0; l < kLanes; ++l) lanes[l].wait = Wait::none;
+  }
+}
+
+void run_block() {
+  std::fill(shared.begin(), shared.end(), static_cast<char>(0xff));
+  for (Thread& t : threads) {
+    t.wait = Wait::none;
+    t.begun = false;
+    t.groups.assign(1, {});
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&t.context, body, 0);
+  }
+  const int warps = static_cast<int>(threads.size()) / kLanes;
+  for (;;) {
+    bool progress = false;
+    for (int w = 0; w < warps; ++w) progress |= run_warp(schedule & 1 ? warps - 1 - w : w);
+    bool done = true;
+    for (const Thread& t : threads) done &= t.wait == Wait::done;
+    if (done) return;
+    TORCH_CHECK(progress, "the threads wait for ever");
+    for (Thread& t : threads)
+      if (t.wait == Wait::block) t.wait = Wait::none;
+  }
+}
+
+}  // namespace emulator
+
+static void __syncthreads() { emulator::wait(emulator::Wait::block); }
+
+namespace minidisp {
+namespace {
+
+char* shared_memory() { return emulator::shared.data(); }
+
+void copy_async(char* to, const void* from, bool wanted) {
+  emulator::check_shared(to);
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0, "copies from an address not aligned to 16 bytes");
+  const emulator::Copy copy{to, from, wanted};
+  if (emulator::schedule & 2) emulator::carry_out(copy);
+  else emulator::self().groups.back().push_back(copy);
+}
+void copy_commit() { emulator::self().groups.emplace_back(); }
+template <int kPending>
+void copy_wait() {
+  auto& groups = emulator::self().groups;
+  while (groups.size() > kPending + 1) {
+    for (const emulator::Copy& copy : groups.front()) emulator::carry_out(copy);
+    groups.erase(groups.begin());
+  }
+}
+
+void load_matrices(uint32_t (&m)[4], const char* row) {
+  emulator::check_shared(row);
+  emulator::Matrices operands{m, row};
+  emulator::wait(emulator::Wait::ldmatrix, &operands);
+}
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, c10::BFloat16) {
+  emulator::Product operands{d, a, b, emulator::bfloat};
+  emulator::wait(emulator::Wait::mma, &operands);
+}
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, c10::Half) {
+  emulator::Product operands{d, a, b, emulator::half};
+  emulator::wait(emulator::Wait::mma, &operands);
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  emulator::Shuffle operands{static_cast<double>(x), mask};
+  emulator::wait(emulator::Wait::shuffle, &operands);
+  return static_cast<T>(operands.x);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int count, int shared_bytes, Arguments... arguments) {
+  emulator::shared.assign(shared_bytes, 0);
+  emulator::threads.resize(count);
+  emulator::kernel = [=] { kernel(arguments...); };
+  for (int64_t block = 0; block < blocks; ++block) {
+    blockIdx.x = static_cast<int>(block);
+    emulator::run_block();
+  }
+}
+
+void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
+  const at::Tensor product = at::bmm(a.to(out.scalar_type()), b.to(out.scalar_type()));
+  if (add) out.add_(product);
+  else out.copy_(product);
+}
+
+}  // namespace
+}  // namespace minidisp
+
+#include "../csrc/dispersion_cuda.cu"
+
+// workspace: the fields of Workspace in order, in bytes and columns, or nothing.
+static std::tuple<at::Tensor, at::Tensor> emulated(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
+                                                   double eps, bool need_grad, at::IntArrayRef workspace, int64_t schedule) {
+  minidisp::Workspace space;
+  if (!workspace.empty()) {
+    TORCH_CHECK(workspace.size() == 7);
+    space = {workspace[0], workspace[1], workspace[2], workspace[3], workspace[4], workspace[5], workspace[6]};
+  }
+  emulator::schedule = static_cast<int>(schedule);
+  return minidisp::dispersion_in(z, variant, tau, clamp, eps, need_grad, space);
+}
+
+TORCH_LIBRARY(minidisp_emulator, m) {
+  m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad, int[] workspace, int schedule)"
+        " -> (Tensor, Tensor)",
+        emulated);
+}
