@@ -2,7 +2,9 @@
 
     python eval.py runs/NAME
     python eval.py runs/BASELINE runs/OTHER --split test --json results.json
+    python eval.py runs/BASELINE runs/OTHER --html report.html --figures figures
     python eval.py runs/NAME --sample "def main("
+    python eval.py --hf FOLDER --data NAME
 
 Every token of the split is predicted exactly once, from as much text before it as fits: windows are as long as the model's
 context, and each one advances by --stride tokens. The first token of the split follows an end-of-document token.
@@ -10,6 +12,7 @@ Exit codes: 0 done; 2 bad usage or input.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minidisp import InputError, checkpoint, report
-from minidisp.config import Parser
+from minidisp import InputError, checkpoint, hf, report
+from minidisp.config import Config, Parser, exit_code, to_dict
 from minidisp.data import Dataset, strided_windows
-from minidisp.metrics import Condensation, bits_per_byte, paired_bootstrap, perplexity, word_perplexity
+from minidisp.metrics import FullCondensation, bits_per_byte, paired_bootstrap, perplexity, word_perplexity
 from minidisp.model import GPT
 from train import find_corpus, pick_device
 
@@ -69,9 +72,20 @@ def _whole(tail: bytes) -> bool:
     return True
 
 
+class Subject(NamedTuple):
+    """What is evaluated: a model, and what is known of its training."""
+
+    name: str
+    model: GPT  # in eval mode, on the device
+    tokenizer: object
+    config: dict | None  # settings of its training
+    metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
+
+
 class Result(NamedTuple):
     scores: dict  # what goes into the JSON file
     block_nats: np.ndarray  # nats per block of BLOCK_BYTES of text, to compare runs with
+    token_nats: np.ndarray  # nats per token
 
 
 @torch.no_grad()
@@ -99,11 +113,11 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
 
 @torch.no_grad()
 def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
-    """The paper's protocol on up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is shorter."""
+    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is shorter."""
     T = min(SEQUENCE_TOKENS, model.config.block_size, len(tokens))
     n = min(SEQUENCES, len(tokens) // T)
     starts = np.linspace(0, len(tokens) - T, n).astype(np.int64)
-    collected = Condensation()
+    collected = FullCondensation()
     batch_size = max(1, BATCH_TOKENS // T)
     for i in range(0, n, batch_size):
         x = torch.from_numpy(np.stack([tokens[s : s + T] for s in starts[i : i + batch_size]])).to(device)
@@ -126,6 +140,7 @@ def evaluate(name: str, model: GPT, vocabulary, text: Text, stride: int, device:
     total, n_bytes, words = float(nats.sum()), int(ends[-1]), sum(len(document.split()) for document in text.documents)
     scores = {
         "name": name,
+        "tokenizer": vocabulary.hash,
         "tokens": len(tokens),
         "bytes": n_bytes,
         "words": words,
@@ -137,49 +152,70 @@ def evaluate(name: str, model: GPT, vocabulary, text: Text, stride: int, device:
         "block_size": model.config.block_size,
         "condensation": condensation(model, tokens, device),
     }
-    return Result(scores, block_nats)
+    return Result(scores, block_nats, nats)
 
 
-def compare(results: list[Result]) -> str:
-    """Difference of every run to the first in bits per byte, with a 95 % interval, as a sentence each."""
+def compare(results: list[Result]) -> list[str]:
+    """What the text says about every run against the first, in a line each; the numbers go into the scores, too.
+
+    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are the
+    same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count half).
+    """
     first, lines = results[0], []
     n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
     n_bytes[-1] = first.scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
     for other in results[1:]:
         difference, low, high = paired_bootstrap(first.block_nats, other.block_nats, n_bytes)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no difference that this text can show"
-        other.scores["versus_first"] = {"bits_per_byte": difference, "low": low, "high": high}
-        lines.append(f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, "
-                     f"95 % interval {low:+.5f} to {high:+.5f}: {verdict}")  # fmt: skip
-    return "\n".join(lines)
+        verdict = "better" if high < 0 else "worse" if low > 0 else "no difference"
+        if math.isnan(low):
+            verdict = "too little text to tell"
+        versus = {"bits_per_byte": difference, "low": low, "high": high, "verdict": verdict}
+        remarks = []
+        if verdict in ("better", "worse"):
+            share = difference / first.scores["bits_per_byte"]
+            remarks.append(f"{abs(share):.1%} {'fewer' if share < 0 else 'more'} bits")
+        if other.scores["tokenizer"] == first.scores["tokenizer"]:
+            per_token = other.token_nats - first.token_nats
+            versus["nats_per_token"] = float(per_token.mean())
+            versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
+            remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
+        lines.append(
+            f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, 95 % interval {low:+.5f} to "
+            f"{high:+.5f}: {verdict}" + (" that this text can show" if verdict == "no difference" else "")
+            + (f" ({', '.join(remarks)})" if remarks else "")
+        )  # fmt: skip
+        other.scores["versus_first"] = versus
+    return lines
 
 
-def score_table(results: list[Result]) -> str:
-    """One column per run."""
-    scores = [result.scores for result in results]
-    rows = [["tokens", *(f"{s['tokens']:,}" for s in scores)]]
-    for label, key, digits in (("loss (nats/token)", "loss", 4), ("perplexity", "perplexity", 2), ("bits per byte", "bits_per_byte", 4),
-                               ("word perplexity", "word_perplexity", 1)):  # fmt: skip
-        rows.append([label, *(report.number(s[key], digits) for s in scores)])
-    return report.table(["", *(s["name"] for s in scores)], rows)
+def run_names(runs: list[str]) -> list[str]:
+    """Names as short as they can be told apart: the last part of the path, or more of them."""
+    paths = [Path(run).resolve() for run in runs]
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(set(paths)):
+        parts += 1
+    return ["/".join(path.parts[-parts:]) for path in paths]
 
 
-def condensation_table(results: list[Result]) -> str:
-    """Mean cosine per layer, one column per run, and the scores below."""
-    all_scores = [result.scores["condensation"] for result in results]
-    n_layer = max(len(s["mean_cosine_by_layer"]) for s in all_scores) - 1
-    rows = []
-    for layer in range(n_layer + 1):
-        values = (s["mean_cosine_by_layer"] for s in all_scores)
-        label = "embeddings" if layer == 0 else f"layer {layer}"
-        rows.append([label, *(report.number(v[layer] if layer < len(v) else None, 3) for v in values)])
-    for label, key in (
-        ("last half, mean", "last_half_mean"),
-        ("Spearman with depth", "spearman"),
-        ("Kendall with depth", "kendall"),
-    ):
-        rows.append([label, *(report.number(s[key], 3) for s in all_scores)])
-    return report.table(["mean cosine", *(result.scores["name"] for result in results)], rows)
+def load_subjects(runs: list[str], folders: list[str], block_size: int, device: torch.device) -> list[Subject]:
+    """Run folders or checkpoint files, and Hugging Face models behind them, as evaluation needs them.
+
+    block_size: the context of the Hugging Face models in tokens, 0 = their own.
+    """
+    subjects, names = [], run_names([*runs, *folders])
+    for run, name in zip(runs, names, strict=False):
+        model, vocabulary, config = checkpoint.load_run(run, device)
+        metrics = checkpoint.find(run).parent / "metrics.jsonl"
+        lines = report.read_metrics(metrics) if metrics.is_file() else []
+        subjects.append(Subject(name, model, vocabulary, _recipe(config), lines))
+    for folder, name in zip(folders, names[len(runs) :], strict=True):
+        subjects.append(Subject(name, *hf.load(folder, device, block_size), None, []))
+    return subjects
+
+
+def _recipe(config: Config) -> dict:
+    """The settings that make a run what it is."""
+    return {key: value for key, value in to_dict(config).items() if key not in ("out", "resume", "overwrite")}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -187,7 +223,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
+        "runs", nargs="*", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
+    )
+    parser.add_argument("--hf", action="append", default=[], metavar="DIR", help="a GPT-2 or Qwen3 model: its Hugging Face folder, or "
+                        "owner/name on the hub, with its own tokenizer; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--block-size", type=int, default=0, metavar="N", help="context of the --hf models in tokens; 0 = their own"
     )
     parser.add_argument(
         "--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own"
@@ -203,14 +244,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", metavar="FILE", help="write all scores, condensation per layer included, to this file"
     )
-    parser.add_argument("--figures", metavar="DIR", help="draw heatmap.png and cosine_by_layer.png into this folder")
+    parser.add_argument("--layers", action="store_true", help="print the further metrics layer by layer, too")
+    parser.add_argument(
+        "--figures",
+        metavar="DIR",
+        help="draw heat maps, cosine by layer and loss by step into this folder, as PNG and PDF",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write everything, with the course of the training, as one page that opens offline",
+    )
     parser.add_argument(
         "--sample", metavar="TEXT", help="let every run continue this text by 200 tokens (temperature 0.8)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
     args = parser.parse_args(argv)
-    if args.tokens < 0 or args.stride < 0:
-        raise InputError("--tokens and --stride must be 0 or more")
+    if args.tokens < 0 or args.stride < 0 or args.block_size < 0:
+        raise InputError("--tokens, --stride and --block-size must be 0 or more")
+    if not args.runs and not (args.hf and args.data):
+        raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
     return args
 
 
@@ -218,44 +271,45 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate what the command line names; prints tables and returns the list of scores that --json writes."""
     args = parse(argv)
     device = pick_device(args.device)
-    loaded = [checkpoint.load_run(run, device) for run in args.runs]
-    text = Text.read(Dataset(find_corpus(args.data or loaded[0][2].data)), args.split, args.tokens)
-    results = []
-    for run, (model, vocabulary, _) in zip(args.runs, loaded, strict=True):
-        results.append(evaluate(Path(run).name, model, vocabulary, text, args.stride, device))
+    subjects = load_subjects(args.runs, args.hf, args.block_size, device)
+    corpus = Dataset(find_corpus(args.data or subjects[0].config["data"]))
+    text = Text.read(corpus, args.split, args.tokens)
+    results = [evaluate(s.name, s.model, s.tokenizer, text, args.stride, device) for s in subjects]
     comparison = compare(results)
-    print(score_table(results), condensation_table(results), sep="\n\n")
-    measured = results[0].scores["condensation"]
-    print(f"\ncondensation over {measured['sequences']} sequences of {measured['tokens_per_sequence']} tokens")
-    if comparison:
-        print("\n" + comparison)
-    if args.sample is not None:
-        for run, (model, vocabulary, _) in zip(args.runs, loaded, strict=True):
-            prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(args.sample)]], device=device)
-            out = model.generate(prompt, 200, temperature=0.8, seed=0, stop_token=vocabulary.eos_id)
-            print(f"\n--- {Path(run).name}\n{vocabulary.decode(out[0].tolist())}")
     scores = [result.scores for result in results]
+    names = [subject.name for subject in subjects]
+    tables = [report.score_table(scores), report.condensation_table(scores), report.further_table(scores)]
+    settings = report.settings_table(names, [subject.config for subject in subjects])
+    if settings.rows:
+        tables.insert(0, settings)
+    layers = [report.layer_table(s) for s in scores]
+    print(*tables, *(layers if args.layers else ()), sep="\n\n")
+    if comparison:
+        print("", *comparison, sep="\n")
+    if args.sample is not None:
+        for subject in subjects:
+            prompt = torch.tensor([[subject.tokenizer.eos_id, *subject.tokenizer.encode(args.sample)]], device=device)
+            out = subject.model.generate(prompt, 200, temperature=0.8, seed=0, stop_token=subject.tokenizer.eos_id)
+            print(f"\n--- {subject.name}\n{subject.tokenizer.decode(out[0].tolist())}")
     if args.json:
         checkpoint.write_json(Path(args.json), scores)
+    metrics = [subject.metrics for subject in subjects]
     if args.figures:
-        for path in report.draw_comparison(scores, Path(args.figures)):
+        for path in report.draw_comparison(scores, metrics, Path(args.figures)):
             print(f"figure  {path}")
+    if args.html:
+        measured_on = (
+            f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
+        )
+        layers.append(report.settings_table(names, [subject.config for subject in subjects], differing=False))
+        page = report.html_page(measured_on, comparison, tables, layers, scores, metrics)
+        checkpoint.write_atomic(Path(args.html), lambda file: file.write(page.encode()))
+        print(f"page    {args.html}")
     return scores
 
 
 def cli(argv: list[str] | None = None) -> int:
-    try:
-        main(argv)
-    except InputError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"eval.py: {error.filename or 'input/output'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("eval.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("eval.py", lambda: main(argv))
 
 
 if __name__ == "__main__":

@@ -678,7 +678,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=_number(0), default=0, metavar="N", help="take only the first N documents (default 0: all)")
     add("--one-document", action="store_true", help="join all documents, a newline between, and cut the whole 90/5/5")
     add = parser.add_argument_group("tokenizer").add_argument
-    add("--tokenizer", choices=("sentencepiece", "byte"), help="train a SentencePiece BPE (the default), or use bytes")
+    add("--tokenizer", metavar="KIND", help="sentencepiece: train a BPE (the default); byte; or hf:DIR, that of a Hugging "
+        "Face model, a folder or owner/name on the hub")  # fmt: skip
     add("--vocab-size", type=_number(1), metavar="N", help=f"tokens of the SentencePiece BPE (default {VOCAB_SIZE})")
     add("--tokenizer-from", metavar="FILE", help="use this tokenizer.model, of another corpus or run, instead")
     add = parser.add_argument_group("where the corpus goes").add_argument
@@ -702,8 +703,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--source goes with a corpus that is downloaded: {', '.join(DOWNLOADS)}")
     if args.tokenizer_from and (args.tokenizer or args.vocab_size):
         parser.error("--tokenizer-from brings its own kind and size: leave out --tokenizer and --vocab-size")
-    if args.tokenizer == "byte" and args.vocab_size:
-        parser.error("--tokenizer byte has 257 tokens: leave out --vocab-size")
+    if args.tokenizer and args.tokenizer not in ("sentencepiece", "byte") and not args.tokenizer.startswith("hf:"):
+        parser.error(f"--tokenizer {args.tokenizer}: give sentencepiece, byte, or hf:DIR")
+    if args.tokenizer not in (None, "sentencepiece") and args.vocab_size:
+        parser.error(f"--tokenizer {args.tokenizer} brings its own size: leave out --vocab-size")
     return args
 
 
@@ -728,11 +731,16 @@ def main(argv: list[str] | None = None) -> int:
             source = hugging_face(args.hf, args.hf_column)
         else:
             source = built_in(name, out.parent / ".downloads", args.source)
+        tokenizer = load(args.tokenizer_from) if args.tokenizer_from else args.tokenizer or "sentencepiece"
+        if args.tokenizer and args.tokenizer.startswith("hf:"):
+            from minidisp import hf  # brings torch
+
+            tokenizer = hf.load_tokenizer(args.tokenizer.removeprefix("hf:"))
         prepare_corpus(
             name,
             source,
             out,
-            tokenizer=load(args.tokenizer_from) if args.tokenizer_from else args.tokenizer or "sentencepiece",
+            tokenizer=tokenizer,
             vocab_size=args.vocab_size or VOCAB_SIZE,
             one_document=args.one_document,
             limit=args.limit,

@@ -5,6 +5,7 @@
         condensation.update(model(batch, return_hidden_states=True).hidden_states)
     condensation.result()["mean_cosine_by_layer"]
 
+Condensation is the paper's protocol, FullCondensation adds what answers its weaknesses, for more time and memory.
 Condensation: with depth, the hidden states of all tokens of a sequence turn towards one direction, so their cosines
 approach 1. The paper's L tokens and D features are T and C here. Layer 0 is the embeddings, layer n_layer is after the
 final norm. What is undefined (the rank correlation of a constant, the perplexity of no token) is NaN.
@@ -20,6 +21,7 @@ from torch import Tensor
 from minidisp.dispersion import full_precision, select_layers
 
 BINS = 128  # of every histogram, equally wide on [-1, 1]
+SAMPLED_SEQUENCES, SAMPLED_TOKENS = 128, 32  # per sequence: what FullCondensation keeps to centre and standardise
 
 
 @full_precision
@@ -161,6 +163,147 @@ class Condensation:
         }
 
 
+def singular_values(x: Tensor) -> Tensor:
+    """Singular values of matrices (..., T, C), largest first, (..., min(T, C)) in float64; NaN if x is not finite.
+
+    Roots of the eigenvalues of the smaller of X X^T and X^T X, several times faster than a decomposition of X. The
+    squaring costs half of float64's digits: the absolute error is up to about 1e-7 of the largest singular value, which
+    is what the float32 of the hidden states is worth.
+    """
+    x = x.double()
+    finite = x.isfinite().all(dim=-1).all(dim=-1)[..., None]  # or the eigenvalues would not converge
+    x = torch.where(finite[..., None], x, 0.0)
+    gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
+    s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0).sqrt()
+    return s.masked_fill(~finite, math.nan)
+
+
+def singular_entropy(s: Tensor) -> Tensor:
+    """-sum p_i log2 p_i in bits with p_i = s_i / sum s_j, (..., N) -> (...); 2 to this power is the effective rank.
+
+    (Roy & Vetterli 2007, in nats there.) NaN where all singular values are 0.
+    """
+    p = s / s.sum(dim=-1, keepdim=True)
+    return -torch.special.xlogy(p, p).sum(dim=-1) / math.log(2)
+
+
+def isoscore_star(covariance: np.ndarray) -> float:
+    """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it lies in one.
+
+    (k - 1) / (C - 1) if it is equal in k of them. Algorithm 1 of Rudman & Eickhoff (arXiv 2305.19358) takes the eigenvalues
+    e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C - sqrt C)), phi = (C - delta^2 (C - sqrt C))^2 /
+    C^2 and returns (C phi - 1) / (C - 1). Put together, C phi = (sum e)^2 / sum e^2, which needs no eigenvalues:
+    sum e is the trace and sum e^2 the squared Frobenius norm. For fewer points than a few C, shrink first:
+    (1 - zeta) covariance + zeta covariance_of_more_points, as the authors do. NaN if the covariance is 0 or C is 1.
+    """
+    C = len(covariance)
+    directions = _ratio(float(np.trace(covariance)) ** 2, float(np.square(covariance).sum()))
+    return _ratio(directions - 1, C - 1)
+
+
+class FullCondensation(Condensation):
+    """Condensation and, per layer, the scores that show what a mean cosine alone can hide. For evaluations rather than
+    for training: all of it is computed in float64 on the CPU, which takes about as long as the model's forward pass there.
+
+    Keeps a C x C matrix more per layer, and 32 tokens of each of the first 128 sequences.
+    """
+
+    PER_SEQUENCE = ("mev", "singular_entropy", "effective_rank", "hfc_lfc_ratio", "log_hfc_growth")
+
+    def __init__(self):
+        super().__init__()
+        self.sums: list[np.ndarray] = []  # per layer, over the sequences, in the order of PER_SEQUENCE
+        self.token_sums: list[np.ndarray] = []  # per layer (C,), float64
+        self.product_sums: list[np.ndarray] = []  # per layer (C, C), float64: Z^T Z over all tokens
+        self.samples: list[list[Tensor]] = []  # per layer: (B, SAMPLED_TOKENS, C), a part per batch
+
+    @torch.no_grad()
+    def update(self, hidden_states: Sequence[Tensor]) -> None:
+        """See Condensation.update; besides, every layer has the same C."""
+        super().update(hidden_states)
+        B, T, C = hidden_states[0].shape
+        if not self.sums:
+            self.sums = [np.zeros(len(self.PER_SEQUENCE)) for _ in hidden_states]
+            self.token_sums = [np.zeros(C) for _ in hidden_states]
+            self.product_sums = [np.zeros((C, C)) for _ in hidden_states]
+            self.samples = [[] for _ in hidden_states]
+        before = self.sequences - B
+        sampled = range(before, min(self.sequences, SAMPLED_SEQUENCES))
+        positions = torch.tensor(np.array([_sample_positions(T, sequence) for sequence in sampled], dtype=np.int64))
+        hfc_of_embeddings = None
+        for layer, z in enumerate(hidden_states):
+            x = z.cpu().double()  # the CPU first: not every device has float64
+            if len(sampled):
+                self.samples[layer].append(x[torch.arange(len(sampled))[:, None], positions].float())
+            tokens = x.flatten(0, 1)
+            self.token_sums[layer] += tokens.sum(dim=0).numpy()
+            self.product_sums[layer] += (tokens.mT @ tokens).numpy()
+            s = singular_values(x)  # (B, min(T, C))
+            entropy = singular_entropy(s)
+            mean = x.mean(dim=1, keepdim=True)
+            hfc = x - mean  # LFC is the mean token, T times: its only singular value is sqrt(T) ||mean||
+            ratio = singular_values(hfc)[:, 0] / (math.sqrt(T) * torch.linalg.vector_norm(mean, dim=(1, 2)))
+            hfc = torch.linalg.vector_norm(hfc, dim=(1, 2))
+            hfc_of_embeddings = hfc if layer == 0 else hfc_of_embeddings
+            mev = s[:, 0].square() / s.square().sum(dim=1)
+            scores = (mev, entropy, entropy.exp2(), ratio, (hfc / hfc_of_embeddings).log())
+            self.sums[layer] += torch.stack(scores).sum(dim=1).numpy()
+
+    def result(self) -> dict:
+        """Condensation.result and, for the layers 0..n_layer:
+
+        centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token from each, so
+            a direction that all tokens of all texts share no longer counts. The mean is over SAMPLED_TOKENS tokens of each
+            of many sequences, and the pairs are of these: centred on its own mean, any one sequence would come out near 0.
+            With 100 sequences the sampling error is below about 0.01.
+        standardised_mean_by_layer: the same after dividing each dimension by its standard deviation, so the few dimensions
+            with far larger values than the others count no more than they (Timkey & van Schijndel 2021, arXiv 2109.04404).
+        isoscore_star_by_layer: see isoscore_star; of the covariance of all tokens of all sequences, without shrinkage, and
+            so too low for fewer tokens than several C.
+        Of each sequence's (T, C) matrix X with singular values s_i, averaged over the sequences:
+        mev_by_layer: s_1^2 / sum s_i^2, the share of the strongest direction, from 1 / min(T, C) to 1.
+        singular_entropy_by_layer, effective_rank_by_layer: see singular_entropy; the rank is averaged, not the exponent.
+        hfc_lfc_ratio_by_layer: ||HFC||_2 / ||LFC||_2, spectral norms. LFC is X with each token replaced by the sequence's
+            mean token, HFC = X - LFC; 0 = all tokens are equal.
+        log_hfc_growth_by_layer: ln(||HFC_l||_F / ||HFC_0||_F), 0 for the embeddings.
+        """
+        scores = super().result()
+        N = self.sequences * scores["tokens_per_sequence"]
+        for i, name in enumerate(self.PER_SEQUENCE):
+            scores[f"{name}_by_layer"] = [float(sums[i]) / self.sequences for sums in self.sums]
+        isotropy, centred, standardised = [], [], []
+        for token_sum, product_sum, sample in zip(self.token_sums, self.product_sums, self.samples, strict=True):
+            isotropy.append(isoscore_star((product_sum - np.outer(token_sum, token_sum) / N) / (N - 1)))
+            x = torch.cat(sample).double()  # (sequences, tokens, C)
+            x = x - x.mean(dim=(0, 1))
+            std = x.square().mean(dim=(0, 1)).sqrt()
+            centred.append(_off_diagonal_mean(cosine_matrix(x)))
+            standardised.append(_off_diagonal_mean(cosine_matrix(x / std.masked_fill(std == 0, 1.0))))
+        return {
+            **scores,
+            "centred_mean_by_layer": centred,
+            "standardised_mean_by_layer": standardised,
+            "isoscore_star_by_layer": isotropy,
+        }
+
+
+def _sample_positions(T: int, sequence: int) -> np.ndarray:
+    """Up to SAMPLED_TOKENS positions in a sequence, the same ones each time.
+
+    They differ between sequences, or what is due to the position would be centred away. The first token is left out: many
+    models give it a norm that dwarfs all others.
+    """
+    if T <= SAMPLED_TOKENS:
+        return np.arange(T)
+    return np.random.default_rng(sequence).choice(np.arange(1, T), SAMPLED_TOKENS, replace=False)
+
+
+def _off_diagonal_mean(matrices: Tensor) -> float:
+    """Mean of (B, T, T) over i != j."""
+    B, T, _ = matrices.shape
+    return float((matrices.sum() - matrices.diagonal(dim1=1, dim2=2).sum()) / (B * T * (T - 1)))
+
+
 def paired_bootstrap(
     first: np.ndarray, second: np.ndarray, n_bytes: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -181,3 +324,41 @@ def paired_bootstrap(
         blocks = rng.integers(0, N, N)
         drawn[i] = difference[blocks].sum() / n_bytes[blocks].sum() / math.log(2)
     return observed, *(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+
+
+def student_t(df: int) -> float:
+    """The t that 95 % of Student's distribution with df >= 1 degrees of freedom lie within, +-t; 12.706 for df = 1.
+
+    Bisection in theta = arctan(t / sqrt(df)) of the closed form for whole df (Abramowitz & Stegun 26.7.3 and 26.7.4).
+    """
+
+    def within(theta: float) -> float:
+        term, total = (math.cos(theta), 0.0) if df % 2 else (1.0, 0.0)
+        for k in range(2 + df % 2, df + 1, 2):
+            total += term
+            term *= math.cos(theta) ** 2 * (k - 1) / k
+        inner = total * math.sin(theta)
+        return 2 / math.pi * (theta + inner) if df % 2 else inner
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean of the paired differences second - first (over seeds, say), their standard deviation, and a 95 % interval.
+
+    The interval is Student's, mean +- t sd / sqrt(n), and so is right for normal differences also with few of them.
+    Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have n >= 1 values.
+    """
+    if len(first) != len(second) or len(first) == 0:
+        raise ValueError(f"{len(first)} and {len(second)} values are no pairs")
+    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    mean, n = float(difference.mean()), len(difference)
+    if n == 1:
+        return mean, math.nan, math.nan, math.nan
+    sd = float(difference.std(ddof=1))
+    half = student_t(n - 1) * sd / math.sqrt(n)
+    return mean, sd, mean - half, mean + half

@@ -1,6 +1,6 @@
-"""Text to token ids and back without loss: a SentencePiece BPE and a plain byte tokenizer behind one interface.
+"""Text to token ids and back without loss: SentencePiece BPE, plain bytes, or a Hugging Face model's own BPE.
 
-    tokenizer = load("data/pystdlib/tokenizer.model")       # recognises which of the two the file holds
+    tokenizer = load("data/pystdlib/tokenizer.model")       # recognises which of the three the file holds
     ids = tokenizer.encode("def f():\\n")                    # list[int], no end-of-sequence id added
     tokenizer.decode(ids) == "def f():\\n"                   # for every str that UTF-8 can represent
 
@@ -9,24 +9,27 @@ An id stands for the same bytes wherever it occurs: decoding is a join, and bits
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from minidisp import InputError
+from minidisp import InputError, read_bytes
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
 SENTENCE_CHARS = 2000  # training text is fed in pieces of about this size
 BYTE_FILE = b'{"tokenizer": "byte", "version": 1}\n'
+HUGGING_FACE_FILE = b'{"tokenizer": "huggingface", "version": 1,'  # and so on: see HuggingFaceTokenizer.pack
+MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a file that says more is damaged
 
 # What a tokenizer that normalises, strips or prepends anything would change.
 _PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> c  "
 
 
 class Tokenizer:
-    """What both kinds share. vocab_size and eos_id are ints; token_bytes[i] is what id i stands for, b"" for EOS."""
+    """What all kinds share. vocab_size and eos_id are ints; token_bytes[i] is what id i stands for, b"" for EOS."""
 
     vocab_size: int
     eos_id: int
@@ -102,6 +105,32 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace(SPACE, " ").encode("utf-8")
 
+    def as_merges(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """The same BPE as the package tokenizers writes it: the pieces in the order of their ids, and the merges by rank.
+
+        In the pieces, a space is a space. SentencePiece joins any two neighbours that make a piece, those of the best
+        piece first and the leftmost first among them; so every way to cut a piece in two is a merge. Two ways to cut one
+        piece then have two ranks where SentencePiece goes by position alone. That could only matter where occurrences of
+        a piece overlap and are cut differently, which has not been seen (the tests try every text of 11 letters).
+        ValueError if the model is no BPE.
+        """
+        pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        plain = {}
+        for i, piece in enumerate(pieces):
+            if not (self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_byte(i)):
+                pieces[i] = piece.replace(SPACE, " ")
+                plain[pieces[i]] = self._model.get_score(i)
+        by_rank = sorted(plain, key=plain.get, reverse=True)
+        if [-plain[piece] for piece in by_rank] != [*range(len(by_rank))]:  # a BPE has ranks, and a unigram model log p
+            raise ValueError("this SentencePiece model is no BPE, so it has no merges")
+        merges = [
+            (piece[:cut], piece[cut:])
+            for piece in by_rank
+            for cut in range(1, len(piece))
+            if piece[:cut] in plain and piece[cut:] in plain
+        ]
+        return pieces, merges
+
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")  # raises the error promised above; what SentencePiece does here depends on its version
         first, *rest = text.split(SPACE)  # a literal U+2581 is spelled in bytes, as SentencePiece takes it for a space
@@ -118,13 +147,149 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(texts, num_threads=threads)
 
 
+class HuggingFaceTokenizer(Tokenizer):
+    """The BPE of a Hugging Face model, run by the package tokenizers: in bytes as in GPT-2 and Qwen3, or with byte fallback.
+
+    Two things differ from what transformers does with the same file, so that every text comes back as it was: names of
+    special tokens such as <|endoftext|> are text like any other, and Unicode is not composed (NFC, as Qwen3 asks for).
+    ValueError where the tokenizer is of another kind, is damaged, or changes the text in another way.
+    """
+
+    @staticmethod
+    def pack(tokenizer_json: dict, eos_token: str, vocab_size: int) -> bytes:
+        """One file out of what Hugging Face spreads over several.
+
+        tokenizer_json: what the file of this name holds. vocab_size: the rows of the model's embedding, of which some may
+        have no token; 0 = as many as there are tokens.
+        """
+        rest = json.dumps({"eos_token": eos_token, "vocab_size": vocab_size, "tokenizer_json": tokenizer_json})
+        return HUGGING_FACE_FILE + b" " + rest[1:].encode() + b"\n"
+
+    def __init__(self, serialized: bytes):
+        super().__init__(serialized)
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                "a Hugging Face tokenizer needs the package tokenizers: pip install 'minidisp[hf]'"
+            ) from None
+        try:
+            packed = json.loads(serialized)
+            eos_token, rows, self.tokenizer_json = (
+                packed[key] for key in ("eos_token", "vocab_size", "tokenizer_json")
+            )
+            if type(eos_token) is not str or type(rows) is not int or not 0 <= rows <= MAX_VOCAB:
+                raise TypeError("eos_token or vocab_size")
+            names = {token["content"] for token in self.tokenizer_json.get("added_tokens") or []}
+            in_bytes = _check_kind(self.tokenizer_json, eos_token)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not a tokenizer file, or a damaged one ({type(error).__name__}: {error})") from error
+        self.eos_token = eos_token
+        # What it is used for here: text to ids, with nothing changed, added, cut off or filled up.
+        unused = dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
+        self.as_used = {**self.tokenizer_json, **unused}
+        try:
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(self.as_used))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"not a tokenizer file, or a damaged one ({str(error)[:200]})") from error
+        self.eos_id = self._model.token_to_id(eos_token)
+        if self.eos_id is None:
+            raise ValueError(f"the end-of-sequence token {eos_token!r} is not among this tokenizer's tokens")
+        self._model.add_special_tokens([tokenizers.AddedToken(eos_token, normalized=False)])
+        self._model.encode_special_tokens = True  # as text, if they are found in one
+        ids = self._model.get_vocab()
+        n_tokens = max(ids.values()) + 1
+        self.vocab_size = rows or n_tokens
+        if self.vocab_size < n_tokens or n_tokens > MAX_VOCAB:
+            raise ValueError(f"this tokenizer has {n_tokens:,} tokens, but its model only {self.vocab_size:,}")
+        self.token_bytes = [b""] * self.vocab_size  # special tokens, and rows that no token uses, stand for nothing
+        special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
+        for token in ids.keys() - special:
+            self.token_bytes[ids[token]] = token.encode("utf-8") if token in names else _bytes_of(token, in_bytes)
+        if not {*self.token_bytes} >= {bytes([byte]) for byte in range(256)}:
+            raise ValueError("this tokenizer has no token for some bytes, so it cannot encode every text")
+        if any(self.decode(self.encode(text)) != text for text in (_PROBE, _PROBE.strip())):
+            raise ValueError("this tokenizer changes the text: it adds, strips or replaces something")
+        if self.eos_id in self.encode(eos_token):
+            raise ValueError(f"this tokenizer makes its end-of-sequence token out of the text {eos_token!r}")
+
+    def encode(self, text: str) -> list[int]:
+        text.encode("utf-8")  # raises the error promised above
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        if threads == 1:
+            return super().encode_batch(texts)
+        for text in texts:
+            text.encode("utf-8")
+        return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _check_kind(tokenizer_json: dict, eos_token: str) -> bool:
+    """Whether the tokens of a tokenizer.json are bytes; else they are text, with byte fallback.
+
+    ValueError if it is something else than a BPE of these two kinds, or loses text.
+    """
+    model = tokenizer_json["model"]
+    if model.get("type") not in ("BPE", None) or model.get("dropout"):
+        raise ValueError(f"only BPE tokenizers are read, without dropout; this one is {str(model.get('type'))[:40]}")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("this tokenizer marks words inside its tokens, so they do not stand for bytes")
+    for token in tokenizer_json.get("added_tokens") or []:
+        if (token["lstrip"] or token["rstrip"]) and not (token["special"] or token["content"] == eos_token):
+            raise ValueError(
+                f"this tokenizer strips the spaces around its token {token['content']!r}: text would be lost"
+            )
+    if changes := {*_kinds(tokenizer_json.get("normalizer"))} - {"NFC"}:
+        raise ValueError(f"this tokenizer changes the text before it encodes it ({', '.join(sorted(changes))})")
+    decoder = _kinds(tokenizer_json.get("decoder"))
+    if "ByteLevel" in decoder:
+        return True
+    if not (model.get("byte_fallback") and decoder == ["ByteFallback", "Fuse"]):
+        raise ValueError("this BPE works neither in bytes, as GPT-2's and Qwen3's do, nor with byte fallback")
+    return False
+
+
+def _bytes_of(token: str, in_bytes: bool) -> bytes:
+    """What a token stands for: each character for a byte, or text, or one byte if it is written <0x41>."""
+    try:
+        if in_bytes:
+            return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:
+        raise ValueError(f"the token {token!r} does not stand for bytes") from None
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.encode("utf-8")
+
+
+def _kinds(part: dict | None) -> list[str]:
+    """The types of the steps that a part of a tokenizer.json consists of."""
+    if part is None:
+        return []
+    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    return [part["type"]] if steps is None else [kind for step in steps for kind in _kinds(step)]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters in which byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer saved in a file. InputError naming the file if it is missing, damaged or something else."""
+    serialized = read_bytes(path)
     try:
-        serialized = Path(path).read_bytes()
-        return ByteTokenizer() if serialized == BYTE_FILE else SentencePieceTokenizer(serialized)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        if serialized == BYTE_FILE:
+            return ByteTokenizer()
+        if serialized.startswith(HUGGING_FACE_FILE):
+            return HuggingFaceTokenizer(serialized)
+        return SentencePieceTokenizer(serialized)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: a damaged tokenizer file, with a piece that is not UTF-8") from error
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 

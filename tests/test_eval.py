@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -68,8 +69,11 @@ def test_condensation_agrees_with_plain_numpy(run, corpus):
 
 def test_a_run_does_not_differ_from_itself(run, capsys):
     scores = evaluation.main([str(run), str(run)])
-    assert scores[1]["versus_first"] == {"bits_per_byte": 0.0, "low": 0.0, "high": 0.0}
-    assert "no difference" in capsys.readouterr().out
+    assert scores[1]["versus_first"] == {"bits_per_byte": 0.0, "low": 0.0, "high": 0.0, "verdict": "no difference",
+                                         "nats_per_token": 0.0, "tokens_better": 0.5}  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "no difference that this text can show" in printed
+    assert "settings that differ" not in printed
 
 
 def test_an_untrained_model_is_worse(run, corpus, tmp_path, capsys):
@@ -78,12 +82,69 @@ def test_an_untrained_model_is_worse(run, corpus, tmp_path, capsys):
     versus = scores[1]["versus_first"]
     assert 0 < versus["low"] < versus["bits_per_byte"] < versus["high"]
     assert versus["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"] - scores[0]["bits_per_byte"], abs=1e-9)
-    assert ": worse" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"heatmap.png", "cosine_by_layer.png"}
+    assert versus["verdict"] == "worse"
+    assert versus["nats_per_token"] == pytest.approx(scores[1]["loss"] - scores[0]["loss"], abs=1e-9)
+    assert 0 < versus["tokens_better"] < 0.5
+    printed = capsys.readouterr().out
+    assert ": worse (" in printed
+    assert re.search(r"^max_steps +12 +0$", printed, re.M)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in ("heatmap", "cosine_by_layer", "loss_by_step") for suffix in ("png", "pdf")
+    }
 
 
-def test_models_with_other_tokenizers_read_the_same_text(run, bpe_run, bpe_corpus):
+def test_a_plain_sentence_for_every_outcome():
+    """Blocks that differ for certain, and blocks that differ both ways."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(500, 900, 200)
+
+    def result(name, nats, tokenizer="t"):
+        scores = {
+            "name": name,
+            "bytes": 200 * evaluation.BLOCK_BYTES,
+            "bits_per_byte": nats.sum() / math.log(2) / (200 * 1024),
+        }
+        return evaluation.Result({**scores, "tokenizer": tokenizer}, nats, nats)
+
+    results = [
+        result("a", base),
+        result("b", base * 0.98),
+        result("c", base * 1.02, "u"),
+        result("d", base + rng.normal(0, 30, 200)),
+    ]
+    better, worse, same = evaluation.compare(results)
+    assert re.fullmatch(r"b against a: -0\.0\d+ bits/byte, 95 % interval -\S+ to -\S+: better \(2\.0% fewer bits, 100% of the "
+                        r"tokens predicted better\)", better)  # fmt: skip
+    assert re.fullmatch(r"c against a: \+.* to \+\S+: worse \(2\.0% more bits\)", worse)
+    assert re.fullmatch(r"d against a: .* -\S+ to \+\S+: no difference that this text can show \(\d\d% of .*\)", same)
+    assert "tokens_better" not in results[2].scores["versus_first"]
+
+
+def test_one_block_of_text_tells_nothing(run, capsys):
+    scores = evaluation.main([str(run), str(run), "--tokens", "200"])
+    assert scores[1]["versus_first"]["verdict"] == "too little text to tell"
+    assert "too little text to tell" in capsys.readouterr().out
+
+
+def test_names_tell_runs_apart(tmp_path):
+    paths = [str(tmp_path / part) for part in ("a/x", "b/x", "a/x/ckpt_last.pt", "b/x/ckpt_last.pt")]
+    assert evaluation.run_names([]) == []
+    assert evaluation.run_names(paths[:1] * 2) == ["x", "x"]
+    assert evaluation.run_names(paths[:2]) == ["a/x", "b/x"]
+    assert evaluation.run_names(paths[2:]) == ["a/x/ckpt_last.pt", "b/x/ckpt_last.pt"]
+
+
+def test_layers_prints_every_layer(run, capsys):
+    (scores,) = evaluation.main([str(run), "--tokens", "300", "--layers"])
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    measured = scores["condensation"]
+    assert last.split()[:2] == ["2", f"{measured['mean_cosine_by_layer'][2]:.3f}"]
+    assert f"{measured['effective_rank_by_layer'][2]:.1f}" in last.split()
+
+
+def test_models_with_other_tokenizers_read_the_same_text(run, bpe_run, bpe_corpus, capsys):
     byte, bpe = evaluation.main([str(run), str(bpe_run)])
+    assert "not comparable" in capsys.readouterr().out
     assert byte["tokens"] > bpe["tokens"]
     assert (byte["bytes"], byte["words"]) == (bpe["bytes"], bpe["words"])
     assert bpe["tokens"] == Dataset(bpe_corpus).split("val").tokens  # that corpus has the same text
@@ -124,6 +185,7 @@ def test_one_checkpoint_file_can_be_named(run):
         (["RUN", "--stride", "33"], "stride"),
         (["RUN", "--jsn", "x"], "--json"),
         (["RUN", "--json", "FILE/x.json"], "FILE"),
+        (["RUN", "--html", "FILE/x.html"], "FILE"),
         ([], "RUN"),
     ],
 )

@@ -10,12 +10,18 @@ import torch
 from minidisp.metrics import (
     BINS,
     Condensation,
+    FullCondensation,
     bits_per_byte,
     cosine_matrix,
+    isoscore_star,
     kendall_tau_b,
     paired_bootstrap,
+    paired_interval,
     perplexity,
+    singular_entropy,
+    singular_values,
     spearman,
+    student_t,
     word_perplexity,
 )
 
@@ -244,6 +250,171 @@ def test_no_result_without_sequences():
         Condensation().result()
 
 
+# The further metrics
+
+
+def published_isoscore(points):
+    """Algorithm 1 of arXiv 2305.19358, step by step, without shrinkage."""
+    eigenvalues = np.linalg.svd(np.cov(points.T), compute_uv=False)
+    d = len(eigenvalues)
+    normed = np.sqrt(d) * eigenvalues / np.linalg.norm(eigenvalues)
+    defect = np.linalg.norm(normed - np.ones(d)) / np.sqrt(2 * (d - np.sqrt(d)))
+    phi = (d - defect**2 * (d - np.sqrt(d))) ** 2 / d**2
+    return (d * phi - 1) / (d - 1)
+
+
+def test_isoscore_star_agrees_with_the_published_algorithm():
+    rng = np.random.default_rng(0)
+    for d in (2, 5, 40):
+        points = rng.normal(size=(300, d)) @ rng.normal(size=(d, d)) + 7
+        assert isoscore_star(np.cov(points.T)) == pytest.approx(published_isoscore(points), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_isoscore_star_counts_directions(k):
+    """The authors' reading: with equal variance in k of d directions, in any basis, the score is (k - 1) / (d - 1)."""
+    basis, _ = np.linalg.qr(np.random.default_rng(k).normal(size=(9, 9)))
+    assert isoscore_star(basis[:, :k] @ basis[:, :k].T * 3.0) == pytest.approx((k - 1) / 8)
+
+
+def test_isoscore_star_of_nothing():
+    assert math.isnan(isoscore_star(np.zeros((3, 3))))
+    assert math.isnan(isoscore_star(np.ones((1, 1))))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 9), (3, 9, 5), (2, 6, 6)])
+def test_singular_values_agree_with_numpy(shape):
+    x = randn(*shape)
+    x[:, :, 0] *= 1e-4
+    x[0, :, 1] = x[0, :, 2]  # one is zero where T >= C
+    truth = np.linalg.svd(x.numpy(), compute_uv=False)
+    s = singular_values(x)
+    assert s.shape == truth.shape
+    assert np.abs(s.numpy() - truth).max() < 1e-7 * truth.max()
+    p = truth / truth.sum(axis=1, keepdims=True)
+    entropy = [-sum(q * math.log2(q) for q in row if q > 0) for row in p]
+    np.testing.assert_allclose(singular_entropy(s), entropy, atol=1e-5)
+
+
+def test_singular_entropy_by_hand():
+    s = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [2.0, 1.0, 1.0, 0.0], [0.0] * 4])
+    torch.testing.assert_close(singular_entropy(s), torch.tensor([2.0, 0.0, 1.5, math.nan]), equal_nan=True)
+
+
+def test_singular_values_of_what_is_not_finite():
+    x = randn(3, 4, 5)
+    x[1, 2, 3] = math.inf
+    s = singular_values(x)
+    assert s[1].isnan().all()
+    torch.testing.assert_close(s[[0, 2]], singular_values(x[[0, 2]]))
+
+
+def measure_all(*batches):
+    condensation = FullCondensation()
+    for hidden_states in batches:
+        condensation.update(hidden_states)
+    return condensation.result()
+
+
+@pytest.mark.parametrize(("T", "C"), [(11, 32), (40, 12)])
+def test_the_further_metrics_agree_with_numpy(T, C):
+    """Everything again from the definitions, with an SVD per sequence and loops."""
+    hidden_states = condensing(B=5, T=T, C=C)
+    hidden_states[3][..., 2] *= 50  # a rogue dimension
+    hidden_states[2][..., 1] = 4.0  # a constant one
+    batches = [[z[i : i + 2] for z in hidden_states] for i in (0, 2, 4)]
+    result = measure_all(*batches)
+    want = {name: [] for name in result if name not in measure(hidden_states)}
+    positions = [
+        range(T) if T <= 32 else np.random.default_rng(i).choice(range(1, T), 32, replace=False) for i in range(5)
+    ]
+    norms_of_embeddings = None
+    for layer in hidden_states:
+        layer = layer.numpy()
+        rows = []
+        for x in layer:
+            s = np.linalg.svd(x, compute_uv=False)
+            p = s / s.sum()
+            entropy = -(p * np.log2(p)).sum()
+            lfc = np.ones((T, T)) / T @ x
+            ratio = np.linalg.norm(x - lfc, 2) / np.linalg.norm(lfc, 2)
+            rows.append((s[0] ** 2 / np.linalg.norm(x) ** 2, entropy, 2**entropy, ratio, np.linalg.norm(x - lfc)))
+        mev, entropy, rank, ratio, hfc = np.array(rows).T
+        norms_of_embeddings = hfc if norms_of_embeddings is None else norms_of_embeddings
+        want["mev_by_layer"].append(mev.mean())
+        want["singular_entropy_by_layer"].append(entropy.mean())
+        want["effective_rank_by_layer"].append(rank.mean())
+        want["hfc_lfc_ratio_by_layer"].append(ratio.mean())
+        want["log_hfc_growth_by_layer"].append(np.log(hfc / norms_of_embeddings).mean())
+        want["isoscore_star_by_layer"].append(published_isoscore(layer.reshape(-1, C)))
+        sample = np.stack([x[p] for x, p in zip(layer, positions, strict=True)])
+        mean, std = sample.reshape(-1, C).mean(axis=0), sample.reshape(-1, C).std(axis=0)
+        std[std == 0] = 1
+        for name, points in (("centred", sample - mean), ("standardised", (sample - mean) / std)):
+            cosines = [
+                x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+                for x in points
+                for i in range(len(x))
+                for j in range(i)
+            ]
+            want[f"{name}_mean_by_layer"].append(np.mean(cosines))
+    assert len(want) == 8
+    for name, values in want.items():
+        np.testing.assert_allclose(result[name], values, rtol=2e-6, atol=2e-6, err_msg=name)
+    assert {name: value for name, value in result.items() if name not in want} == measure(*batches)
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_what_the_mean_cosine_hides():
+    """One shared direction, or one loud dimension, makes all cosines large; centred or standardised, nothing is left."""
+    z = randn(60, 20, 64)
+    offset, loud = z + 3 * randn(64, seed=1), z.clone()
+    loud[..., 0] = 40 * (1 + 0.1 * loud[..., 0])
+    result = measure_all((z, offset, loud))
+    assert min(result["off_diagonal_mean_by_layer"][1:]) > 0.8
+    for name in ("centred_mean_by_layer", "standardised_mean_by_layer"):
+        assert np.abs(result[name]).max() < 0.03, name
+    # What the tokens of each text have in common, but not all texts, stays.
+    result = measure_all((z, z + 3 * randn(60, 1, 64, seed=2)))
+    assert result["centred_mean_by_layer"][1] == pytest.approx(0.9, abs=0.02)
+    assert result["standardised_mean_by_layer"][1] == pytest.approx(0.9, abs=0.02)
+
+
+def test_the_position_alone_condenses_nothing():
+    z = randn(1, 64, 32).expand(100, 64, 32)  # position embeddings and nothing else
+    result = measure_all((z, z))
+    assert abs(result["centred_mean_by_layer"][0]) < 0.03
+    assert abs(result["standardised_mean_by_layer"][0]) < 0.03
+
+
+def test_the_sample_is_bounded():
+    condensation = FullCondensation()
+    for seed in range(3):
+        condensation.update((randn(100, 20, 3, seed=seed), randn(100, 20, 3, seed=seed + 9)))
+    assert [sum(len(part) for part in layer) for layer in condensation.samples] == [128, 128]
+    assert len(condensation.result()["centred_mean_by_layer"]) == 2
+
+
+def test_the_further_metrics_at_their_limits():
+    equal = torch.ones(3, 4, 5)
+    result = measure_all((randn(3, 4, 5).float(), equal, torch.zeros(3, 4, 5)))
+    assert result["mev_by_layer"][1] == pytest.approx(1)
+    assert result["effective_rank_by_layer"][1] == pytest.approx(1, abs=1e-5)
+    assert result["hfc_lfc_ratio_by_layer"][1] == pytest.approx(0)
+    assert result["log_hfc_growth_by_layer"][:2] == [0, -math.inf]
+    for name in ("mev", "singular_entropy", "effective_rank", "hfc_lfc_ratio", "isoscore_star"):
+        assert math.isnan(result[f"{name}_by_layer"][2]), name
+
+
+def test_a_nan_stays_in_its_layer():
+    hidden_states = condensing()
+    hidden_states[2][0, 0, 0] = math.nan
+    result = measure_all(hidden_states)
+    for name, values in result.items():
+        if name.endswith("_by_layer") and "histogram" not in name and name[:8] not in ("centred_", "standard"):
+            assert [math.isnan(value) for value in values] == [False, False, True, False, False], name
+
+
 def test_paired_bootstrap_covers_a_known_difference():
     rng = np.random.default_rng(0)
     hard = rng.gamma(4, 100, size=400)  # blocks differ far more from each other than the two models do
@@ -263,3 +434,30 @@ def test_paired_bootstrap_of_one_block_knows_no_spread():
     assert difference == pytest.approx(1 / 8 / math.log(2))
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_student_t_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for df in (*range(1, 41), 99, 100, 1000, 1001):
+        assert student_t(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-11), df
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_paired_interval_agrees_with_scipy(n):
+    stats = pytest.importorskip("scipy.stats")
+    first, second = np.random.default_rng(n).normal(size=(2, n))
+    mean, sd, low, high = paired_interval(first.tolist(), second.tolist())
+    interval = stats.ttest_rel(second, first).confidence_interval(0.95)
+    assert mean == pytest.approx((second - first).mean())
+    assert sd == pytest.approx(np.std(second - first, ddof=1))
+    assert (low, high) == pytest.approx((interval.low, interval.high))
+
+
+def test_paired_interval_at_its_limits():
+    mean, *unknown = paired_interval([1.0], [3.0])
+    assert mean == 2
+    assert all(math.isnan(x) for x in unknown)
+    assert paired_interval([1, 2, 3], [2, 3, 4]) == (1, 0, 1, 1)
+    for first, second in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="pairs"):
+            paired_interval(first, second)

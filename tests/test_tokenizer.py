@@ -1,4 +1,4 @@
-"""Both tokenizers: lossless for every text, the same file every time, and clear about files that are none."""
+"""All tokenizers: lossless for every text, the same file every time, and clear about files that are none."""
 
 import hashlib
 import io
@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidisp import InputError
-from minidisp.tokenizer import ByteTokenizer, SentencePieceTokenizer, _sentences, load, train_sentencepiece
+from minidisp.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    _sentences,
+    load,
+    train_sentencepiece,
+)
 
 SOURCE_CODE = (
     "def f(x):\n        if x == 12:\n                return [x]\n\n    # a comment, and the word\r\n\tEND\n" * 200
@@ -38,9 +45,35 @@ def trained() -> SentencePieceTokenizer:
     return train_sentencepiece([SOURCE_CODE], 320)
 
 
-@pytest.fixture(params=["byte", "sentencepiece"])
+def byte_level_bpe(qwen: bool = False) -> HuggingFaceTokenizer:
+    """A small tokenizer built like GPT-2's, or like Qwen3's: NFC, words by a regular expression, more added tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if qwen:
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+        words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+        in_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([SOURCE_CODE], trainer)
+    if qwen:
+        tokenizer.add_special_tokens(["<|im_start|>"])
+        tokenizer.add_tokens(["<think>"])
+    tokenizer.enable_truncation(7)  # settings that some files have, and that would cut or fill up texts
+    tokenizer.enable_padding(length=9)
+    return HuggingFaceTokenizer(HuggingFaceTokenizer.pack(json.loads(tokenizer.to_str()), "<|endoftext|>", 0))
+
+
+@pytest.fixture(params=["byte", "sentencepiece", "gpt2", "qwen3"])
 def tokenizer(request, trained):
-    return ByteTokenizer() if request.param == "byte" else trained
+    kinds = {"byte": ByteTokenizer, "gpt2": byte_level_bpe, "qwen3": lambda: byte_level_bpe(qwen=True)}
+    return kinds.get(request.param, lambda: trained)()
 
 
 @pytest.mark.parametrize("text", HARD, ids=lambda text: ascii(text[:12]))
@@ -65,6 +98,87 @@ def test_round_trip_of_random_text(trained):
         assert trained.encode_batch([text, "x" + text]) == [trained.encode(text), trained.encode("x" + text)]
 
     check()
+
+
+def test_a_hugging_face_tokenizer_gives_its_own_ids():
+    """Those of the package tokenizers with the file as it is, but for names of special tokens and uncomposed letters."""
+    ours = byte_level_bpe(qwen=True)
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.tokenizer_json))
+    theirs.no_truncation()
+    theirs.no_padding()
+    for text in [SOURCE_CODE[:500], "a\u00e9\U0001f642 <think> x\n\n  12", "\u6f22\u5b57"]:
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    names = ["<|endoftext|>", "<|im_start|>", "<think>"]
+    ids = [theirs.token_to_id(name) for name in names]
+    assert [ours.token_bytes[i] for i in ids] == [b"", b"", b"<think>"]
+    for name in names[:2]:
+        assert theirs.encode(name).ids == [theirs.token_to_id(name)]
+        assert len(ours.encode(name)) > 3
+    assert len(ours.encode("e\u0301")) > len(theirs.encode("e\u0301").ids)
+
+
+def test_the_file_that_the_hub_has_for_gpt2():
+    """An older form: the model has no type, merges are strings, and settings that are defaults now are left out."""
+    ours = byte_level_bpe()
+    old = json.loads(json.dumps(ours.tokenizer_json))
+    fields = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "vocab", "merges")
+    old["model"] = {name: old["model"][name] for name in fields}
+    old["model"] |= {"merges": [" ".join(pair) for pair in old["model"]["merges"]], "continuing_subword_prefix": ""}
+    del old["pre_tokenizer"]["use_regex"], old["decoder"]["use_regex"]
+    loaded = HuggingFaceTokenizer(HuggingFaceTokenizer.pack(old, "<|endoftext|>", 0))
+    assert loaded.token_bytes == ours.token_bytes
+    assert loaded.encode(SOURCE_CODE + "<|endoftext|>") == ours.encode(SOURCE_CODE + "<|endoftext|>")
+
+
+def test_a_hugging_face_vocabulary_is_as_large_as_its_model():
+    small = byte_level_bpe()
+    padded = HuggingFaceTokenizer(HuggingFaceTokenizer.pack(small.tokenizer_json, "<|endoftext|>", 400))
+    assert (padded.vocab_size, padded.token_bytes[small.vocab_size :]) == (400, [b""] * (400 - small.vocab_size))
+    assert padded.encode("def f") == small.encode("def f")
+    with pytest.raises(ValueError, match="290 tokens, but its model only 289"):
+        HuggingFaceTokenizer(HuggingFaceTokenizer.pack(small.tokenizer_json, "<|endoftext|>", 289))
+
+
+def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
+    good = byte_level_bpe(qwen=True).tokenizer_json
+    added = {"id": 330, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    one_less = {token: i for token, i in good["model"]["vocab"].items() if token != "!"}
+    for changes, message in [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "only BPE"),
+        ({"model": good["model"] | {"dropout": 0.1}}, "dropout"),
+        ({"model": good["model"] | {"vocab": one_less}}, "no token for some bytes"),
+        ({"model": good["model"] | {"vocab": 5}}, "damaged"),
+        ({"model": good["model"] | {"continuing_subword_prefix": "##"}}, "marks words"),
+        ({"model": []}, "damaged"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "StripAccents"}]}},
+            "StripAccents",
+        ),
+        ({"pre_tokenizer": byte_level}, "changes the text"),
+        ({"pre_tokenizer": {"type": "Nonsense"}}, "damaged"),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "neither in bytes"),
+        ({"decoder": None}, "neither in bytes"),
+        ({"added_tokens": [*good["added_tokens"], {**added, "content": "<s>", "lstrip": True}]}, "strips the spaces"),
+        ({"added_tokens": [{"content": "x"}]}, "damaged"),
+        ({"added_tokens": 3}, "damaged"),
+    ]:
+        path = tmp_path / "tokenizer.model"
+        path.write_bytes(HuggingFaceTokenizer.pack({**good, **changes}, "<|endoftext|>", 0))
+        with pytest.raises(InputError, match=r"tokenizer\.model: ") as error:
+            load(path)
+        assert message in str(error.value), changes
+        assert "\n" not in str(error.value)
+    whole = HuggingFaceTokenizer.pack(good, "<|endoftext|>", 0)
+    for content in (whole[:-40], HuggingFaceTokenizer.pack(good, "</s>", 0), HuggingFaceTokenizer.pack(good, 5, 0),
+                    HuggingFaceTokenizer.pack(good, "<|endoftext|>", -1), HuggingFaceTokenizer.pack(good, "a", 10**9),
+                    HuggingFaceTokenizer.pack(good, "d", 0)):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"tokenizer\.model: "):
+            load(path)
 
 
 def test_every_byte_can_be_decoded(tokenizer):

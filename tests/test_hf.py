@@ -1,0 +1,656 @@
+"""Hugging Face models, both ways: transformers is the oracle for logits, hidden states, losses and token ids."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+import tokenizers
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation  # not the builtin
+import minidisp
+import train
+from data import prepare
+from minidisp import InputError, checkpoint, hf
+from minidisp.config import from_dict, parse, to_dict
+from minidisp.data import Dataset
+from minidisp.dispersion import dispersion_loss
+from minidisp.model import GPT
+from minidisp.tokenizer import ByteTokenizer, train_sentencepiece
+from tests.conftest import SMALL, small_config, write_text
+from tests.test_tokenizer import HARD, SOURCE_CODE, byte_level_bpe
+
+EOS = "<|endoftext|>"
+GPT2 = {
+    "vocab_size": 90,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+QWEN3 = {
+    "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 48,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def randomise(model):
+    """Larger than at initialisation, biases and norms included, so that everything has an effect."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((0.15 if p.ndim > 1 else 0.4) * torch.randn(p.shape, generator=generator) + (p.ndim == 1))
+    return model.eval()
+
+
+def build(transformers, family: str, **options):
+    """A random model of transformers."""
+    if family == "gpt2":
+        return randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, **options})))
+    return randomise(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**QWEN3, **options})))
+
+
+@torch.no_grad()
+def assert_same_outputs(theirs, ours: GPT):
+    """Logits and every hidden state, in float32, over the whole context."""
+    idx = torch.randint(ours.config.vocab_size, (2, ours.config.block_size), generator=torch.Generator().manual_seed(1))
+    wanted, got = theirs(idx, output_hidden_states=True), ours(idx, return_hidden_states=True)
+    torch.testing.assert_close(got.logits, wanted.logits, atol=1e-4, rtol=0)
+    assert wanted.logits.std() > 0.1
+    assert len(got.hidden_states) == len(wanted.hidden_states) == ours.config.n_layer + 1
+    for a, b in zip(got.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+OPTIONS = {
+    "gpt2": [
+        {},
+        {"activation_function": "gelu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"tie_word_embeddings": False},
+        {"n_inner": 40, "layer_norm_epsilon": 1e-2},
+        {"n_head": 1, "n_layer": 1, "n_positions": 7, "vocab_size": 11},
+        {"reorder_and_upcast_attn": True, "resid_pdrop": 0.3},
+    ],
+    "qwen3": [
+        {},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1, "head_dim": 14},
+        {"attention_bias": True, "head_dim": 2},
+        {"tie_word_embeddings": True},
+        {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+        {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0},
+    ],
+}
+ALL_OPTIONS = [(family, options) for family, several in OPTIONS.items() for options in several]
+
+
+@pytest.mark.parametrize(("family", "options"), ALL_OPTIONS, ids=str)
+def test_import_gives_the_same_logits_and_hidden_states(transformers, tmp_path, family, options):
+    theirs = build(transformers, family, **options)
+    theirs.save_pretrained(tmp_path)
+    ours = minidisp.hf.load_model(tmp_path)
+    assert not ours.training
+    assert_same_outputs(theirs, ours)
+    shorter = hf.load_model(str(tmp_path), block_size=5)
+    idx = torch.arange(5).unsqueeze(0)
+    torch.testing.assert_close(shorter(idx).logits, ours(idx).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_and_dtypes(transformers, tmp_path, family, dtype):
+    theirs = build(transformers, family).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours = hf.load_model(tmp_path)
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    # Not theirs.float(): its rotary frequencies would stay rounded to bfloat16.
+    assert_same_outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ours)
+
+
+def test_loading_leaves_the_random_numbers_alone(models):
+    state = torch.get_rng_state()
+    hf.load_model(models / "qwen3")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_old_gpt2_files_have_no_prefix_and_keep_the_causal_mask(transformers, tmp_path):
+    theirs = build(transformers, "gpt2")
+    theirs.save_pretrained(tmp_path)
+    old = {k.removeprefix("transformer."): v for k, v in load_file(tmp_path / hf.WEIGHTS).items()}
+    for layer in range(3):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    old["lm_head.weight"] = old["wte.weight"].clone()  # tied, and stored all the same
+    save_file(old, tmp_path / hf.WEIGHTS)
+    assert_same_outputs(theirs, hf.load_model(tmp_path))
+    old["lm_head.weight"] += 1
+    save_file(old, tmp_path / hf.WEIGHTS)
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        hf.load_model(tmp_path)
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer():
+    return train_sentencepiece([SOURCE_CODE], 320)
+
+
+def write_run(folder: Path, vocabulary, **fields) -> GPT:
+    """A run folder with a random model in it."""
+    config = from_dict(
+        {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 40, **fields, "vocab_size": vocabulary.vocab_size}
+    )
+    model = randomise(GPT(config))
+    folder.mkdir()
+    torch.save({"model": model.state_dict(), "config": to_dict(config), "step": 0}, folder / checkpoint.LAST)
+    vocabulary.save(folder / "tokenizer.model")
+    return model
+
+
+EXPORTS = [
+    {},
+    {"bias": False},
+    {"gelu": "tanh", "tied": False, "dropout": 0.2},
+    {"mlp_dim": 50, "norm_eps": 1e-2},
+    {"arch": "qwen3"},
+    {"arch": "qwen3", "n_kv_head": 2, "head_dim": 10, "rope_theta": 300.0, "norm_eps": 1e-2, "mlp_dim": 50},
+    {"arch": "qwen3", "n_kv_head": 1, "attention_bias": True, "tied": False},
+]
+
+
+@pytest.mark.parametrize("fields", EXPORTS, ids=str)
+def test_export_gives_the_same_logits_in_transformers(transformers, tmp_path, capsys, fields):
+    model = write_run(tmp_path / "run", ByteTokenizer(), **fields)
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out" / "folder")]) == 0
+    folder = tmp_path / "out" / "folder"
+    assert str(folder) in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["folder"]
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert (theirs.config.eos_token_id, theirs.dtype) == (256, torch.float32)
+    assert_same_outputs(theirs, model)
+    again = hf.load_model(folder)
+    idx = torch.arange(40).unsqueeze(0)
+    assert torch.equal(again(idx).logits, model(idx).logits)
+    assert (again.config.tied, again.num_params() - model.num_params()) in [
+        (model.config.tied, 0),
+        (True, biases(model)),
+    ]
+
+
+def biases(model: GPT) -> int:
+    """How many parameters GPT-2 has beyond ours without biases."""
+    return GPT(dataclasses.replace(model.config, bias=True)).num_params() - model.num_params()
+
+
+TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from("\u2581\u2585 \n\t\r\0<>/sunkx0123456789()[]:=defrtun "),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "huggingface"])
+def test_an_exported_tokenizer_gives_the_same_ids_and_the_text_back(
+    transformers, tmp_path, sentencepiece_tokenizer, kind
+):
+    vocabulary = {
+        "sentencepiece": lambda: sentencepiece_tokenizer,
+        "byte": ByteTokenizer,
+        "huggingface": byte_level_bpe,
+    }[kind]()
+    write_run(tmp_path / "run", vocabulary)
+    theirs = transformers.AutoTokenizer.from_pretrained(hf.export(tmp_path / "run", tmp_path / "out"))
+    ours = hf.load_tokenizer(tmp_path / "out")
+    assert (theirs.eos_token_id, len(theirs)) == (vocabulary.eos_id, vocabulary.vocab_size)
+    assert (ours.eos_id, ours.token_bytes) == (vocabulary.eos_id, vocabulary.token_bytes)
+
+    def check(text):
+        ids = vocabulary.encode(text)
+        assert theirs.encode(text) == theirs(text)["input_ids"] == ours.encode(text) == ids
+        assert theirs.decode(ids) == text
+
+    for text in [*HARD, f"a{theirs.eos_token}b", "<unk>", "</s>", " " * 77 + "\n" + " " * 31, "x" * 9]:
+        check(text)
+    # Words of the vocabulary in any order, where merges compete, and any text at all.
+    words = [token.decode() for token in vocabulary.token_bytes if len(token) > 1] or ["ab"]
+    words = st.lists(st.sampled_from(words), max_size=12).map("".join)
+    settings(max_examples=250, deadline=None, derandomize=True)(given(st.one_of(TEXT, words))(check))()
+
+
+def test_the_exported_bpe_merges_as_sentencepiece_does():
+    """Every text of up to 11 letters, for vocabularies of repetitive words: where cuts and overlaps compete most."""
+    texts = ["".join(letters) for n in range(1, 12) for letters in itertools.product("ab", repeat=n)]
+    for seed in range(6):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("ab", k=rng.randint(2, 13))) for _ in range(8)]
+        vocabulary = train_sentencepiece([" ".join(rng.choices(words, k=400))], 280)
+        exported = tokenizers.Tokenizer.from_str(json.dumps(hf.to_tokenizer(vocabulary)[0]))
+        assert [encoding.ids for encoding in exported.encode_batch(texts)] == vocabulary.encode_batch(texts)
+
+
+def test_what_the_format_cannot_represent_is_refused_by_name(tmp_path, capsys):
+    write_run(tmp_path / "grouped", ByteTokenizer(), n_kv_head=2)
+    write_run(tmp_path / "wide", ByteTokenizer(), head_dim=16)
+    write_run(tmp_path / "squared", ByteTokenizer(), mlp="relu2")
+    write_run(tmp_path / "fine", ByteTokenizer())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, expected in [
+        (["grouped", "out"], "--n-kv-head 2"),
+        (["wide", "out"], "--head-dim 16"),
+        (["squared", "out"], "--mlp relu2"),
+        (["fine", "full"], "full"),
+        (["missing", "out"], "missing"),
+        (["fine"], "DIR"),
+    ]:
+        assert hf.main(["export", *(str(tmp_path / a) for a in arguments)]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"grouped", "wide", "squared", "fine", "full"}
+
+
+# --- evaluating and training ------------------------------------------------------------------------------------------
+
+
+def save_with_tokenizer(model, folder: Path, vocabulary, **tokenizer_config) -> Path:
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary.tokenizer_json))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **tokenizer_config}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(transformers, tmp_path_factory) -> Path:
+    """A GPT-2 whose embedding has more rows than its tokenizer has tokens."""
+    vocabulary = byte_level_bpe()
+    model = build(
+        transformers, "gpt2", vocab_size=vocabulary.vocab_size + 7, eos_token_id=vocabulary.eos_id, **NO_DROPOUT
+    )
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("models") / "gpt2", vocabulary)
+
+
+@pytest.fixture(scope="module")
+def gpt2_corpus(gpt2, tmp_path_factory) -> Path:
+    """The text of `corpus` in the tokens of that model."""
+    folder = tmp_path_factory.mktemp("gpt2-corpus")
+    text = write_text(folder / "text.txt")
+    arguments = [
+        "--input",
+        str(text),
+        "--name",
+        "letters",
+        "--tokenizer",
+        f"hf:{gpt2}",
+        "--out",
+        str(folder / "prepared"),
+    ]
+    assert prepare.main(arguments) == 0
+    return folder / "prepared"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_evaluation_agrees_with_transformers(transformers, gpt2, gpt2_corpus, corpus, tmp_path, family):
+    """The same loss as a loop over transformers' own model and tokenizer, on a corpus in other tokens or in its own."""
+    folder = gpt2
+    if family == "qwen3":
+        vocabulary = byte_level_bpe(qwen=True)
+        model = build(transformers, "qwen3", vocab_size=vocabulary.vocab_size + 3, num_key_value_heads=2)
+        folder = save_with_tokenizer(model, tmp_path / "qwen3", vocabulary)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = Dataset(corpus).tokenizer.decode(Dataset(corpus).split("val").slice(0, 1500).tolist())
+    stream = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+    nats = 0.0
+    for start in range(0, len(stream) - 1, 48):  # windows side by side, the last one of full length, too
+        counted = min(48, len(stream) - 1 - start)
+        row = stream[start + counted - 48 : start + counted + 1].unsqueeze(0)
+        with torch.no_grad():
+            log_probs = theirs(row[:, :-1]).logits.double().log_softmax(-1).gather(2, row[:, 1:, None])
+        nats += log_probs[0, 48 - counted :].sum().item()
+    for data in [corpus] if family == "qwen3" else [corpus, gpt2_corpus]:
+        limit = 1500 if data == corpus else len(stream) - 1
+        flags = ["--hf", str(folder), "--data", str(data), "--tokens", str(limit), "--stride", "48"]
+        (scores,) = evaluation.main(flags)
+        assert scores["tokens"] == len(stream) - 1
+        assert scores["loss"] == pytest.approx(-nats / scores["tokens"], abs=1e-5)
+        assert scores["bits_per_byte"] == pytest.approx(-nats / math.log(2) / len(text.encode()), abs=1e-5)
+        assert len(scores["condensation"]["mean_cosine_by_layer"]) == 4
+
+
+def test_a_run_and_its_export_evaluate_to_the_same(run, bpe_corpus, tmp_path):
+    vocabulary = Dataset(bpe_corpus).tokenizer
+    write_run(tmp_path / "bpe", vocabulary, arch="qwen3")
+    runs = [run, tmp_path / "bpe"]
+    folders = [str(hf.export(path, tmp_path / f"{i}")) for i, path in enumerate(runs)]
+    scores = evaluation.main([*map(str, runs), "--hf", folders[0], "--hf", folders[1], "--data", str(bpe_corpus)])
+    for before, after in zip(scores[:2], scores[2:], strict=True):
+        assert (after["tokens"], after["bytes"]) == (before["tokens"], before["bytes"])
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+
+
+def test_evaluation_beside_a_run_and_with_a_shorter_context(run, gpt2, capsys):
+    scores = evaluation.main([str(run), "--hf", str(gpt2), "--tokens", "500", "--block-size", "8", "--sample", "ab"])
+    assert [s["name"] for s in scores] == ["small", "gpt2"]
+    assert [s["block_size"] for s in scores] == [32, 8]
+    assert "--- gpt2\nab" in capsys.readouterr().out
+    assert evaluation.cli(["--hf", str(gpt2), "--data", "pystdlib", "--block-size", "49"]) == 2
+    assert "--block-size 49" in capsys.readouterr().err
+    assert evaluation.cli(["--hf", str(gpt2)]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_a_hugging_face_model(transformers, gpt2, gpt2_corpus, tmp_path):
+    """The run starts with the model's weights, steps, is resumed, and its export is that model's folder again."""
+    defaults = from_dict({})
+    base = {k: v for k, v in SMALL.items() if k not in ("n_layer", "n_head", "n_embd")} | {"block_size": 24}
+    base |= {"init_from": str(gpt2), "data": str(gpt2_corpus), "dispersion": 0.1}
+    start = from_dict({**base, "max_steps": 0, "out": str(tmp_path / "start")})
+    assert start.n_layer == defaults.n_layer != 3
+    train.main(start)
+    model, vocabulary = minidisp.load(tmp_path / "start")
+    source = hf.load_model(gpt2, block_size=24)
+    assert vocabulary.hash == hf.load_tokenizer(gpt2).hash
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
+    )
+    train.main(from_dict({**base, "max_steps": 2, "save_every": 1, "out": str(tmp_path / "run")}))
+    train.main(parse(["--resume", "--out", str(tmp_path / "run"), "--max-steps", "3"]))
+    moved, _ = minidisp.load(tmp_path / "run" / checkpoint.LAST)
+    assert not torch.equal(moved.wte.weight, source.wte.weight)
+    folder = hf.export(tmp_path / "run" / checkpoint.LAST, tmp_path / "out")
+    assert_same_outputs(transformers.AutoModelForCausalLM.from_pretrained(folder), moved)
+
+
+def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_path, capsys):
+    for flags, expected in [
+        (["--data", str(corpus)], f"hf:{gpt2}"),
+        (["--data", str(gpt2_corpus), "--n-layer", "5"], "n_layer 3, not 5"),
+        (["--data", str(gpt2_corpus), "--block-size", "64"], "--block-size 64"),
+        (["--data", str(gpt2_corpus), "--resume"], "leave out --init-from"),
+    ]:
+        flags = ["--init-from", str(gpt2), "--block-size", "16", "--out", str(tmp_path / "run"), *flags]
+        assert train.cli(flags) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# --- files from strangers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Exports of ours, so that refusals are tested without transformers."""
+    folder = tmp_path_factory.mktemp("exports")
+    for arch in ("gpt2", "qwen3"):
+        write_run(folder / f"run-{arch}", ByteTokenizer(), arch=arch)
+        hf.export(folder / f"run-{arch}", folder / arch)
+    return folder
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(InputError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "expected"),
+    [
+        ("gpt2", {"model_type": "llama"}, "model_type is llama"),
+        ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
+        ("gpt2", {"model_type": None}, "model_type"),
+        ("gpt2", {"n_layer": "2"}, "n_layer is 2, but must be of type int"),
+        ("gpt2", {"n_layer": True}, "n_layer is True"),
+        ("gpt2", {"n_layer": 10**30}, "n_layer"),
+        ("gpt2", {"layer_norm_epsilon": 10**400}, "layer_norm_epsilon"),
+        ("gpt2", {"n_layer": 9000}, "layers"),
+        ("gpt2", {"n_layer": 3}, "no tensor transformer.h.2"),
+        ("gpt2", {"n_layer": 1}, "transformer.h.1"),
+        ("gpt2", {"n_embd": 64}, "shape"),
+        ("gpt2", {"n_head": 5}, "multiple"),
+        ("gpt2", {"vocab_size": 10**6}, "shape"),
+        ("gpt2", {"vocab_size": -1}, "vocab_size"),
+        ("gpt2", {"n_positions": 41}, "shape"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is relu"),
+        ("gpt2", {"activation_function": {"a": 1}}, "activation_function"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"layer_norm_epsilon": "nan"}, "layer_norm_epsilon"),
+        ("gpt2", {"layer_norm_epsilon": -1}, "layer_norm_epsilon"),
+        ("gpt2", {"tie_word_embeddings": False}, "lm_head.weight"),
+        ("gpt2", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
+        ("qwen3", {"rope_parameters": 5}, "rope_parameters"),
+        ("qwen3", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
+        ("qwen3", {"attention_bias": True}, "bias"),
+        ("qwen3", {"num_key_value_heads": 3}, "multiple"),
+        ("qwen3", {"head_dim": 7}, "even"),
+    ],
+    ids=str,
+)
+def test_strange_configs_are_refused_by_name(models, tmp_path, arch, changes, expected):
+    folder = shutil.copytree(models / arch, tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    message = refusal(hf.load_model, folder)
+    assert expected in message
+    assert str(folder) in message
+
+
+def test_damaged_weights_are_refused_by_name(models, tmp_path):
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    path, whole = folder / hf.WEIGHTS, (models / "gpt2" / hf.WEIGHTS).read_bytes()
+    tensors = load_file(path)
+    header = int.from_bytes(whole[:8], "little")
+    for what, content in {
+        "empty": b"",
+        "pickle": b"\x80\x04\x95\x10" + bytes(100),
+        "short": whole[:-10],
+        "long": whole + bytes(8),
+        "header": (10**12).to_bytes(8, "little") + whole[8:],
+        "half header": whole[: header // 2],
+        "not JSON": whole[:8] + b"x" * header + whole[8 + header :],
+    }.items():
+        path.write_bytes(content)
+        assert str(path) in refusal(hf.load_model, folder), what
+    save_file(tensors | {"extra.weight": torch.zeros(2)}, path)
+    assert "extra.weight" in refusal(hf.load_model, folder)
+    save_file(tensors | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int64)}, path)
+    assert "I64" in refusal(hf.load_model, folder)
+    path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert "only safetensors" in refusal(hf.load_model, folder)
+
+
+def test_an_index_cannot_lead_out_of_the_folder(models, tmp_path):
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    (folder / hf.WEIGHTS).rename(tmp_path / "outside.safetensors")
+    index = folder / hf.INDEX
+    for name in (
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "..",
+        "a\\b.safetensors",
+        "x.bin",
+        "",
+    ):
+        index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+        assert f"{index}: the shard {name!r}" in refusal(hf.load_model, folder)
+    index.write_text("[" * 100_000)
+    assert str(index) in refusal(hf.load_model, folder)
+    for bad in ([], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}}):
+        index.write_text(json.dumps(bad))
+        assert str(index) in refusal(hf.load_model, folder)
+    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert "gone.safetensors" in refusal(hf.load_model, folder)
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(tmp_path / "outside.safetensors", folder / name)
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    assert "a.safetensors already" in refusal(hf.load_model, folder)
+
+
+def test_folders_that_are_none(tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("missing", "runs/missing", "file", "../x", "a/b/c"):
+        assert name in refusal(hf.load_model, name)
+    assert "config.json" in refusal(hf.load_model, tmp_path)
+    assert "tokenizer.json" in refusal(hf.load_tokenizer, tmp_path)
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert hf.load_tokenizer(folder).eos_id == 256  # from config.json
+    (folder / "config.json").unlink()
+    assert "end-of-sequence" in refusal(hf.load_tokenizer, folder)
+
+
+def test_a_name_on_the_hub(models, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "owner/gone":
+            raise OSError("no such\nrepository")
+        return str(models / "gpt2")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hf.load("owner/model")[0].config.n_layer == 2
+    assert asked == [("owner/model", hf.FILES)]
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in hf.FILES)
+    assert "no such repository" in refusal(hf.load_model, "owner/gone")
+
+
+def test_missing_packages_are_named(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hint = "pip install 'minidisp[hf]'"
+    for package, call, argument in [
+        ("safetensors", hf.load_model, models / "gpt2"),
+        ("tokenizers", hf.load_tokenizer, models / "gpt2"),
+        ("huggingface_hub", hf.load_model, "owner/model"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            message = refusal(call, argument)
+        assert package in message
+        assert hint in message
+
+
+# --- in other people's programs ---------------------------------------------------------------------------------------
+
+
+def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
+    """With a learning rate of 0, the logged loss is the cross-entropy plus the weighted dispersion of plain formulas."""
+    pytest.importorskip("accelerate")
+    from examples import hf_trainer
+
+    text = write_text(tmp_path / "text.txt", words=400)
+    common = {"length": 24, "max_steps": 2, "use_cpu": True, "logging_steps": 2, "save_strategy": "no", "disable_tqdm": True,
+              "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}  # fmt: skip
+    batches = []
+
+    class Recording(hf_trainer.DispersionTrainer):
+        def compute_loss(self, model, inputs, *arguments, **options):
+            batches.append(inputs["input_ids"])
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(hf_trainer, "DispersionTrainer", Recording)
+    trainer = hf_trainer.main(str(gpt2), str(text), str(tmp_path / "out"), learning_rate=0.0, **common)
+    model, losses = trainer.model.train(), []
+    with torch.no_grad():
+        for x in batches:
+            out = model(x, labels=x, output_hidden_states=True)
+            disp = torch.stack([dispersion_loss(z, impl="reference") for z in out.hidden_states[1:]]).mean()
+            losses.append((out.loss * 23 / 24 + 0.1 * disp).item())  # Trainer divides by all 24 tokens of a row
+    assert len(batches) == 4
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    rows = trainer.train_dataset[:2]
+    with torch.no_grad():
+        x = torch.tensor([row["input_ids"] for row in rows])
+        plain = model(x, labels=x).loss.item() * 23 / 24
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain, abs=1e-5)  # without the regulariser
+    moved = hf_trainer.main(str(gpt2), str(text), str(tmp_path / "out"), learning_rate=1e-3, **common).model
+    assert not torch.equal(moved.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_lm_evaluation_harness_runs_the_exported_folder(tmp_path, sentencepiece_tokenizer):
+    """A task of its own, offline; the harness's log-likelihoods are our model's."""
+    pytest.importorskip("lm_eval")
+    model = write_run(tmp_path / "run", sentencepiece_tokenizer, arch="qwen3")
+    hf.export(tmp_path / "run", tmp_path / "folder")
+    documents = [{"question": f"if x == {i}", "choices": [":", " or", "\u2581\n"], "answer": i % 3} for i in range(3)]
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "tiny.yaml").write_text(f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/tiny.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path}/folder,dtype=float32",
+               "--tasks", "tiny", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples",
+               "--output_path", str(tmp_path / "results")]  # fmt: skip
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (samples,) = (tmp_path / "results").rglob("samples_tiny_*.jsonl")
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        for choice, response in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            context, whole = (sentencepiece_tokenizer.encode(sample["doc"]["question"] + end) for end in ("", choice))
+            log_probs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            wanted = sum(log_probs[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
+            assert float(response[0]) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_small_config_is_unchanged(corpus, tmp_path):
+    """A config.json from before the fields for Hugging Face models still reads, as what it was."""
+    saved = to_dict(small_config(corpus, tmp_path))
+    for name in ("norm_eps", "attention_bias"):
+        del saved[name]
+    assert from_dict(saved) == small_config(corpus, tmp_path)

@@ -1,0 +1,314 @@
+"""Tables, figures, the HTML page in a real browser, and the loggers of other tools."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import types
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import eval as evaluation  # not the builtin
+import train
+from minidisp import InputError, checkpoint, report
+from minidisp.report import Table
+from tests.conftest import small_config
+
+EVIL = "</script><img src=x onerror=\"document.title='hacked'\">&lt;$x_\u2028"
+
+
+def made_up_scores(name="a", n_layer=3, tokenizer="t"):
+    """Scores such as eval.py makes them."""
+    rng = np.random.default_rng(len(name))
+    by_layer = {
+        f"{key}_by_layer": rng.random(n_layer + 1).tolist() for key in ("mean_cosine", *(f[0] for f in report.FURTHER))
+    }
+    histogram = (rng.random((n_layer + 1, 128)) * 8).tolist()
+    condensation = {"sequences": 5, "tokens_per_sequence": 8, "spearman": math.nan, "kendall": 0.25, "last_half_mean": 0.125,
+                    "last_1_to_5_means": [0.5] * n_layer, "histogram_by_layer": histogram, "pair_histogram_by_layer": histogram, **by_layer}  # fmt: skip
+    return {"name": name, "tokenizer": tokenizer, "tokens": 1234, "bytes": 5000, "words": 900, "loss": 2.5, "perplexity": math.exp(2.5),
+            "bits_per_byte": 0.9, "word_perplexity": 1e12, "condensation": condensation}  # fmt: skip
+
+
+def made_up_metrics(n_layer=3, steps=(0, 10, 20)):
+    histogram = np.random.default_rng(0).random((n_layer + 1, 128)).round(4).tolist()
+    lines = []
+    for step in steps:
+        lines.append({"step": step, "loss": 3.0 - step / 50, "ce": 3.0 - step / 50})
+        lines.append({"step": step, "val_loss": 3.1 - step / 50, "bits_per_byte": 1.0, "last_half_mean": 0.2, "spearman": None,
+                      "kendall": 1.0, "mean_cosine_by_layer": [0.1] * (n_layer + 1), "histogram_by_layer": histogram})  # fmt: skip
+    return lines
+
+
+# Tables
+
+
+def test_a_table_is_printed_and_put_on_a_page():
+    t = Table("scores", ["", "a"], [["loss <x>", "1.5"]], "a note")
+    assert str(t) == "scores      a\n--------  ---\nloss <x>  1.5\na note"
+    page = t.to_html()
+    assert "<caption>scores</caption>" in page
+    assert '<th scope="row">loss &lt;x&gt;</th><td>1.5</td>' in page
+    assert "a note" in page
+
+
+def test_perplexity_is_marked_where_the_tokenizers_differ():
+    same = str(report.score_table([made_up_scores("a"), made_up_scores("b")]))
+    other = str(report.score_table([made_up_scores("a"), made_up_scores("b", tokenizer="u")]))
+    assert "*" not in same
+    assert re.search(r"^perplexity \*", other, re.M)
+    assert re.search(r"^bits per byte  ", other, re.M)
+    assert "not comparable" in other
+
+
+def test_the_tables_hold_the_numbers():
+    a, b = made_up_scores("a", n_layer=3), made_up_scores("bb", n_layer=6)
+    rows = {row[0]: row[1:] for row in report.condensation_table([a, b]).rows}
+    assert rows["layer 6"] == ["-", f"{b['condensation']['mean_cosine_by_layer'][6]:.3f}"]
+    assert rows["last 5 layers"] == ["-", "0.500"]
+    assert rows["Spearman with depth"] == ["-", "-"]
+    note = "over 5 sequences of 8 tokens (the paper: 100 of 512)"
+    assert report.condensation_table([a, b]).note == note
+    a["condensation"] |= {"sequences": 100, "tokens_per_sequence": 512}
+    assert report.condensation_table([a, b]).note == f"over 100 sequences of 512 tokens and {note[5:]}"
+    assert report.condensation_table([a]).note == "over 100 sequences of 512 tokens"
+    further = {row[0]: row[1:] for row in report.further_table([a, b]).rows}
+    late = np.mean(b["condensation"]["effective_rank_by_layer"][4:])
+    assert further["effective rank"][1] == f"{late:.1f}"
+    layers = report.layer_table(a)
+    assert len(layers.rows) == 4
+    assert {len(row) for row in layers.rows} == {len(layers.headers)}
+    assert layers.rows[2][layers.headers.index("MEV")] == f"{a['condensation']['mev_by_layer'][2]:.3f}"
+
+
+def test_settings_that_differ():
+    configs = [{"lr": 0.1, "seed": 0, "min_lr": None}, {"lr": 0.2, "seed": 0, "min_lr": None}, None]
+    assert report.settings_table(["a", "b"], configs[:2]).rows == [["lr", "0.1", "0.2"]]
+    assert report.settings_table(["a", "a"], configs[:1] * 2).rows == []
+    assert report.settings_table(["a", "b", "c"], configs).rows == [["lr", "0.1", "0.2", "-"]]
+    whole = report.settings_table(["a", "b", "c"], configs, differing=False)
+    assert whole.rows == [["lr", "0.1", "0.2", "-"], ["seed", "0", "0", "-"], ["min_lr", "-", "-", "-"]]
+
+
+def test_metrics_of_a_run_that_was_killed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", "{}", '{"step": "1"}', '{"step": 2, "ce": "x"}', '{"step": 2, "histogram_by_layer": [1]}', "\x00"],
+)
+def test_metrics_that_are_none(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
+        report.read_metrics(path)
+
+
+# Figures
+
+
+def test_figures_of_any_names(tmp_path, recwarn):
+    scores = [made_up_scores("_$x^{"), made_up_scores(EVIL, n_layer=5)]
+    paths = report.draw_comparison(scores, [made_up_metrics(), []], tmp_path)
+    assert {path.name for path in paths} == {
+        f"{name}.{suffix}" for name in ("heatmap", "cosine_by_layer", "loss_by_step") for suffix in ("png", "pdf")
+    }
+    for path in paths:
+        assert path.read_bytes().startswith(b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
+    assert not [w for w in recwarn if "legend" in str(w.message)]
+
+
+def test_no_loss_figure_without_metrics(tmp_path):
+    paths = report.draw_comparison([made_up_scores()], [[]], tmp_path)
+    assert "loss_by_step.png" not in {path.name for path in paths}
+
+
+# The page
+
+
+def make_page(names, metrics, n_layer=3):
+    scores = [made_up_scores(name, n_layer) for name in names]
+    table = report.score_table(scores)
+    return report.html_page(
+        f"on {names[0]}", [f"{names[0]} is better"], [table], [report.layer_table(s) for s in scores], scores, metrics
+    )
+
+
+class Outside(HTMLParser):
+    """Collects what would load something, and all event handlers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [
+            (tag, key) for key, _ in attributes if key in ("src", "href", "data", "srcset") or key.startswith("on")
+        ]
+        if tag in ("img", "iframe", "object", "embed", "link", "base"):
+            self.found.append((tag, ""))
+
+
+def test_the_page_holds_all_and_asks_for_nothing():
+    page = make_page(["first", EVIL], [made_up_metrics(), []])
+    outside = Outside()
+    outside.feed(page)
+    assert outside.found == []
+    assert "<!--" not in page
+    assert not re.search(r"url\(|@import|import\(|fetch\(|XMLHttpRequest", page)
+    assert set(re.findall(r"https?://[^\"' <]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert [run["name"] for run in data["runs"]] == ["first", EVIL]
+    assert [e["step"] for e in data["runs"][0]["evaluations"]] == [0, 10, 20]
+    assert len(data["runs"][0]["evaluations"][0]["histogram"]) == 4
+
+
+def test_a_long_run_makes_no_long_page():
+    page = make_page(["long"], [made_up_metrics(steps=range(3000))])
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert len(data["runs"][0]["evaluations"]) == 100
+    assert data["runs"][0]["evaluations"][-1]["step"] == 2999
+    assert len(data["runs"][0]["training"]) == 1000
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def browse(path, tmp_path) -> str:
+    """The page as a browser has made it, its scripts included."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+         "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert not re.findall(r"CONSOLE.*", done.stderr)  # errors of scripts, and whatever the page was refused
+    return done.stdout
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path):
+    """Every choice is made and the slider moved; names that look like markup stay text."""
+    page = make_page(["first", EVIL], [made_up_metrics(), made_up_metrics(steps=(10, 40))])
+    drive = """
+      const log = [];
+      const pixels = () => [...document.querySelectorAll("canvas")].map((c) => c.hidden ? "hidden" : c.toDataURL().length + c.toDataURL().slice(-80));
+      const set = (id, value, event) => { $(id).value = value; $(id).dispatchEvent(new Event(event)); };
+      const seen = [];
+      for (const step of [0, 1, 2, 3]) { set("map-step", step, "input"); seen.push(pixels()); log.push($("map-step-out").textContent); }
+      log.push(seen[0][1] === "hidden", seen[1][1] !== "hidden");
+      log.push(document.querySelectorAll("figcaption")[0].textContent);
+      const kinds = [...$("map-kind").options].map((o) => { set("map-kind", o.value, "change"); return pixels()[0]; });
+      log.push(new Set(kinds).size, $("map-steps").hidden);
+      const paths = [...$("layer-metric").options].map((o) => { set("layer-metric", o.value, "change"); return $("layer-chart").querySelector("path").getAttribute("d"); });
+      log.push(new Set(paths).size, $("layer-chart").querySelectorAll("circle").length);
+      for (const o of $("step-metric").options) set("step-metric", o.value, "change");
+      log.push(document.querySelectorAll("[data-legend] span")[1].textContent);
+      const out = document.createElement("pre"); out.id = "log"; out.textContent = JSON.stringify(log); document.body.append(out);
+    """
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("drawMaps();\n</script>", f"drawMaps();\n{drive}</script>"), encoding="utf-8")
+    dom = browse(path, tmp_path)
+    log = json.loads(html.unescape(re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)[1]))
+    assert log[:4] == ["0", "10", "20", "40"]
+    assert log[4:6] == [True, True]  # the second run had nothing measured at step 0
+    assert log[6] == "first: step 20, validation loss 2.7"
+    assert log[7:9] == [3, True]
+    assert log[9:11] == [1 + len(report.FURTHER), 8]
+    assert log[11] == EVIL
+    assert "<title>minidisp: condensation report</title>" in dom
+    assert "<img" not in dom
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_of_a_model_without_metrics_in_a_browser(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(make_page(["alone"], [[]]), encoding="utf-8")
+    dom = browse(path, tmp_path)
+    assert re.search(r'<section[^>]*id="training"[^>]*hidden', dom)
+    assert re.search(r'<canvas role="img"[^>]*aria-label="Heat map', dom)
+
+
+def test_eval_writes_the_page(run, tmp_path, capsys):
+    path = tmp_path / "page.html"
+    evaluation.main([str(run), "--tokens", "300", "--html", str(path)])
+    page = path.read_text(encoding="utf-8")
+    assert "Condensation report" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert [e["step"] for e in data["runs"][0]["evaluations"]] == [0, 6, 12]
+    assert str(path) in capsys.readouterr().out
+
+
+# Loggers
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(corpus, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    train.main(small_config(corpus, out, tensorboard=True, max_steps=6))
+    train.main(small_config(corpus, out, tensorboard=True, max_steps=8, resume=True))
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    lines = report.read_metrics(out / "metrics.jsonl")
+    for name in ("loss", "lr", "val_loss"):
+        scalars = {event.step: event.value for event in events.Scalars(name)}
+        assert scalars == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6)
+    last = [event.value for event in events.Scalars("mean_cosine_by_layer/02")][-1]
+    assert last == pytest.approx(lines[-1]["mean_cosine_by_layer"][2], rel=1e-6)
+    train.main(small_config(corpus, out, overwrite=True, max_steps=1))
+    assert list((out / "tensorboard").iterdir()) == []
+
+
+def test_wandb_is_told_what_metrics_jsonl_has(corpus, tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, scalars, step):
+            calls.append((step, scalars))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    fake = types.SimpleNamespace(init=init, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = tmp_path / "run"
+    train.main(small_config(corpus, out, wandb=True, max_steps=2))
+    options, *logged, last = calls
+    assert (options["project"], options["name"], options["dir"]) == ("minidisp", "run", str(out))
+    assert options["config"]["max_steps"] == 2
+    assert last == "finish"
+    lines = report.read_metrics(out / "metrics.jsonl")
+    assert [step for step, _ in logged] == [line["step"] for line in lines]
+    for (_, scalars), line in zip(logged, lines, strict=True):
+        for name in line.keys() - {"step", "histogram_by_layer", "mean_cosine_by_layer", "off_diagonal_mean_by_layer"}:
+            assert scalars[name] == pytest.approx(line[name])
+        assert all(isinstance(value, float | int) for value in scalars.values())
+
+    def refuse(**options):
+        raise RuntimeError("no API key")
+
+    fake.init = refuse
+    with pytest.raises(InputError, match=r"no API key.*WANDB_MODE=offline"):
+        train.main(small_config(corpus, tmp_path / "other", wandb=True))
+
+
+@pytest.mark.parametrize(("flag", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_logger_is_named_before_anything_is_lost(corpus, tmp_path, monkeypatch, flag, module):
+    out = tmp_path / "run"
+    train.main(small_config(corpus, out, max_steps=1))
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(InputError, match=rf"--{flag} .*pip install {flag}.*minidisp\[{flag}\]"):
+        train.main(small_config(corpus, out, overwrite=True, **{flag: True}))
+    assert (out / checkpoint.LAST).exists()
