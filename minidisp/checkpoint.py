@@ -1,11 +1,20 @@
-"""Checkpoints: written whole or not at all, loaded without running anything that is in them."""
+"""Checkpoints: written whole or not at all, loaded without running anything that is in them.
 
+A run folder has one writer at a time, which holds the lock on its metrics.jsonl. A checkpoint is a zip file of torch.save:
+one pickle that describes the structure, and the numbers of every tensor as they are.
+"""
+
+import contextlib
+import io
 import json
 import math
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -13,20 +22,113 @@ from minidisp import InputError, tokenizer
 from minidisp.config import Config, from_dict
 from minidisp.model import GPT
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 LAST, BEST = "ckpt_last.pt", "ckpt_best.pt"
+NUMBERED = "ckpt_[0-9]*.pt"
 
 
-def write_atomic(path: Path, write) -> None:
-    """Call write(temporary file, open for bytes), flush it to disk, and only then give it its name."""
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call write(temporary file), flush it to disk, and only then give it its name: all of it or nothing is there.
+
+    Raises OSError naming `path` if the disk is full or cannot be written; then the file that was there before is intact.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    file = None
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as raw:
+            file = _Writer(raw)
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            raw.flush()
+            os.fsync(raw.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns what went wrong in write() into a RuntimeError about positions.
+        failure = error if isinstance(error, OSError) else file and file.error
+        if failure is None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is the error to report
+            temporary.unlink(missing_ok=True)
+
+
+class _Writer(io.RawIOBase):
+    """Passes everything on to a file and remembers the first error."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder to disk: a renamed file is under its new name for good only then. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
+    """metrics.jsonl, open for appending without a buffer, and locked until it is closed or the process is gone.
+
+    Raises InputError if another process holds the lock. Where the file system has no locks, that is said with `warn`.
+    """
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115, outlives the call
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(1 << 30)  # a byte that is never written: on Windows, what is locked cannot be read either
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if fcntl and not isinstance(error, BlockingIOError):
+            warn(f"cannot lock {path} ({error.strerror}): do not train twice into this folder at the same time")
+            return file
+        file.close()
+        raise InputError(
+            f"{path.parent} is in use by another training: wait for it, stop it, or give another --out"
+        ) from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def append_line(file: BinaryIO, text: str) -> None:
+    """Write a line at the end of an unbuffered file. Raises OSError naming the file."""
+    data = memoryview((text + "\n").encode())
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a process that was killed has left half-written in a run folder; nobody else may be writing there."""
+    for name in (LAST, BEST, NUMBERED, "*.json", "tokenizer.model"):
+        for stale in run.glob(name + ".tmp"):
+            stale.unlink()
 
 
 def write_json(path: Path, values) -> None:
@@ -52,27 +154,213 @@ def save(run: Path, state: dict, step: int, keep: int) -> None:
     write_atomic(run / LAST, lambda file: torch.save(state, file))
     if keep:
         write_atomic(run / f"ckpt_{step:08d}.pt", lambda file: torch.save(state, file))
-        for old in sorted(run.glob("ckpt_[0-9]*.pt"))[:-keep]:
+        for old in numbered(run)[:-keep]:
             old.unlink()
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The dictionary that a checkpoint holds. Raises InputError naming the file if it is none of minidisp's.
+def whole(value, keep: bool = True):
+    """A tensor, or those in a dictionary or list, in one piece and on the CPU where it is sharded; others as they are.
 
-    Only tensors, numbers, strings and containers are read (`weights_only=True`): a file cannot run code.
+    All processes must call it alike; with keep=False, one takes part in the gathering and keeps None.
     """
+    return _whole(value, keep, {})
+
+
+def _whole(value, keep: bool, seen: dict):
+    if isinstance(value, dict):
+        return {key: _whole(part, keep, seen) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part, keep, seen) for part in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    if id(value) not in seen:
+        full = value.detach().full_tensor()
+        seen[id(value)] = full.cpu() if keep else None
+    return seen[id(value)]
+
+
+def sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a value that all have, if the parameter is sharded; else the value."""
+    if not hasattr(parameter, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def numbered(run: Path) -> list[Path]:
+    """The numbered checkpoints of a run folder, oldest first."""
+    return sorted(run.glob(NUMBERED), key=lambda path: (len(path.name), path.name))
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> dict:
+    """The dictionary that a checkpoint holds. Raises InputError naming the file if it is none of minidisp's, or damaged.
+
+    Only tensors, numbers, strings and containers are read (`weights_only=True`): a file cannot run code. Before anything is
+    allocated, checksums and sizes are compared with what is in the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
     try:
+        _inspect(path)
         state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a minidisp checkpoint, or it is damaged: {reason}") from None
-    if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
-        raise InputError(f"{path} is not a minidisp checkpoint: it lacks the entries model, config and step")
+    except Exception as error:  # a file made to do harm can make a parser raise anything
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise InputError(f"{path} is not a minidisp checkpoint, or it is damaged: {ascii(reason)[1:-1]:.200}") from None
+    required = {"model": dict, "config": dict, "step": int}
+    if not _has(state, required) or not 0 <= state["step"] < 1 << 31:
+        raise InputError(f"{path} is not a minidisp checkpoint: it lacks {', '.join(required)} of the right types")
+    for name, tensor in state["model"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise InputError(f"{path} is not a minidisp checkpoint: its model has an entry that is no array of numbers")
     return state
+
+
+def _has(values: object, required: dict[str, type]) -> bool:
+    """Whether values is a dictionary with (at least) these keys, of exactly these types."""
+    if not isinstance(values, dict):
+        return False
+    return all(isinstance(values.get(name), kind) and values[name] is not True for name, kind in required.items())
+
+
+def _inspect(path: Path) -> None:
+    """Raise an exception unless the file is whole and its pickle describes nothing but tensors that are in it.
+
+    torch.load looks at less: it reads no checksums, believes the shapes, and would unpack what is compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        if len(records) < len(archive.infolist()):
+            raise ValueError("a name occurs twice in it")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+            raise ValueError("it is compressed")
+        if sum(record.file_size for record in records.values()) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        prefix = next(iter(records), "").split("/")[0]
+        sizes = {name: record.file_size for name, record in records.items()}
+        _Outline(io.BytesIO(archive.read(f"{prefix}/data.pkl")), prefix, sizes).load()
+
+
+class _Outline(pickle._Unpickler):  # the one in Python: that in C allocates gigabytes if the file asks for it
+    """Reads what a checkpoint's pickle describes, with a check in the place of every tensor."""
+
+    def __init__(self, file: BinaryIO, prefix: str, sizes: dict[str, int]):
+        super().__init__(file)
+        self._prefix, self._sizes = prefix, sizes
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _TENSOR
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, reference: object) -> int:
+        """The number of elements of a tensor's storage."""
+        _, itemsize, key, _, elements = reference
+        if self._sizes[f"{self._prefix}/data/{key}"] != itemsize * elements:
+            raise ValueError("a tensor has not the size that it should have")
+        return elements
+
+
+class _Tensor:
+    """Stands for torch's function that makes a tensor, and cannot be changed by what is unpickled."""
+
+    __slots__ = ()
+
+    def __call__(self, elements: int, offset: int, shape: tuple, stride: tuple, *_) -> None:
+        if math.prod(shape) > elements or offset < 0 or min((*shape, *stride), default=0) < 0:
+            raise ValueError("a tensor is larger than what is there")
+        if math.prod(shape) and offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= elements:
+            raise ValueError("a tensor is larger than what is there")
+
+
+_TENSOR = _Tensor()
+_STORAGES = {"FloatStorage": 4, "DoubleStorage": 8, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
+             "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1}  # fmt: skip
+
+
+def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path] | None:
+    """The newest whole checkpoint of a run that training can go on from, and its path; None if none was ever saved.
+
+    That is ckpt_last.pt. Where it is damaged, it is the newest numbered one that is not (training repeats itself exactly, so
+    this loses time and nothing else), and `warn` is told. Raises InputError naming the damaged file if there is no other.
+    """
+    damaged = None
+    for path in (run / LAST, *reversed(numbered(run))):
+        if not path.exists():
+            continue
+        try:
+            state = read(path)
+            if not _has(state, _TO_RESUME) or not _has(state["rng"], {"cpu": torch.Tensor}):
+                raise InputError(
+                    f"{path} is not a checkpoint that training can go on from: it lacks more than the weights"
+                )
+        except InputError as error:
+            damaged = damaged or error
+            continue
+        if damaged:
+            warn(f"{damaged}; going on from {path.name}, step {state['step']}")
+        return state, path
+    if damaged is None:
+        return None
+    hint = f"; the weights in {BEST} can start a new run: --init-from {run}" if (run / BEST).is_file() else ""
+    raise InputError(f"{damaged}; no other checkpoint can be resumed{hint}")
+
+
+_TO_RESUME = {
+    "optimizers": list, "scaler": dict, "data_hash": str, "tokenizer_hash": str, "seconds": float, "best_val_loss": float,
+    "rng": dict, "micro_batch": int, "skipped": dict,
+}  # fmt: skip
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
+    """Give an optimizer the state that a checkpoint holds, and nothing else: its settings are those of the run.
+
+    Raises InputError naming the file if the state is not that of such an optimizer on such parameters.
+    """
+    fresh = optimizer.state_dict()
+    members = [group["params"] for group in fresh["param_groups"]]
+    try:
+        state = saved["state"]
+        groups = [group["params"] for group in saved["param_groups"]]
+        # Types first: to compare a tensor with a list is an error of its own.
+        fits = all(type(group) is list and all(type(index) is int for index in group) for group in groups)
+        fits = fits and groups == members
+        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        wanted = _OPTIMIZER_STATE[type(optimizer)]
+        for index, values in state.items():
+            fits = fits and type(index) is int and values.keys() == wanted
+            for name, value in values.items():
+                shape = () if name == "step" else parameters[index].shape
+                fits = fits and isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape
+    except (KeyError, TypeError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path} does not fit: it is not the state of {type(optimizer).__name__} for this model")
+    state = {
+        index: {
+            name: value if name == "step" else sharded_like(parameters[index], value) for name, value in values.items()
+        }
+        for index, values in state.items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+
+
+_OPTIMIZER_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
 
 def find(run: str | Path) -> Path:
@@ -106,8 +394,11 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
     state = read(path, device)
     try:
         config = from_dict(state["config"])
-    except (InputError, AttributeError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    tensors = [tensor for name, tensor in state["model"].items() if not (config.tied and name == "lm_head.weight")]
+    if sum(tensor.numel() for tensor in tensors) != config.parameters:  # before the model takes its memory
+        raise InputError(f"{path} does not fit the model that its config describes: {config.parameters:,} parameters")
     model = GPT(config).to(device)
     load_weights(model, state, path)
     vocabulary = tokenizer.load(path.parent / "tokenizer.model")

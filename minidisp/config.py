@@ -7,13 +7,14 @@ dictionaries of fields, applied before the other flags.
 import argparse
 import dataclasses
 import difflib
-import json
 import math
+import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
-from minidisp import InputError, ops
+from minidisp import InputError, is_plain, ops, parse_json, read_bytes
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.model import GPTConfig, flag
 
@@ -32,6 +33,21 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
+# How to train, whatever the size: fields applied after the preset's and before the other flags. "gpt2" is what comparisons start
+# from; "fast" is what learned most per minute in a few trials at 4 layers x 128; experiments/recipe.py adds part to part.
+RECIPES: dict[str, dict] = {
+    "gpt2": {},
+    "fast": {
+        "arch": "qwen3",
+        "mlp": "relu2",
+        "zero_init": True,
+        "optimizer": "muon",
+        "lr": 6e-3,
+        "min_lr": 0.0,
+        "schedule": "wsd",
+    },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(GPTConfig):
@@ -39,13 +55,16 @@ class Config(GPTConfig):
 
     # run
     preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it")
+    recipe: Literal[tuple(RECIPES)] = flag(
+        "gpt2", "how to train: gpt2, the plain one that comparisons start from; fast: more learnt per minute"
+    )
     out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>")
     seed: int = flag(0, "seed of the initialisation, the data order and dropout")
     resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped")
     overwrite: bool = flag(False, "replace the run in --out")
     # data
     data: str = flag("pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use")
-    init_from: str = flag("", "start from the weights of this run folder or checkpoint (mid-training)")
+    init_from: str = flag("", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)")
     # dispersion
     dispersion: float = flag(0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1")
     dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss")
@@ -55,6 +74,16 @@ class Config(GPTConfig):
     dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
     dispersion_impl: Literal[ops.IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
                                                          "reference: plain; auto: fused where it is, else streamed")  # fmt: skip
+    # other counter-measures
+    noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "
+                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3")  # fmt: skip
+    active_forgetting: int = flag(0, "steps between resets of the token embeddings, and so of a tied output layer, and of their optimiser "
+                                  "state; none in the last such interval; 0 = off, the paper uses 1000")  # fmt: skip
+    distill: str = flag(
+        "", "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well"
+    )
+    distill_weight: float = flag(1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy")
+    distill_temperature: float = flag(2.0, "what the logits of both are divided by")
     # optimisation
     max_steps: int = flag(400, "optimiser steps")
     batch_size: int = flag(8, "sequences per micro-step")
@@ -79,15 +108,25 @@ class Config(GPTConfig):
     )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda")
     threads: int = flag(0, "CPU threads; 0 = torch's choice")
+    shard: bool = flag(False, "under torchrun, split weights and optimiser states over the processes (FSDP2)")
     # logging
     eval_every: int = flag(100, "steps between evaluations; there is always one at step 0 and one at the end")
     eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     save_every: int = flag(200, "steps between checkpoints; there is always one at the end")
     keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt")
+    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too")
+    wandb: bool = flag(False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder")
 
     def __post_init__(self):
         super().__post_init__()
+        for name, value in vars(self).items():
+            if type(value) is int and name != "seed" and value > MOST:
+                raise InputError(f"--{_kebab(name)} is {_shown(value)}, but must be at most {MOST}")
+            if type(value) is float and not math.isfinite(value):
+                raise InputError(f"--{_kebab(name)} is {value}, but must be a finite number")
+            if type(value) is str and (len(value) > MOST_CHARACTERS or not is_plain(value)):
+                raise InputError(f"--{_kebab(name)} is {value!a:.60}: too long, or with control characters")
         for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{_kebab(name)} is {getattr(self, name)}, but must be at least {low}")
@@ -97,11 +136,25 @@ class Config(GPTConfig):
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise InputError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}: change one of them")
         if self.seed >= 2**32:
-            raise InputError(f"--seed is {self.seed}, but must be below 2^32 = {2**32}")
+            raise InputError(f"--seed is {_shown(self.seed)}, but must be below 2^32 = {2**32}")
+        if self.threads > MOST_THREADS:
+            raise InputError(f"--threads is {self.threads}, but must be at most {MOST_THREADS}")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
-        if self.resume and self.init_from:
-            raise InputError("--resume goes on with a run's own weights: leave out --init-from")
+        if 2 * self.active_forgetting > self.max_steps:
+            raise InputError(
+                f"--active-forgetting {self.active_forgetting} would reset nothing in {self.max_steps} steps, since as many steps "
+                f"follow every reset: give at most {self.max_steps // 2}, or more --max-steps"
+            )
+        if self.distill:
+            if self.run_dir.resolve() in (Path(self.distill).resolve(), Path(self.distill).resolve().parent):
+                raise InputError(
+                    f"--distill {self.distill} is this run itself: name another teacher, or give another --out"
+                )
+        else:
+            for name in ("distill_weight", "distill_temperature"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise InputError(f"--{_kebab(name)} does nothing without a teacher: add --distill RUN")
         if self.dispersion:
             if self.dispersion_tokens == 1:
                 raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
@@ -125,14 +178,18 @@ class Config(GPTConfig):
         return self.batch_size * self.grad_accum * self.block_size
 
 
+MOST = 2**31 - 1  # of anything that is counted
+MOST_CHARACTERS = 4096  # of a path
+MOST_THREADS = 1024  # the library behind torch ends the process when it cannot start them
 _AT_LEAST = {
     "block_size": 2, "seed": 0, "dispersion_tokens": 0, "max_steps": 0, "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "threads": 0,
-    "eval_every": 1, "eval_tokens": 0, "log_every": 1, "save_every": 1, "keep": 0,
+    "eval_every": 1, "eval_tokens": 0, "log_every": 1, "save_every": 1, "keep": 0, "active_forgetting": 0,
 }  # fmt: skip
 _BETWEEN = {
     "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
     "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "beta2": (-1e-9, 1),
-    "grad_clip": (-1e-9, math.inf),
+    "grad_clip": (-1e-9, math.inf), "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf),
+    "distill_temperature": (0, math.inf),
 }  # fmt: skip
 
 
@@ -159,8 +216,30 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python {self.prog} --help lists the flags)")
 
 
-def parse(argv: list[str] | None = None, prog: str = "train.py") -> Config:
-    """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags."""
+def exit_code(prog: str, command: Callable[[], object]) -> int:
+    """Run a command and return its exit code: 0; 2 for input that cannot be used; 130 when it is interrupted.
+
+    What went wrong is one line on stderr, without a traceback.
+    """
+    try:
+        command()
+    except InputError as error:
+        code, message = 2, str(error)
+    except OSError as error:
+        code, message = 2, f"{error.filename or 'input/output'}: {error.strerror}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    else:
+        return 0
+    print(f"{prog}: {message}", file=sys.stderr)
+    return code
+
+
+def parse(argv: list[str] | None = None, prog: str = "train.py", begin_if_missing: bool = False) -> Config:
+    """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
+
+    begin_if_missing: where there is no run for --resume to go on with, a new one begins.
+    """
     parser = Parser(
         prog=prog,
         description="Train a small language model, with or without the dispersion loss (arXiv 2602.00217).",
@@ -185,20 +264,37 @@ def parse(argv: list[str] | None = None, prog: str = "train.py") -> Config:
         parser.add_argument(f"--{_kebab(field.name)}", **options)
     given = vars(parser.parse_args(argv))
     base = {}
+    if given.get("resume") and given.get("init_from"):
+        raise InputError("--resume goes on with a run's own weights: leave out --init-from")
     if "config" in given:
         base = _read_saved(Path(given.pop("config")))
     elif given.get("resume"):
-        run_dir = from_dict({**PRESETS[given.get("preset", "tiny")], **given}).run_dir
-        base = {**_read_saved(run_dir / "config.json"), "out": str(run_dir)}
-    elif "preset" not in given:
+        # Only what names the run, and what contradicts --resume: the other flags make sense with the saved ones alone.
+        wanted = ("out", "data", "preset", "dispersion", "seed", "resume", "overwrite", "init_from")
+        run_dir = from_dict({name: given[name] for name in wanted if name in given}).run_dir
+        if begin_if_missing and not (run_dir / "config.json").exists():
+            given["resume"] = False
+        else:
+            base = {**_read_saved(run_dir / "config.json"), "out": str(run_dir)}
+    if not base and "preset" not in given:
         given["preset"] = "tiny"
-    return from_dict({**base, **PRESETS.get(given.get("preset"), {}), **given})
+    if base and given.get("recipe", base.get("recipe", "gpt2")) != base.get("recipe", "gpt2"):
+        raise InputError(
+            f"--recipe {given['recipe']} cannot replace the recipe of a saved run: give its flags anew, without its config"
+        )
+    return from_dict({**base, **PRESETS.get(given.get("preset"), {}), **RECIPES.get(given.get("recipe"), {}), **given})
 
 
 def _read_saved(path: Path) -> dict:
     """The recipe in a saved config.json, without where that run lay, how it was started, and what it ran on."""
     values = read_json(path)
-    return {name: value for name, value in values.items() if name not in ("out", "resume", "overwrite", "environment")}
+    recipe = {name: value for name, value in values.items() if name not in ("resume", "overwrite", "environment")}
+    try:
+        from_dict(recipe)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    recipe.pop("out", None)
+    return recipe
 
 
 def _base_type(kind) -> type:
@@ -212,7 +308,7 @@ def from_dict(values: dict) -> Config:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise InputError(f"unknown setting {name!r}: no such field in this version of minidisp")
+            raise InputError(f"unknown setting {_shown(name)}: no such field in this version of minidisp")
         kind = fields[name].type
         if get_origin(kind) is Literal:
             valid = value in get_args(kind)
@@ -220,11 +316,11 @@ def from_dict(values: dict) -> Config:
             valid = isinstance(kind, types.UnionType)
         else:
             base = _base_type(kind)
-            if base is float and type(value) is int:
+            if base is float and type(value) is int and abs(value) <= MOST:
                 value = float(value)
             valid = type(value) is base
         if not valid:
-            raise InputError(f"setting {name!r} has the value {value!r}, which is not {_expected(kind)}")
+            raise InputError(f"setting {name!r} has the value {_shown(value)}, which is not {_expected(kind)}")
         checked[name] = value
     return Config(**checked)
 
@@ -235,6 +331,15 @@ def _expected(kind) -> str:
     )
 
 
+def _shown(value: object) -> str:
+    """A value of any size and kind, in a few characters of an error message."""
+    if type(value) is int and abs(value) > 10**20:
+        return "an integer of more than 20 digits"
+    if value is None or isinstance(value, str | int | float):
+        return f"{value!a:.60}"
+    return f"of type {type(value).__name__}"
+
+
 def to_dict(config: Config) -> dict:
     """The fields as a dictionary that JSON can hold and `from_dict` reads back."""
     return dataclasses.asdict(config)
@@ -242,12 +347,7 @@ def to_dict(config: Config) -> dict:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises InputError naming the file if it is missing or holds something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a JSON file: {error}") from None
+    values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a JSON {type(values).__name__}, but must hold an object")
     return values

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidisp import InputError
+from minidisp import InputError, is_plain, parse_json, read_bytes
 from minidisp.tokenizer import load as load_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -90,6 +91,8 @@ class ShardWriter:
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, mapped rather than read. InputError naming the file if it is not a whole, sound shard."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{path} is not a token shard")
     try:
         with open(path, "rb") as file:
             header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
@@ -120,15 +123,19 @@ class Split:
     tokens, documents; bytes of the text as UTF-8 and whitespace-separated words, neither counting EOS.
     """
 
-    def __init__(self, name: str, meta: dict, shards: list[np.ndarray]):
-        self.name = name
+    def __init__(self, name: str, meta: dict, shards: list[np.ndarray], files: list[Path], vocab_size: int):
+        self.name, self._files, self._vocab_size = name, files, vocab_size
         self.tokens, self.documents = meta["tokens"], meta["documents"]
         self.bytes, self.words = meta["bytes"], meta["words"]
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens."""
+        """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens.
+
+        Raises InputError naming the shard if one of them is not in the vocabulary. That is looked at here, where a token
+        is used, and not on opening: it costs two microseconds a sequence, and nobody waits for a pass over all shards.
+        """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start}..{stop} of the {self.tokens} in split {self.name}")
         out = np.empty(stop - start, dtype=np.int64)
@@ -136,6 +143,12 @@ class Split:
         while done < len(out):
             offset = start + done - int(self._ends[i]) + len(self._shards[i])
             part = self._shards[i][offset : offset + len(out) - done]
+            if part.max() >= self._vocab_size:
+                at = offset + int(np.argmax(part >= self._vocab_size))
+                raise InputError(
+                    f"{self._files[i]}: token {at:,} is {self._shards[i][at]:,}, but the vocabulary has "
+                    f"{self._vocab_size:,}: the file is damaged, prepare the corpus again"
+                )
             out[done : done + len(part)] = part
             i, done = i + 1, done + len(part)
         return out
@@ -157,14 +170,15 @@ class Dataset:
             raise InputError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that {path} names")
         self._splits = {}
         for name, split in meta["splits"].items():
-            shards = []
+            shards, files = [], []
             for shard in split["shards"]:
                 file = self.folder / shard["file"]
                 tokens = open_shard(file)
                 if (len(tokens), tokens.dtype) != (shard["tokens"], token_dtype(meta["vocab_size"])):
                     raise InputError(f"{file} holds {len(tokens):,} {tokens.dtype} tokens, not what {path.name} says")
                 shards.append(tokens)
-            self._splits[name] = Split(name, split, shards)
+                files.append(file)
+            self._splits[name] = Split(name, split, shards, files, meta["vocab_size"])
         contents = {name: [shard["sha256"] for shard in meta["splits"][name]["shards"]] for name in SPLITS}
         self.hash = hashlib.sha256(json.dumps([meta["tokenizer_sha256"], contents]).encode()).hexdigest()
 
@@ -199,18 +213,20 @@ _META_FIELDS = {
 
 def _read_meta(path: Path) -> dict:
     """What a meta.json says, or InputError unless all fields have their types and the shards add up to their split."""
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path.parent} is not a prepared corpus ({path.name}: {error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: it is not JSON") from error
+    if not path.exists():
+        raise InputError(f"{path.parent} is not a prepared corpus: it has no {path.name}")
+    meta = parse_json(read_bytes(path), path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise InputError(f"{path} is not the meta.json of a corpus of format {FORMAT}; prepare the corpus again")
 
     def check(what: str, value: object) -> None:
         for key, kind in _META_FIELDS[what].items():
-            if not isinstance(value, dict) or type(value.get(key)) is not kind or (kind is int and value[key] < 0):
+            found = value.get(key) if isinstance(value, dict) else None
+            if (
+                type(found) is not kind
+                or (kind is int and not 0 <= found < 1 << 63)
+                or (kind is str and not is_plain(found))
+            ):
                 raise InputError(f"{path}: {what} {key} is missing or not a valid {kind.__name__}")
 
     check("corpus", meta)
@@ -220,8 +236,8 @@ def _read_meta(path: Path) -> dict:
         check("split", split)
         for shard in split["shards"]:
             check("shard", shard)
-            if Path(shard["file"]).name != shard["file"]:
-                raise InputError(f"{path}: shard {shard['file']!r} is not in the same folder")
+            if not re.fullmatch(r"\w[\w.-]*", shard["file"], re.ASCII):  # no path, no device, nothing hidden
+                raise InputError(f"{path}: shard {shard['file']!a:.60} is not in the same folder")
         if not split["tokens"] or sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
             raise InputError(f"{path}: the shards of split {name} do not add up to its {split['tokens']:,} tokens")
     return meta

@@ -41,15 +41,21 @@ class GPTConfig:
     n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head")
     n_embd: int = flag(192, "channels of the hidden states")
     head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head")
-    mlp_dim: int = flag(0, "hidden channels of the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd rounded up to 64s (qwen3)")
+    mlp_dim: int = flag(0, "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to 64s")
     block_size: int = flag(256, "context length in tokens")
     dropout: float = flag(0.0, "dropout probability in [0, 1)")
-    bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only; qwen3 has none)")
+    bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only)")
+    attention_bias: bool = flag(False, "biases in the attention's linear layers (qwen3 only)")
     gelu: Literal["erf", "tanh"] = flag(
         "erf", "exact GELU, or the approximation that published GPT-2 weights expect (slower)"
     )
+    mlp: Literal["arch", "relu2"] = flag("arch", "arch: GELU (gpt2) or SwiGLU (qwen3); relu2: squared ReLU, ungated")
+    zero_init: bool = flag(
+        False, "what writes into the residual stream starts at 0, so that every block does nothing at first"
+    )
     tied: bool = flag(True, "input embedding and output layer share one matrix")
     rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)")
+    norm_eps: float = flag(0.0, "what norms add to the variance; 0 = 1e-5 (gpt2), 1e-6 (qwen3)")
     vocab_size: int = 4096  # no flag: the tokenizer decides
 
     def __post_init__(self):
@@ -59,6 +65,9 @@ class GPTConfig:
         for name in ("n_kv_head", "head_dim", "mlp_dim"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be 0 or more")
+        for name, most in _AT_MOST.items():
+            if getattr(self, name) > most:
+                raise InputError(f"--{name.replace('_', '-')} is above {most}, the most: no memory would hold it")
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(
                 f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or give --head-dim"
@@ -71,10 +80,16 @@ class GPTConfig:
             raise InputError(
                 f"rotary positions need an even --head-dim, not {self.head_width}: change --n-head or --head-dim"
             )
+        if self.arch == "qwen3" and self.block_size * self.head_width > 1 << 28:
+            raise InputError(f"--block-size {self.block_size} needs over 1 GiB of memory for its rotations: lower it")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
-        if self.rope_theta <= 0:
+        if not 0 < self.rope_theta < math.inf:
             raise InputError(f"--rope-theta is {self.rope_theta}, but must be above 0")
+        if not 0 <= self.norm_eps < 1:
+            raise InputError(f"--norm-eps is {self.norm_eps}, but must be at least 0 and below 1")
+        if self.attention_bias and self.arch == "gpt2":
+            raise InputError("--attention-bias goes with --arch qwen3: gpt2 has --bias for all its linear layers")
 
     # The widths in force, where 0 stands for the usual choice.
     @property
@@ -89,11 +104,42 @@ class GPTConfig:
     def mlp_width(self) -> int:
         if self.mlp_dim:
             return self.mlp_dim
-        return 4 * self.n_embd if self.arch == "gpt2" else 64 * math.ceil(self.n_embd * 8 / 3 / 64)
+        return 4 * self.n_embd if not self.gated else 64 * math.ceil(self.n_embd * 8 / 3 / 64)
+
+    @property
+    def gated(self) -> bool:
+        return self.arch == "qwen3" and self.mlp == "arch"
+
+    @property
+    def norm_epsilon(self) -> float:
+        return self.norm_eps or (1e-5 if self.arch == "gpt2" else 1e-6)
 
     @property
     def use_bias(self) -> bool:
         return self.bias and self.arch == "gpt2"
+
+    @property
+    def use_attention_bias(self) -> bool:
+        return self.use_bias or self.attention_bias
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers GPT.num_params() counts, known before any of them takes memory."""
+        C, width, kv_width = self.n_embd, self.n_head * self.head_width, self.kv_heads * self.head_width
+        gpt2 = self.arch == "gpt2"
+        outputs = (width + 2 * kv_width, C, (2 if self.gated else 1) * self.mlp_width, C)
+        inputs = (C, width, C, self.mlp_width)
+        norm = C * (2 if self.use_bias else 1)
+        biases = (self.use_attention_bias,) * 2 + (self.use_bias,) * 2
+        block = sum((i + bias) * o for i, o, bias in zip(inputs, outputs, biases, strict=True)) + 2 * norm
+        block += 0 if gpt2 else 2 * self.head_width  # of queries and keys
+        tables = self.vocab_size * (1 if self.tied else 2) + (self.block_size if gpt2 else 0)
+        return tables * C + self.n_layer * block + norm
+
+
+# Far above any model there is, and low enough that a file from a stranger can be refused before its numbers are used.
+_AT_MOST = {"n_layer": 10_000, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_embd": 1 << 20, "head_dim": 1 << 16, "mlp_dim": 1 << 24,
+            "block_size": 1 << 24, "vocab_size": 1 << 31}  # fmt: skip
 
 
 class Output(NamedTuple):
@@ -106,7 +152,9 @@ class Output(NamedTuple):
 
 def norm(config: GPTConfig, width: int) -> nn.Module:
     """LayerNorm or RMSNorm over the last dimension."""
-    return nn.LayerNorm(width, bias=config.bias) if config.arch == "gpt2" else nn.RMSNorm(width, eps=1e-6)
+    if config.arch == "gpt2":
+        return nn.LayerNorm(width, eps=config.norm_epsilon, bias=config.bias)
+    return nn.RMSNorm(width, eps=config.norm_epsilon)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -145,8 +193,9 @@ class Attention(nn.Module):
         self.layer, self.dropout = layer, config.dropout
         self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
         width = config.n_head * config.head_width
-        self.c_attn = nn.Linear(config.n_embd, width + 2 * config.kv_heads * config.head_width, bias=config.use_bias)
-        self.c_proj = nn.Linear(width, config.n_embd, bias=config.use_bias)
+        kv_width, bias = config.kv_heads * config.head_width, config.use_attention_bias
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=bias)
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = norm(config, config.head_width), norm(config, config.head_width)
         self.rotary = config.arch == "qwen3"
@@ -175,11 +224,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(GELU(c_fc(x))), or SwiGLU (arXiv 2002.05202): c_proj(SiLU(gate) * up) with both from c_fc."""
+    """c_proj(act(c_fc(x))) with GELU or ReLU^2 (arXiv 2109.08668), or SwiGLU (2002.05202): c_proj(SiLU(gate) * up), both from c_fc."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gated, self.dropout = config.arch == "qwen3", config.dropout
+        self.gated, self.relu2, self.dropout = config.gated, config.mlp == "relu2", config.dropout
         self.gelu = "tanh" if config.gelu == "tanh" else "none"
         self.c_fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_width, bias=config.use_bias)
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.use_bias)
@@ -189,6 +238,8 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
+        elif self.relu2:
+            x = F.relu(x).square()
         else:
             x = F.gelu(x, approximate=self.gelu)
         x = self.c_proj(x)
@@ -233,7 +284,7 @@ class GPT(nn.Module):
         # GPT-2 scales the weights that write into the residual stream, since 2 n_layer of them add up there.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
     def _init(module: nn.Module) -> None:

@@ -56,3 +56,36 @@ def learning_rate(step: int, config: Config) -> float:
     progress = min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
     share = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr + share * (config.lr - config.final_lr)
+
+
+def step_where(finite: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Let all optimizers step if `finite`, a bool scalar; if not, all weights and states stay as they are.
+
+    On CUDA the decision is taken on the device, so that nothing waits for it. A fused AdamW can do that by itself; what
+    any other one has changed is put back, which takes the memory of its weights and states once more for a moment.
+    """
+    if finite.device.type != "cuda":
+        if finite:
+            for optimizer in optimizers:
+                optimizer.step()
+        return
+    step_where_on_device(finite, optimizers)
+
+
+def step_where_on_device(finite: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """step_where without reading `finite`."""
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+            continue
+        changed = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in changed:
+            if p.grad is not None:
+                p.grad.masked_fill_(~finite, 0.0)  # states that begin with this step begin as zeros
+        changed += [value for state in optimizer.state.values() for value in state.values()]
+        before = [tensor.detach().clone() for tensor in changed]
+        optimizer.step()
+        with torch.no_grad():
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(finite, tensor, old))

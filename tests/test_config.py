@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minidisp import InputError
-from minidisp.config import PRESETS, Config, flags, from_dict, parse, read_json, to_dict
+from minidisp.config import PRESETS, RECIPES, Config, exit_code, flags, from_dict, parse, read_json, to_dict
 
 
 def test_defaults_are_the_tiny_preset():
@@ -34,6 +34,17 @@ def test_flags_win_over_presets_and_presets_over_a_file(tmp_path):
     assert (config.n_layer, config.lr, config.out) == (3, 0.25, "")
     config = parse(["--config", str(file), "--preset", "gpt2", "--n-head", "6"])
     assert (config.n_layer, config.n_head, config.n_embd, config.lr) == (12, 6, 768, 6e-4)
+
+
+def test_a_recipe_wins_over_the_preset_and_flags_over_the_recipe(tmp_path):
+    assert parse(["--recipe", "gpt2"]) == parse([])
+    fast = parse(["--preset", "mini", "--recipe", "fast", "--schedule", "cosine"])
+    assert (fast.n_embd, fast.lr, fast.schedule) == (384, RECIPES["fast"]["lr"], "cosine")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(fast)))
+    assert parse(["--config", str(file)]) == fast
+    with pytest.raises(InputError, match="--recipe gpt2"):
+        parse(["--config", str(file), "--recipe", "gpt2"])
 
 
 @pytest.mark.parametrize(
@@ -68,3 +79,22 @@ def test_help_lists_every_flag(capsys):
     assert done.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')}" in text for field in flags())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (InputError("--lr is odd"), 2, "x.py: --lr is odd\n"),
+        (OSError(28, "No space left on device", "out/a"), 2, "x.py: out/a: No space left on device\n"),
+        (OSError(28, "No space left on device"), 2, "x.py: input/output: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "x.py: interrupted\n"),
+    ],
+)
+def test_a_command_ends_in_one_line(error, code, line, capsys):
+    def command():
+        if error:
+            raise error
+
+    assert exit_code("x.py", command) == code
+    assert capsys.readouterr().err == line

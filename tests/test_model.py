@@ -17,6 +17,8 @@ KINDS = {
     "gpt2-nobias-untied": GPTConfig(**SMALL, bias=False, tied=False, mlp_dim=20),
     "qwen3": GPTConfig(**SMALL, arch="qwen3"),
     "qwen3-grouped": GPTConfig(**SMALL, arch="qwen3", n_kv_head=2, head_dim=10, tied=False),
+    "gpt2-relu2": GPTConfig(**SMALL, mlp="relu2"),
+    "qwen3-relu2": GPTConfig(**SMALL, arch="qwen3", mlp="relu2"),
 }
 
 
@@ -79,7 +81,9 @@ def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndar
             heads.append(out)
         x = x + affine(np.concatenate(heads, axis=1), f"{name}.attn.c_proj")
         h = affine(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        if config.arch == "gpt2":
+        if config.mlp == "relu2":
+            h = np.where(h > 0, h, 0) ** 2
+        elif config.arch == "gpt2":
             h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
         else:
             gate, up = np.split(h, 2, axis=1)
@@ -142,6 +146,23 @@ def test_published_parameter_counts(preset, vocab_size, published):
         assert GPT(config).num_params() == published
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_parameters_are_counted_before_they_are_there(arch):
+    options = [
+        {},
+        {"tied": False},
+        {"mlp": "relu2"},
+        {"mlp_dim": 24},
+        {"n_kv_head": 2},
+        {"head_dim": 6},
+        {"zero_init": True},
+    ]
+    options += [{"bias": False}] if arch == "gpt2" else [{"attention_bias": True}]
+    for fields in options:
+        config = GPTConfig(**SMALL, arch=arch, **fields)
+        assert config.parameters == GPT(config).num_params(), fields
+
+
 def test_own_presets_are_small():
     for preset, low, high in (("tiny", 4e6, 5e6), ("mini", 1e7, 1.5e7)):
         assert low < GPT(from_dict({**PRESETS[preset], "preset": preset})).num_params() < high
@@ -166,6 +187,17 @@ def test_initialisation_is_gpt2s():
     assert not model.h[0].attn.c_attn.bias.any()
     idx = torch.randint(0, 4096, (4, 64))
     assert model(idx, idx.roll(-1, 1)).loss.item() == pytest.approx(math.log(4096), abs=0.1)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_zero_init_lets_the_embeddings_through_and_learns(arch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, arch=arch, zero_init=True))
+    idx = torch.randint(0, 50, (2, 9))
+    _, loss, hidden_states = model(idx, idx, return_hidden_states=True)
+    assert all(torch.equal(z, hidden_states[0]) for z in hidden_states[:-1])
+    loss.backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if name.endswith("c_proj.weight"))
 
 
 def test_tied_weights_are_one_matrix():

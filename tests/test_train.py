@@ -1,7 +1,9 @@
 """The trainer: what a run leaves, what it repeats exactly, and what it refuses."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -15,12 +17,13 @@ import pytest
 import torch
 
 import train
-from minidisp import InputError, checkpoint, load, report
-from minidisp.config import parse, to_dict
+from minidisp import InputError, checkpoint, load, optim, report
+from minidisp.config import Config, from_dict, parse, to_dict
 from minidisp.data import Batches, Dataset
-from minidisp.model import GPT
+from minidisp.dispersion import DispersionLoss
+from minidisp.model import GPT, GPTConfig
 from minidisp.optim import build_optimizers, learning_rate
-from tests.conftest import SMALL, small_config
+from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent
 TIMES = {"tokens_per_second", "seconds"}  # all that may differ between two equal runs
@@ -33,6 +36,33 @@ def weights(run: Path) -> dict:
 def lines(run: Path) -> list[dict]:
     metrics = report.read_metrics(run / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """They take longer than such a training; the fixture `run` has some."""
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Weights, optimisers, random numbers: all that a run goes on from."""
+    states = [checkpoint.read(run / checkpoint.LAST) for run in (a, b)]
+    for state in states:
+        del state["seconds"], state["config"]["out"], state["config"]["resume"]
+    assert_equal(*states)
+
+
+def assert_equal(a, b, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict | list):
+        keys = a.keys() if isinstance(a, dict) else range(len(a))
+        assert keys == (b.keys() if isinstance(a, dict) else range(len(b))), where
+        for key in keys:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
 
 
 def assert_same_weights(a: dict, b: dict) -> None:
@@ -68,6 +98,7 @@ def test_a_run_leaves_what_it_promises(run):
         "mean_cosine",
         "lr",
         "grad_norm",
+        "skipped",
         "tokens_per_second",
         "seconds",
     } == steps[0].keys()
@@ -110,6 +141,8 @@ def test_dispersion_changes_neither_start_nor_data(corpus, tmp_path):
     assert off[0] == on[0]  # the evaluation before the first step
     assert off[1]["ce"] == on[1]["ce"]  # the first training batch, dropout included
     assert off[2]["ce"] != on[2]["ce"]
+    off, on = (checkpoint.read(tmp_path / name / checkpoint.LAST) for name in ("off", "on"))
+    assert torch.equal(off["rng"]["cpu"], on["rng"]["cpu"])  # as many random numbers were drawn
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -129,18 +162,45 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, tmp_path, optimize
             assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_equals_never_having_stopped(corpus, tmp_path, optimizer):
-    options = {"dispersion": 0.1, "dispersion_tokens": 8, "dropout": 0.1, "optimizer": optimizer, "keep": 1}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": "muon", "grad_accum": 3, "save_every": 5},
+        {"grad_accum": 2, "arch": "qwen3", "schedule": "wsd", "log_every": 3},
+        {"optimizer": "muon", "dispersion_variant": "l2_repel", "dispersion_layers": "last", "dtype": "bfloat16"},
+        {"dispersion": 0.0, "dtype": "float16"},  # with a gradient scale that steps are skipped for
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_resuming_equals_never_having_stopped(corpus, tmp_path, options):
+    """In the middle of an epoch (of 112 steps), between two saves: weights, optimisers, random numbers, metrics, best model."""
+    options = {"dispersion": 0.1, "dispersion_tokens": 8, "dropout": 0.1, "keep": 1, "batch_size": 8, **options}
     train.main(small_config(corpus, tmp_path / "whole", **options))
     half = tmp_path / "halves"
-    stop_after(8, small_config(corpus, half, **options))
+    for steps in (4, 8):
+        stop_after(steps, small_config(corpus, half, **options, resume=steps > 4))
     # As if it had been killed later than that: what stands behind the checkpoint is run again, and logged once.
     with open(half / "metrics.jsonl", "a") as file:
         file.write(json.dumps({**lines(half)[-1], "step": 9}) + "\n")
     train.main(small_config(corpus, half, **options, resume=True))
-    assert_same_weights(weights(tmp_path / "whole"), weights(half))
+    assert_same_state(half, tmp_path / "whole")
     assert lines(half) == lines(tmp_path / "whole")
+    best = [checkpoint.read(run / checkpoint.BEST) for run in (half, tmp_path / "whole")]
+    assert_same_weights(best[0]["model"], best[1]["model"])
+    assert best[0]["val_loss"] == best[1]["val_loss"]
+
+
+def test_more_steps_than_planned(corpus, tmp_path):
+    """With a constant schedule that is the longer run, but for the evaluation at the first end; a cosine is stretched."""
+    for schedule in ("constant", "cosine"):
+        run, longer = tmp_path / schedule, tmp_path / f"{schedule}-longer"
+        train.main(small_config(corpus, run, schedule=schedule, max_steps=6))
+        train.main(small_config(corpus, run, schedule=schedule, max_steps=9, resume=True))
+        train.main(small_config(corpus, longer, schedule=schedule, max_steps=9))
+        equal = all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(longer).values(), strict=True))
+        assert equal == (schedule == "constant")
+        assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 10))
 
 
 def stop_after(steps: int, config) -> None:
@@ -261,12 +321,6 @@ def command(*arguments, cwd=ROOT, timeout=120) -> subprocess.CompletedProcess:
     )
 
 
-def small_flags(**changes) -> list[str]:
-    return [
-        part for name, value in {**SMALL, **changes}.items() for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
 def test_the_command_trains(corpus, tmp_path):
     done = command(*small_flags(), "--data", corpus, "--out", tmp_path / "run", "--dispersion", "0.1")
     assert done.returncode == 0, done.stderr
@@ -359,11 +413,379 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_resume_refuses_another_model_or_other_data(corpus, bpe_corpus, run, capsys):
-    assert train.cli(["--resume", "--out", str(run), "--n-layer", "3"]) == 2
-    assert "n_layer" in capsys.readouterr().err
-    assert train.cli(["--resume", "--out", str(run), "--data", str(bpe_corpus)]) == 2
-    assert re.search("vocab_size|data", capsys.readouterr().err)
+CHANGES = {
+    "preset": "mini", "out": "elsewhere", "seed": 1, "resume": True, "overwrite": True, "data": "elsewhere", "init_from": "x",
+    "dispersion": 0.5, "dispersion_variant": "l2_repel", "dispersion_layers": "last", "dispersion_tau": 2.0, "dispersion_clamp": 0.1,
+    "dispersion_tokens": 4, "dispersion_impl": "reference", "max_steps": 99, "batch_size": 2, "grad_accum": 4, "optimizer": "muon",
+    "lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 9, "schedule": "wsd", "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.8, "grad_clip": 2.0,
+    "device": "cuda", "dtype": "bfloat16", "compile": "on", "threads": 3, "eval_every": 5, "eval_tokens": 999, "log_every": 7,
+    "save_every": 8, "keep": 3, "noisy_embedding": 1.0, "active_forgetting": 3, "distill": "x", "distill_weight": 2.0,
+    "distill_temperature": 3.0, "tensorboard": True, "wandb": True, "shard": True, "arch": "qwen3", "n_layer": 3, "n_head": 4, "n_kv_head": 1, "n_embd": 64, "head_dim": 8, "mlp_dim": 64,
+    "block_size": 16, "dropout": 0.2, "bias": False, "gelu": "tanh", "tied": False, "rope_theta": 5.0, "vocab_size": 300,
+    "norm_eps": 1e-3, "attention_bias": True, "mlp": "relu2", "zero_init": True, "recipe": "fast",
+}  # fmt: skip
+FIXED = {
+    "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
+    "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "batch_size",
+    "grad_accum",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_what_resume_refuses_allows_and_says(corpus, run, name):
+    """A setting that is new and in no list is refused."""
+    path, dataset = run / checkpoint.LAST, Dataset(corpus)
+    state = checkpoint.read(path)
+    if name.startswith("distill_"):  # which make no sense without a teacher
+        state["config"]["distill"] = "x"
+    if name == "attention_bias":  # which gpt2 has not
+        state["config"]["arch"] = "qwen3"
+    config = dataclasses.replace(from_dict(state["config"]), **{name: CHANGES[name]})
+    assert getattr(config, name) != state["config"][name]
+    if name in FIXED:
+        with pytest.raises(InputError, match=name):
+            train.check_same_run(state, config, dataset, None, path)
+    else:
+        said = train.check_same_run(state, config, dataset, None, path)
+        assert [words.split()[0] for words in said] == ([name] if name in train.CHANGED_ALOUD else [])
+        assert name in train.CHANGED_ALOUD | train.FREE_TO_CHANGE
+
+
+def test_resume_may_split_the_batch_otherwise(corpus, run):
+    state = checkpoint.read(run / checkpoint.LAST)
+    config = dataclasses.replace(from_dict(state["config"]), batch_size=1, grad_accum=4)
+    assert train.check_same_run(state, config, Dataset(corpus), None, run) == []
+
+
+def test_resume_refuses_other_data_and_another_tokenizer_by_name(corpus, bpe_corpus, run, tmp_path, capsys):
+    from data import prepare
+
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    other = tmp_path / "other"
+    (tmp_path / "other.txt").write_text("other words " * 2000)
+    assert (
+        prepare.main(
+            ["--input", str(tmp_path / "other.txt"), "--name", "o", "--tokenizer", "byte", "--out", str(other)]
+        )
+        == 0
+    )
+    for flags, expected in (
+        (["--n-layer", "3"], "n_layer is 2"),
+        (["--data", str(bpe_corpus)], "another tokenizer"),
+        (["--data", str(other)], "other data"),
+        (["--seed", "5"], "seed is 0"),
+        (["--init-from", str(run)], "--init-from"),
+    ):
+        capsys.readouterr()
+        assert train.cli(["--resume", "--out", str(run), *flags]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_settings_changed_on_resume_are_in_force_and_said(corpus, tmp_path, capsys):
+    """load_state_dict would bring the old weight decay back without a word."""
+    run = tmp_path / "run"
+    train.main(small_config(corpus, run, max_steps=6))
+    train.main(small_config(corpus, run, max_steps=9, weight_decay=0.7, beta2=0.5, resume=True))
+    out = capsys.readouterr().out
+    assert "resumed at step 6, from here on with" in out
+    assert "weight_decay 0.7 instead of 0.1" in out
+    assert "max_steps 9 instead of 6 (its cosine schedule, too)" in out
+    groups = checkpoint.read(run / checkpoint.LAST)["optimizers"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
+    assert [group["betas"] for group in groups] == [(0.9, 0.5)] * 2
+
+
+def test_a_run_begun_from_weights_can_be_resumed(corpus, run, tmp_path):
+    train.main(small_config(corpus, tmp_path / "next", init_from=str(run), max_steps=4))
+    assert train.cli(["--resume", "--out", str(tmp_path / "next"), "--max-steps", "6"]) == 0
+    assert lines(tmp_path / "next")[-1]["step"] == 6
+
+
+def test_config_json_tells_what_it_ran_on(corpus, run):
+    environment = json.loads((run / "config.json").read_text())["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["numpy"] == np.__version__
+    assert environment["data_hash"] == Dataset(corpus).hash
+    assert environment["tokenizer_sha256"] == Dataset(corpus).tokenizer.hash
+    assert environment["cores"] == os.cpu_count()
+    assert environment["cpu"]
+    assert environment["memory_gib"] > 0
+    if environment["commit"] is None:
+        assert environment["dirty"] is None
+    else:
+        assert re.fullmatch("[0-9a-f]{40,64}", environment["commit"])
+        assert isinstance(environment["dirty"], bool)
+
+
+def test_without_git_it_trains_all_the_same(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    train.main(small_config(corpus, tmp_path / "run", max_steps=1))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"] is None
+
+
+# --- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps, where=lambda model, loss: loss * math.nan) -> None:
+    """Let the loss of these optimiser steps (counted from 0, a forward pass each) go bad."""
+    calls = itertools.count()
+
+    class Poisoned(GPT):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if not self.training or next(calls) not in steps:
+                return output
+            return output._replace(loss=where(self, output.loss))
+
+    monkeypatch.setattr(train, "GPT", Poisoned)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, capsys, optimizer, bad):
+    """Weights, optimiser and schedule are those of ordinary training that leaves the update out; the data moves on."""
+    steps = (0, 3, 4)
+    # The loss is finite and its derivative is not: 0 * sqrt'(0).
+    worse = {"loss": lambda m, loss: loss * math.inf, "gradient": lambda m, loss: loss + (loss - loss).sqrt()}[bad]
+    poison(monkeypatch, steps, worse)
+    summary = train.main(small_config(corpus, tmp_path / "run", optimizer=optimizer))
+    assert summary["skipped"] == 3
+    assert [line["skipped"] for line in lines(tmp_path / "run") if "loss" in line] == [
+        1,
+        1,
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+    ]
+    out = capsys.readouterr().out
+    assert "up to step 4, a loss or gradient was not finite and the update skipped: 2 in all" in out
+    assert "3 updates skipped" in out
+    monkeypatch.setattr(train, "GPT", GPT)
+    skip = patched_steps(monkeypatch, steps)
+    train.main(small_config(corpus, tmp_path / "skipping", optimizer=optimizer))
+    assert skip == list(steps)
+    a, b = (checkpoint.read(tmp_path / name / checkpoint.LAST) for name in ("run", "skipping"))
+    for key in ("model", "optimizers", "rng"):
+        assert_equal(a[key], b[key], key)
+
+
+def patched_steps(monkeypatch, steps) -> list[int]:
+    """Leave these updates out, whatever the numbers are; returns which ones were."""
+    left_out, calls = [], itertools.count()
+
+    def step_where(finite, optimizers):
+        assert finite
+        if (step := next(calls)) in steps:
+            left_out.append(step)
+        else:
+            for optimizer in optimizers:
+                optimizer.step()
+
+    monkeypatch.setattr(train, "step_where", step_where)
+    return left_out
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2, 3)])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_decision_on_the_device_is_that_on_the_host(corpus, name, bad):
+    config = dataclasses.replace(small_config(corpus, Path("unused")), vocab_size=257, optimizer=name)
+    batches = Batches(Dataset(corpus).split("train"), 32, 0)
+    results = []
+    for step_where in (optim.step_where, optim.step_where_on_device):
+        torch.manual_seed(0)
+        model = GPT(config)
+        optimizers = build_optimizers(model, config)
+        for step in range(6):
+            x, y = (torch.from_numpy(tokens) for tokens in batches.batch(step * 4, 4))
+            (model(x, y).loss * (math.nan if step in bad else 1.0)).backward()
+            step_where(torch.tensor(step not in bad), optimizers)
+            model.zero_grad()
+        results.append({"model": dict(model.state_dict()), "optimizers": [o.state_dict()["state"] for o in optimizers]})
+    host, device = results
+    if bad == (0,):  # where the first step is skipped, the states of the host's optimizers begin with the second
+        assert all(torch.isfinite(p).all() for p in device["model"].values())
+    assert_equal(host, device)
+
+
+def test_too_many_bad_steps_end_with_3_and_the_good_checkpoint(corpus, tmp_path, monkeypatch, capsys):
+    class Broken(GPT):
+        def _backbone(self, *args, **kwargs):
+            x, hidden_states = super()._backbone(*args, **kwargs)
+            if self.training and self.steps > 7:
+                hidden_states = (hidden_states[0], hidden_states[1] * math.nan, hidden_states[2])
+                x = x * math.nan
+            return x, hidden_states
+
+        steps = 0
+
+        def forward(self, *args, **kwargs):
+            self.steps += self.training
+            return super().forward(*args, **kwargs)
+
+    monkeypatch.setattr(train, "GPT", Broken)
+    flags = small_flags(max_steps=40, save_every=3)
+    assert train.cli([*flags, "--data", str(corpus), "--out", str(tmp_path / "run")]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "10 of 17 steps" in captured.err
+    assert "the hidden state of layer 1 went bad first" in captured.err
+    assert f"{tmp_path / 'run' / checkpoint.LAST} is good, step 6" in captured.err
+    state = checkpoint.read(tmp_path / "run" / checkpoint.LAST)
+    assert (state["step"], state["skipped"]["total"]) == (6, 0)
+    assert lines(tmp_path / "run")[-1]["loss"] is None
+    # With the fault mended, it goes on from there.
+    monkeypatch.setattr(train, "GPT", GPT)
+    assert train.cli(["--resume", "--out", str(tmp_path / "run"), "--max-steps", "12"]) == 0
+
+
+def test_many_single_bad_steps_end_with_3(corpus, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, range(0, 100, 2))
+    flags = small_flags(max_steps=100, eval_every=100)
+    assert train.cli([*flags, "--data", str(corpus), "--out", str(tmp_path / "run")]) == 3
+    assert "21 of 41 steps" in capsys.readouterr().err
+
+
+def go_bad(what: str):
+    """A model of two layers of which one thing goes bad, and the loss."""
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257)
+    torch.manual_seed(0)
+    model, dispersion = GPT(config), DispersionLoss(impl="reference")
+    worsen = lambda module, args, output: output * math.nan  # noqa: E731
+    if what == "weights":
+        model.h[1].mlp.c_fc.weight.data[3, 2] = math.inf
+    elif what == "embeddings":
+        model.wte.register_forward_hook(worsen)
+    elif what == "layer 1":
+        model.h[0].mlp.c_proj.register_forward_hook(worsen)
+    elif what == "layer 2":
+        model.ln_f.register_forward_hook(worsen)
+    elif what == "logits":
+        model.lm_head.register_forward_hook(worsen)
+    elif what == "cross-entropy":
+        model._cross_entropy = lambda x, targets, reduction: x.sum() * math.nan
+    elif what == "dispersion":
+        dispersion.register_forward_hook(worsen)
+    elif what == "gradient":
+        model.h[0].attn.c_attn.weight.register_hook(lambda gradient: gradient * math.nan)
+    return model, dispersion
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("weights", "the weights h.1.mlp.c_fc.weight went"),
+        ("embeddings", "the embeddings went"),
+        ("layer 1", "the hidden state of layer 1 went"),
+        ("layer 2", "the hidden state of layer 2 went"),
+        ("logits", "the logits went"),
+        ("cross-entropy", "the cross-entropy went"),
+        ("dispersion", "the dispersion loss went"),
+        ("gradient", "the gradient of h.0.attn.c_attn.weight went"),
+        ("nothing", "no tensor is bad"),
+    ],
+)
+def test_the_first_bad_tensor_is_named(corpus, what, expected):
+    model, dispersion = go_bad(what)
+    config = small_config(corpus, Path("unused"), dispersion=0.1)
+    batches = Batches(Dataset(corpus).split("train"), 8, 0)
+    assert train.first_bad_tensor(model, dispersion, None, None, batches, 3, 2, config, torch.device("cpu")).startswith(
+        expected
+    )
+
+
+# --- too little memory ----------------------------------------------------------------------------------------------
+
+
+def limit_memory(monkeypatch, sequences: int, training_only: bool = True, error=torch.OutOfMemoryError) -> list[int]:
+    """Let the model run out of memory, after some of its random numbers are drawn, with more sequences than that."""
+    seen: list[int] = []
+
+    class Limited(GPT):
+        def forward(self, idx, *args, **kwargs):
+            if self.training:
+                seen.append(len(idx))
+            output = super().forward(idx, *args, **kwargs)
+            if len(idx) > sequences and (self.training or not training_only):
+                raise error("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            return output
+
+    monkeypatch.setattr(train, "GPT", Limited)
+    return seen
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_short_of_memory_it_takes_half_at_a_time(corpus, tmp_path, monkeypatch, capsys, error):
+    options = {"dropout": 0.1, "dispersion": 0.1, "dispersion_tokens": 8, "max_steps": 6}
+    train.main(small_config(corpus, tmp_path / "small", batch_size=2, grad_accum=4, **options))
+    seen = limit_memory(monkeypatch, 2, error=error)
+    train.main(small_config(corpus, tmp_path / "run", batch_size=8, **options))
+    assert seen == [8, 4] + 6 * [2, 2, 2, 2]
+    out = capsys.readouterr().out
+    assert out.count("out of memory") == 2
+    assert "step 1: out of memory; again with 4 sequences at a time instead of 8, the same batch in all" in out
+    small, run = (checkpoint.read(tmp_path / name / checkpoint.LAST) for name in ("small", "run"))
+    for key in ("model", "optimizers", "rng"):
+        assert_equal(small[key], run[key], key)
+    assert run["micro_batch"] == 2
+    metrics = [[line for line in lines(tmp_path / name) if "loss" in line] for name in ("small", "run")]
+    assert metrics[0] == metrics[1]
+    # What was learnt is kept: no second attempt with 8.
+    seen.clear()
+    train.main(small_config(corpus, tmp_path / "run", batch_size=8, resume=True, **{**options, "max_steps": 7}))
+    assert seen == [2, 2, 2, 2]
+
+
+def test_an_odd_batch_is_the_same_batch(corpus, tmp_path, monkeypatch):
+    options = {"batch_size": 7, "grad_accum": 2, "dispersion": 0.1, "max_steps": 3}
+    train.main(small_config(corpus, tmp_path / "whole", **options))
+    seen = limit_memory(monkeypatch, 4)
+    train.main(small_config(corpus, tmp_path / "run", **options))
+    assert seen == [7] + 3 * [4, 4, 4, 2]
+    for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "run"), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["dispersion"] == pytest.approx(b["dispersion"], abs=1e-5)
+    whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    for name in whole:
+        torch.testing.assert_close(whole[name], run[name], rtol=1e-4, atol=2e-5)
+
+
+def test_evaluation_takes_half_at_a_time_too(corpus, run, tmp_path, monkeypatch):
+    limit_memory(monkeypatch, 1, training_only=False)
+    train.main(small_config(corpus, tmp_path / "run", max_steps=1))
+    assert lines(tmp_path / "run")[0]["val_loss"] == pytest.approx(lines(run)[0]["val_loss"], abs=1e-5)
+
+
+def test_what_does_not_fit_at_all_is_said(corpus, tmp_path, monkeypatch, capsys):
+    limit_memory(monkeypatch, 0)
+    assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "--block-size" in error
+    assert "--n-layer" in error
+    assert error.count("\n") == 1
+
+
+def test_other_errors_are_no_lack_of_memory(corpus, tmp_path, monkeypatch):
+    class Wrong(GPT):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "GPT", Wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train.main(small_config(corpus, tmp_path / "run"))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_init_from_refuses_another_model(corpus, run, tmp_path, capsys):

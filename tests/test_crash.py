@@ -1,0 +1,377 @@
+"""Nothing is lost: killed at random moments, on a full disk, in a read-only folder, by signals, two trainings at once."""
+
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from minidisp import checkpoint, report
+from tests.conftest import small_config, small_flags
+from tests.test_train import assert_same_state, lines
+
+ROOT = Path(train.__file__).parent
+KILLS = 50
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+
+
+# --- SIGKILL --------------------------------------------------------------------------------------------------------
+
+
+def tiny_config(corpus: Path, out: Path, **changes):
+    size = {
+        "n_layer": 1,
+        "n_embd": 16,
+        "block_size": 16,
+        "batch_size": 2,
+        "dropout": 0.1,
+        "dispersion": 0.1,
+        "dispersion_tokens": 8,
+    }
+    often = {"max_steps": 4 * KILLS, "save_every": 1, "eval_every": 20, "keep": 1, "dispersion_impl": "reference"}
+    return small_config(corpus, out, **{**size, **often, **changes})
+
+
+def kill_again_and_again(corpus: Path, folder: Path) -> dict:
+    """Train once without a stop; then again with a SIGKILL at KILLS random moments, four of five of them in a save.
+
+    The processes are forked from this one, which has all of torch in memory: that makes a kill cheap. Returns what was seen.
+    """
+    torch.set_num_threads(1)
+    report.draw_run = lambda *_: []
+    save, durations = checkpoint.save, []
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        save(*arguments)
+        durations.append(time.perf_counter() - begin)
+
+    checkpoint.save = timed
+    train.main(tiny_config(corpus, folder / "whole"))
+    save_seconds = sorted(durations)[len(durations) // 2]
+    rng, out, seen = random.Random(0), folder / "killed", {"kills": 0, "in_a_save": 0, "lives": 0}
+
+    def live(report_to: int) -> None:
+        def marked(run, state, step, keep):
+            os.write(report_to, b"<%d\n" % step)
+            save(run, state, step, keep)
+            os.write(report_to, b">%d\n" % step)
+
+        checkpoint.save = marked
+        train.main(tiny_config(corpus, out, resume=(out / "config.json").exists()))
+
+    while seen["kills"] < KILLS:
+        seen["lives"] += 1
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.close(read_end)
+                live(write_end)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(write_end)
+        heard = b""
+        if seen["lives"] % 5:  # wait for a save to begin, then for a part of it
+            saves = rng.randint(1, 3)
+            while heard.count(b"<") < saves and (part := os.read(read_end, 1000)):
+                heard += part
+            time.sleep(rng.uniform(0, 1.1 * save_seconds))
+        else:  # at any moment, starting up included
+            select.select([read_end], [], [], rng.uniform(0, 0.4))
+        os.kill(child, signal.SIGKILL)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        while part := os.read(read_end, 1000):
+            heard += part
+        os.close(read_end)
+        assert killed, "it ended before it was killed: give it more steps"
+        seen["kills"] += 1
+        begun = [int(line[1:]) for line in heard.split() if line.startswith(b"<")]
+        done = [int(line[1:]) for line in heard.split() if line.startswith(b">")]
+        seen["in_a_save"] += len(begun) > len(done)
+        if begun[:1] == [1] and not done and not (out / checkpoint.LAST).exists():
+            continue  # killed in the very first save: there is nothing yet
+        if (out / checkpoint.LAST).exists():
+            step = checkpoint.read(out / checkpoint.LAST)["step"]
+            assert not done or step >= done[-1], (step, heard)
+            assert not begun or step <= begun[-1], (step, heard)
+        assert len(list(out.glob("*.tmp"))) <= 1
+    train.main(tiny_config(corpus, out, resume=(out / "config.json").exists()))
+    return seen
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fifty_kills_lose_nothing(corpus, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_crash", corpus, tmp_path],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["kills"] == KILLS
+    assert seen["in_a_save"] > KILLS // 2, seen
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_same_state(whole, killed)
+    assert lines(killed) == lines(whole)  # no step torn, doubled or left out
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+# --- disks that do not take it ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_done(corpus, tmp_path) -> Path:
+    """A run that was to have 12 steps and stopped after 8, with its whole counterpart beside it."""
+    train.main(small_config(corpus, tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_in(patch, 8)
+        with pytest.raises(SystemExit):
+            train.main(small_config(corpus, tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def interrupt_in(patch, step: int, number=signal.SIGINT, times: int = 1) -> None:
+    """Send this process a signal while it is in a step (counted from 1)."""
+    original = train.learning_rate
+
+    def interrupting(index, config):
+        if index == step - 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(index, config)
+
+    patch.setattr(train, "learning_rate", interrupting)
+
+
+def resume(run: Path, *flags) -> int:
+    return train.cli(["--resume", "--out", str(run), *flags])
+
+
+def assert_it_goes_on(run: Path) -> None:
+    assert resume(run) == 0
+    assert_same_state(run, run.parent / "whole")
+    assert lines(run) == lines(run.parent / "whole")
+    assert not list(run.glob("*.tmp"))
+
+
+def test_a_limit_of_the_file_size_costs_nothing(half_done, capsys):
+    before = (half_done / checkpoint.LAST).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        code = resume(half_done)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{half_done / checkpoint.BEST}: File too large" in error or f"{checkpoint.LAST}: File too large" in error
+    assert (half_done / checkpoint.LAST).read_bytes() == before
+    assert_it_goes_on(half_done)
+
+
+@pytest.mark.parametrize(
+    ("target", "writes"), [*(("checkpoint", n) for n in (0, 1, 2, 5, 20, 60)), ("metrics", 0), ("metrics", 4)]
+)
+def test_a_full_disk_costs_nothing(half_done, capsys, monkeypatch, target, writes):
+    """Wherever the space runs out: in the pickle, in a tensor, in the directory of the zip file, in a line."""
+
+    class Full:
+        left = writes
+
+        def __init__(self, file):
+            self.file, self.name = file, file.name
+
+        def write(self, data):
+            if Full.left == 0:
+                self.file.write(data[: len(data) // 2])
+                raise OSError(28, "No space left on device")
+            Full.left -= 1
+            return self.file.write(data)
+
+    before = checkpoint.read(half_done / checkpoint.LAST)["step"]
+    if target == "checkpoint":
+        original = checkpoint._Writer.__init__
+        monkeypatch.setattr(checkpoint._Writer, "__init__", lambda self, file: original(self, Full(file)))
+    else:
+        append = checkpoint.append_line
+        monkeypatch.setattr(checkpoint, "append_line", lambda file, text: append(Full(file), text))
+    code = resume(half_done)
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert str(half_done) in error
+    assert "No space left on device" in error
+    assert checkpoint.read(half_done / checkpoint.LAST)["step"] >= before
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+    assert_it_goes_on(half_done)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_read_only_folder_costs_nothing(half_done, corpus, capsys):
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        for path in (half_done, half_done.parent / "whole"):
+            shutil.copytree(path, folder / path.name)
+        shutil.copytree(corpus, folder / "corpus")
+        run = folder / "run"
+        run.chmod(0o555)
+        (run / "metrics.jsonl").chmod(0o444)
+        if root:
+            os.seteuid(65534)  # permissions do not bind root
+        try:
+            assert train.cli(["--resume", "--out", str(run), "--data", str(folder / "corpus")]) == 2
+        finally:
+            if root:
+                os.seteuid(0)
+        error = capsys.readouterr().err
+        assert f"{run / 'metrics.jsonl'}: Permission denied" in error
+        assert error.count("\n") == 1
+        run.chmod(0o755)
+        (run / "metrics.jsonl").chmod(0o644)
+        assert_it_goes_on(run)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_line_is_dropped(half_done):
+    with open(half_done / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**lines(half_done)[-1], "step": 9}) + '\n{"step": 10, "lo')
+    assert_it_goes_on(half_done)
+
+
+def test_a_damaged_line_is_named(half_done, capsys):
+    path = half_done / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss"', '"lo', 1))
+    before = path.read_bytes()
+    assert resume(half_done) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 2," in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_without_an_older_one_a_damaged_checkpoint_ends_it(half_done, capsys):
+    path = half_done / checkpoint.LAST
+    path.write_bytes(path.read_bytes()[:-100])
+    before = (half_done / "metrics.jsonl").read_bytes()
+    assert resume(half_done) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert "--init-from" in error  # ckpt_best.pt is whole
+    assert error.count("\n") == 1
+    assert (half_done / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_an_older_one_aloud(corpus, tmp_path, capsys, damage):
+    train.main(small_config(corpus, tmp_path / "whole", save_every=3, keep=2))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_in(patch, 8)
+        with pytest.raises(SystemExit):
+            train.main(small_config(corpus, tmp_path / "run", save_every=3, keep=2))
+    run = tmp_path / "run"
+    (run / "ckpt_00000008.pt").unlink()
+    path, content = run / checkpoint.LAST, bytearray((run / checkpoint.LAST).read_bytes())
+    content[len(content) // 2] ^= 1  # one bit of one weight
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    capsys.readouterr()
+    assert_it_goes_on(run)
+    error = capsys.readouterr().err
+    if damage != "missing":
+        assert f"{path} is not a minidisp checkpoint, or it is damaged" in error
+        assert "going on from ckpt_00000006.pt, step 6" in error
+
+
+def test_stopped_before_the_first_checkpoint_it_starts_again_aloud(half_done, capsys):
+    for path in half_done.glob("ckpt_*"):
+        path.unlink()
+    metrics = half_done / "metrics.jsonl"
+    kept = metrics.read_text()
+    assert resume(half_done) == 2  # step 8 is behind the first save at step 6: somebody has removed it
+    assert "checkpoints are gone" in capsys.readouterr().err
+    assert metrics.read_text() == kept
+    metrics.write_text("".join(line for line in kept.splitlines(keepends=True) if json.loads(line)["step"] < 4))
+    assert_it_goes_on(half_done)
+    assert "starts again at step 0" in capsys.readouterr().err
+
+
+# --- signals and neighbours ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(corpus, tmp_path, capfd, monkeypatch, number, code):
+    interrupt_in(monkeypatch, 5, number)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(small_config(corpus, tmp_path / "run"))
+    assert stopped.value.code == code
+    assert checkpoint.read(tmp_path / "run" / checkpoint.LAST)["step"] == 5
+    error = capfd.readouterr().err
+    assert f"{number.name}: finishing this step" in error
+    assert f"stopped at step 5 by {number.name}; go on with: python train.py --resume --out" in error
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
+    before = (half_done / checkpoint.LAST).read_bytes()
+    interrupt_in(monkeypatch, 10, times=2)
+    assert resume(half_done) == 130
+    assert "interrupted" in capfd.readouterr().err
+    assert (half_done / checkpoint.LAST).read_bytes() == before
+    assert [line["step"] for line in lines(half_done)][-1] == 9
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+    assert_it_goes_on(half_done)
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"]])
+def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, flags):
+    before = {path.name: path.read_bytes() for path in half_done.iterdir()}
+    with checkpoint.open_log(half_done / "metrics.jsonl", print):
+        code = train.cli([*small_flags(), "--data", str(corpus), "--out", str(half_done), *flags])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{half_done} is in use by another training" in error
+    assert {path.name: path.read_bytes() for path in half_done.iterdir()} == before
+    assert_it_goes_on(half_done)  # the lock is gone with its holder
+
+
+def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", flock)
+    said = []
+    with checkpoint.open_log(tmp_path / "metrics.jsonl", said.append) as file:
+        checkpoint.append_line(file, "{}")
+    assert len(said) == 1
+    assert "do not train twice" in said[0]
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(kill_again_and_again(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -1,0 +1,249 @@
+"""Several processes under torchrun: the run of one process, its files, its checkpoints, and an end when one is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import minidisp
+import train
+from minidisp import checkpoint, report
+from tests.conftest import small_config, small_flags
+
+ROOT = Path(train.__file__).parent
+TIMES = {"tokens_per_second", "seconds"}
+
+# A launch takes seconds, most of which are imports: each one makes several runs, given as [name, changes] in JSON.
+SEVERAL_RUNS = """
+import json, sys
+from contextlib import ExitStack
+import train
+from minidisp import InputError, report
+from tests.conftest import small_config
+
+report.draw_run = lambda *_: []
+corpus, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+with ExitStack() as at_exit:
+    world = train.World.join(at_exit)
+    for name, changes in runs:
+        try:
+            train.main(small_config(corpus, f"{folder}/{name}", **changes), world)
+        except (InputError, train.Diverged) as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        world.barrier()
+"""
+
+# Three micro-steps of four sequences for one process, two of four and two for two, one of four for three.
+BATCH = {"batch_size": 4, "grad_accum": 3}
+EVERYTHING = {
+    **BATCH,
+    "dispersion": 0.1,
+    "dispersion_tokens": 12,
+    "schedule": "constant",
+    "eval_every": 3,
+    "save_every": 3,
+}
+
+
+def torchrun(processes: int, *arguments: str, script: str = "train.py", **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*command, *options.pop("torchrun", []), script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def several(processes: int, corpus: Path, folder: Path, runs: list) -> str:
+    """Make the runs in that many processes; returns what they printed."""
+    script = folder / "several_runs.py"
+    script.write_text(SEVERAL_RUNS)
+    process = torchrun(processes, str(corpus), str(folder), json.dumps(runs), script=str(script))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def curve(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in report.read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_same_curve(a: list[dict], b: list[dict], **tolerance) -> None:
+    assert [line.keys() for line in a] == [line.keys() for line in b]
+    for line, other in zip(a, b, strict=True):
+        for key in line.keys() - {"histogram_by_layer", "perplexity"}:  # rounded; an exponential of val_loss
+            assert line[key] == pytest.approx(other[key], **(tolerance or {"abs": 1e-5, "rel": 1e-5})), (
+                line["step"],
+                key,
+            )
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory) -> Path:
+    """Runs of one process, and of two and three that should be the same; two.txt and three.txt are what was printed."""
+    folder = tmp_path_factory.mktemp("distributed")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(report, "draw_run", lambda *_: [])
+
+    def alone(name, **changes):
+        train.main(small_config(corpus, folder / name, **changes))
+
+    rest = {"noisy_embedding": 1.0, "active_forgetting": 2, "distill": str(folder / "one"), "max_steps": 6}
+    alone("one", **EVERYTHING, max_steps=9)
+    alone("one-rest", **EVERYTHING, **rest)
+    muon = {**EVERYTHING, "max_steps": 4, "optimizer": "muon"}
+    alone("one-muon", **muon)
+    dropout = {**EVERYTHING, "dropout": 0.2}
+    printed = several(2, corpus, folder, [
+        ["moving", {**EVERYTHING, "max_steps": 3}],
+        ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
+        ["rest", {**EVERYTHING, **rest}],
+        ["sharded-rest", {**EVERYTHING, **rest, "shard": True}],
+        ["muon", muon],
+        ["sharded-muon", {**muon, "shard": True}],
+        ["dropout", {**dropout, "max_steps": 6}],
+        ["dropout-resumed", {**dropout, "max_steps": 3}],
+        ["dropout-resumed", {**dropout, "max_steps": 6, "resume": True}],
+        ["odd", {"batch_size": 3}],
+        ["diverged", {**EVERYTHING, "lr": 1e30, "warmup_steps": 0}],
+    ])  # fmt: skip
+    (folder / "two.txt").write_text(printed)
+    for name in ("moving", "sharded"):
+        steps = {"moving": 6, "sharded": 7}[name]
+        alone(name, **EVERYTHING, max_steps=steps, resume=True)
+    printed = several(3, corpus, folder, [
+        ["moving", {**EVERYTHING, "max_steps": 9, "resume": True}],
+        ["sharded", {**EVERYTHING, "max_steps": 9, "resume": True, "shard": True}],
+    ])  # fmt: skip
+    (folder / "three.txt").write_text(printed)
+    patch.undo()
+    return folder
+
+
+def test_the_number_of_processes_changes_nothing(runs):
+    """Two processes for three steps, one for three, three for three: the run of one process."""
+    assert_same_curve(curve(runs / "moving"), curve(runs / "one"))
+
+
+def test_sharding_changes_nothing(runs):
+    """Sharded over two processes, then on one device, then sharded over three, which nothing can be divided by."""
+    lines = [line for line in curve(runs / "sharded") if "val_loss" not in line or line["step"] % 3 == 0]
+    assert_same_curve(lines, curve(runs / "one"))
+
+
+@pytest.mark.parametrize("name", ["rest", "sharded-rest"])
+def test_the_other_counter_measures_agree(runs, name):
+    assert_same_curve(curve(runs / name), curve(runs / "one-rest"))
+
+
+@pytest.mark.parametrize("name", ["muon", "sharded-muon"])
+def test_muon_agrees(runs, name):
+    """It orthogonalises in bfloat16, eight bits of precision, where sharded products round differently."""
+    assert_same_curve(curve(runs / name), curve(runs / "one-muon"), abs=1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["moving", "sharded", "rest", "sharded-rest"])
+def test_a_checkpoint_is_that_of_one_process(runs, name):
+    of_one, of_many = (checkpoint.read(runs / run / checkpoint.LAST) for run in ("one", name))
+    assert of_one.keys() == of_many.keys()
+    assert [(key, value.shape, value.dtype) for key, value in of_one["model"].items()] == [
+        (key, value.shape, value.dtype) for key, value in of_many["model"].items()
+    ]
+    assert of_many["model"]["wte.weight"].data_ptr() == of_many["model"]["lm_head.weight"].data_ptr()  # tied, once
+    (one,), (many,) = of_one["optimizers"], of_many["optimizers"]
+    assert one["param_groups"][0].keys() == many["param_groups"][0].keys()
+    for index, values in one["state"].items():
+        assert {key: value.shape for key, value in values.items()} == {
+            key: value.shape for key, value in many["state"][index].items()
+        }
+    model, _ = minidisp.load(runs / name)
+    assert model.num_params() == sum(p.numel() for p in model.state_dict().values()) - model.lm_head.weight.numel()
+
+
+def test_dropout_differs_from_process_to_process_and_resumes_exactly(runs):
+    whole, resumed = (checkpoint.read(runs / name / checkpoint.LAST) for name in ("dropout", "dropout-resumed"))
+    assert all(value.equal(resumed["model"][name]) for name, value in whole["model"].items())
+    assert curve(runs / "dropout") == curve(runs / "dropout-resumed")
+    (other,) = whole["rng_of_others"]
+    assert not other["cpu"].equal(whole["rng"]["cpu"])
+    assert other["cpu"].equal(resumed["rng_of_others"][0]["cpu"])
+
+
+def test_only_the_main_process_writes_and_prints(runs):
+    printed = (runs / "two.txt").read_text()
+    assert printed.count("minidisp 0") == 10
+    assert printed.count("resumed at step 3") == 1
+    assert "2 processes, sharded" in printed
+    assert printed.count("InputError: ") == 1
+    assert "3 sequences per step, which 2 processes cannot share evenly" in printed
+    assert not (runs / "odd").exists()
+    one, many = ({path.name for path in (runs / name).iterdir()} for name in ("one", "moving"))
+    assert one == many
+
+
+def test_all_skip_the_same_steps_and_give_up_together(runs):
+    (message,) = [line for line in (runs / "two.txt").read_text().splitlines() if line.startswith("Diverged: ")]
+    assert "had a loss or a gradient that is not finite" in message or "validation loss is nan" in message
+    assert "went bad first" in message
+
+
+def wait_until(what, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def worker(process: subprocess.Popen, rank: int) -> int:
+    """The process id of a worker of the attempt that is running."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (pid,) = [int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    return pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in Linux's /proc")
+def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
+    """One command: it begins, is killed before and after its first checkpoint, goes on, and is stopped by a signal."""
+    run = tmp_path / "run"
+    flags = small_flags(
+        data=corpus, out=run, max_steps=100_000, save_every=100, eval_every=100_000, schedule="constant", dispersion=0.1
+    )
+    process = torchrun(2, *flags, "--resume", torchrun=["--max-restarts=2"])
+    metrics, last = run / "metrics.jsonl", run / checkpoint.LAST
+    try:
+        wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20, process)
+        assert not last.exists()
+        os.kill(worker(process, 1), signal.SIGKILL)
+        wait_until(last.exists, process)
+        before = checkpoint.read(last)["step"]
+        os.kill(worker(process, 0), signal.SIGKILL)
+        config = (run / "config.json").stat().st_mtime_ns
+        wait_until(lambda: (run / "config.json").stat().st_mtime_ns > config, process)  # the next attempt has begun
+        wait_until(lambda: checkpoint.read(last)["step"] > before, process)
+        os.kill(worker(process, 1), signal.SIGTERM)  # to one: the other is to hear of it
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "it starts again at step 0" in printed
+    assert "resumed at step" in printed
+    assert printed.count("another process was lost, and so the run ends") == 2, printed
+    assert "by SIGTERM; go on with" in printed
+    assert 'train.py", line' not in printed, printed  # no traceback of ours
+    state = checkpoint.read(last)
+    assert state["step"] > before >= 100
+    steps = [line["step"] for line in report.read_metrics(metrics) if "loss" in line]
+    assert steps == list(range(1, state["step"] + 1))
