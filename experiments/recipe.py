@@ -1,0 +1,55 @@
+"""What does each ingredient of --recipe fast give?
+
+    python data/prepare.py shakespeare --tokenizer byte --out data/shakespeare-bytes
+    python experiments/recipe.py --scale laptop --threads 1 --data shakespeare-bytes
+    python experiments/recipe.py --scale laptop --threads 1 --data pystdlib-bytes        # prepared likewise
+
+Begins with nanoGPT's setting for a CPU (4 layers x 128, context 64, batch 12, AdamW, learning rate 1e-3, cosine to a tenth) and
+adds one ingredient after the other, all with the same number of steps; the first table has the seconds that each arm took. Bytes
+as tokens, so one token is one character of English.
+"""
+
+import sys
+
+import study
+
+SETTING = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 1e-3, "device": "cpu"}
+SCALES = {
+    "smoke": {
+        "seeds": 2,
+        "train": {**SETTING, "n_layer": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
+                  "eval_every": 2, "eval_tokens": 512},
+    },
+    "laptop": {
+        "seeds": 3,
+        "train": {**SETTING, "max_steps": 560, "warmup_steps": 40, "eval_every": 560, "eval_tokens": 51_200},
+    },
+    "gpu": {
+        "seeds": 3,
+        "train": {"preset": "mini", "max_steps": 2000, "lr": 1e-3, "warmup_steps": 100, "eval_every": 500, "eval_tokens": 102_400},
+    },
+}  # fmt: skip
+
+
+def arms(scale: dict) -> dict[str, dict]:
+    ingredients = {
+        "+ learning rate 4e-3": {"lr": 4e-3},
+        "+ wsd schedule to 0": {"schedule": "wsd", "min_lr": 0.0},
+        "+ RMSNorm, RoPE, QK-norm, SwiGLU": {"arch": "qwen3"},
+        "+ ReLU^2": {"mlp": "relu2"},
+        "+ projections from 0": {"zero_init": True},
+        "+ Muon at 6e-3 (fast)": {"optimizer": "muon", "lr": 6e-3},
+    }
+    arms, so_far = {"gpt2": {}}, {}
+    for label, fields in ingredients.items():
+        so_far = {**so_far, **fields}
+        arms[label] = so_far
+    return arms
+
+
+def main(argv: list[str] | None = None) -> int:
+    return study.cli(__file__, __doc__, SCALES, arms, argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What the studies of this folder share: train every arm over the seeds, then compare the arms with the first one.
+
+A study is a table of scales and a function that names its arms; cli() does the rest. A study that was stopped goes on when
+the same command is given again: finished runs are not run again, and an interrupted one is resumed. Runs with one seed
+share data order and dropout, and initialisation where the shapes agree, so differences are taken seed by seed.
+
+The folder of a study holds a run folder per arm and seed, with what the run printed in output.txt, and in the end
+table.txt, results.json, differences.png, and, where there are few arms, condensation.png.
+"""
+
+import argparse
+import contextlib
+import gc
+import math
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from minidisp import InputError, checkpoint, report  # noqa: E402
+from minidisp.config import Config, Parser, exit_code, parse, read_json, to_dict  # noqa: E402
+from minidisp.metrics import paired_interval  # noqa: E402
+
+# What is compared: its key in metrics.jsonl, label, digits, and the words for less and for more of it.
+MEASURES = (
+    ("bits_per_byte", "validation bits per byte", 4, ("better", "worse")),
+    ("last_half_mean", "mean cosine, last half of the layers", 3, ("lower", "higher")),
+    ("spearman", "Spearman, mean cosine against depth", 3, ("lower", "higher")),
+    ("kendall", "Kendall, mean cosine against depth", 3, ("lower", "higher")),
+)
+Evaluations = list[dict]  # of one run in order, or of one moment, one per seed
+
+
+class RunOf(str):
+    """As the value of a flag: the folder of the run that the arm of this name has with the same seed."""
+
+
+def at_the_end(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluations]:
+    """What most studies compare: the last evaluation of every arm, one per seed."""
+    return {arm: [of_seed[-1] for of_seed in over_seeds] for arm, over_seeds in evaluations.items()}
+
+
+def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dict[str, dict]],
+        views: tuple[Callable, ...] = (at_the_end,), argv: list[str] | None = None) -> int:  # fmt: skip
+    """Run a study, or what is left of it, print its tables and draw its figures; returns the exit code.
+
+    file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the figures.
+    scales: per name a dictionary with `seeds` (how many), `train` (flags of train.py, by their names in Config), and what
+    `arms` wants to know. arms(scale): label -> what this arm changes in `train`, in the order they run; the first is the baseline.
+    views: what is compared; each goes from arm -> evaluations of each seed to label -> one evaluation per seed, the first the
+        baseline. differences.png shows the first view.
+    """
+    name = Path(file).stem
+
+    def command() -> None:
+        args = parse_arguments(name, doc, scales, argv)
+        scale, out = scales[args.scale], Path(args.out or f"runs/{name}-{args.scale}")
+        plan = make_plan(scale, arms(scale), out, args)
+        for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
+            how = finish(config, flags)
+            summary = read_json(config.run_dir / "summary.json")
+            last = summary["last"]
+            print(f"{i:3d}/{len(plan)}  {arm}, seed {seed}: {last['bits_per_byte']:.4f} bits/byte, mean cosine "
+                  f"{last['last_half_mean']:.3f}, {summary['seconds']:.0f} s{how}", flush=True)  # fmt: skip
+        conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out)
+
+    # A Ctrl-C between two runs ends here; within one, the trainer saves and ends with SystemExit.
+    return exit_code(f"{name}.py", command)
+
+
+def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog=f"experiments/{name}.py", description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--scale", choices=tuple(scales), required=True, help="smoke: seconds; laptop: minutes; gpu: hours")
+    add("--out", metavar="DIR", help=f"folder of the study (default runs/{name}-SCALE)")
+    add("--data", metavar="TEXT", help="another corpus than the scale's, as for train.py")
+    add(
+        "--seeds", type=int, metavar="N", help="another number of seeds than the scale's; more show smaller differences"
+    )
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    args = parser.parse_args(argv)
+    for option in ("seeds", "threads"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise InputError(f"--{option} is {getattr(args, option)}, but must be at least 1")
+    return args
+
+
+def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Namespace) -> dict:
+    """(arm, seed) -> Config and command line of every run; what is wrong with them shows before the first one.
+
+    Seed by seed, so that a study stopped half-way has its arms side by side.
+    """
+    plan = {}
+    for seed in range(args.seeds or scale["seeds"]):
+        folders = {arm: out / f"{re.sub('[^a-z0-9.]+', '-', arm.lower()).strip('-')}-s{seed}" for arm in arms}
+        for arm, changes in arms.items():
+            flags = {**scale["train"], **changes, "seed": seed, "out": folders[arm]}
+            flags |= {key: value for key, value in (("data", args.data), ("threads", args.threads)) if value}
+            line = []
+            for field, value in flags.items():
+                flag = field.replace("_", "-")
+                if isinstance(value, bool):
+                    line += [f"--{flag}" if value else f"--no-{flag}"]
+                else:
+                    line += [f"--{flag}", str(folders[value] if isinstance(value, RunOf) else value)]
+            plan[arm, seed] = parse(line), line
+    return plan
+
+
+def finish(config: Config, flags: list[str]) -> str:
+    """Train a run, or what is left of it; returns a remark on what there was already.
+
+    Raises InputError if its folder holds a run with other settings, and SystemExit if it was stopped or failed.
+    """
+    run, remark = config.run_dir, ""
+    if (run / "config.json").exists():
+        saved = read_json(run / "config.json")
+        for field, wanted in to_dict(config).items():
+            may_differ = ("out", "resume", "overwrite", "vocab_size", "threads")
+            if field not in may_differ and saved.get(field, wanted) != wanted:
+                raise InputError(
+                    f"{run} holds a run with {field} {saved[field]}, not {wanted}: give another --out, or remove it"
+                )
+        if (run / "summary.json").exists():
+            return ", was there"
+        if (run / checkpoint.LAST).exists():
+            flags, remark = ["--resume", "--out", str(run)], ", resumed"
+        else:
+            flags = [*flags, "--overwrite"]
+    run.mkdir(parents=True, exist_ok=True)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(run / "output.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            code = train.cli(flags)
+    except SystemExit:
+        print("or go on with the whole study by the command that began it", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in before.items():  # the trainer has put its own in place
+            signal.signal(number, handler)
+    if code:
+        print(f"the run in {run} failed", file=sys.stderr)
+        raise SystemExit(code)
+    if torch.cuda.is_available():  # give back what the run compiled and held
+        torch.compiler.reset()
+        gc.collect()
+    return remark
+
+
+def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out: Path) -> None:
+    """Tables on the screen and in table.txt, results.json, figures."""
+    evaluations: dict[str, list[Evaluations]] = {}
+    cost: dict[str, list[dict]] = {}
+    for (arm, _), (config, _) in plan.items():
+        metrics = report.read_metrics(config.run_dir / "metrics.jsonl")
+        evaluations.setdefault(arm, []).append([line for line in metrics if "val_loss" in line])
+        cost.setdefault(arm, []).append(read_json(config.run_dir / "summary.json"))
+    seeds = len({seed for _, seed in plan})
+
+    tables = [
+        report.table(
+            [name, "parameters", "tokens", "seconds"],
+            [
+                [
+                    arm,
+                    f"{runs[0]['parameters']:,}",
+                    f"{runs[0]['tokens']:,}",
+                    f"{np.mean([run['seconds'] for run in runs]):.0f}",
+                ]
+                for arm, runs in cost.items()
+            ],
+        )
+    ]
+    compared = {}
+    for view in views:
+        rows = view(evaluations)
+        compared[view.__name__] = {key: compare(rows, key, words) for key, _, _, words in MEASURES}
+        tables += [comparison_table(label, digits, compared[view.__name__][key]) for key, label, digits, _ in MEASURES]
+        base, *others = rows
+        tables.append(
+            f"{seeds} seeds. Differences to {base!r}, taken seed by seed, with Student's 95 % interval: of the "
+            f"{len(others) * len(MEASURES)} here, about one in twenty leaves out 0 by chance."
+        )
+    text = "\n\n".join(tables)
+    print("\n" + text)
+    checkpoint.write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
+    checkpoint.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
+    figures = [
+        report.draw_differences(
+            compared[views[0].__name__], {key: label for key, label, *_ in MEASURES[:2]}, title, out / "differences.png"
+        )
+    ]
+    if len(evaluations) <= len(report.CYCLE):
+        figures.append(report.draw_study(evaluations, title, out / "condensation.png"))
+    for path in figures:
+        print(f"figure  {path}")
+
+
+def compare(rows: dict[str, Evaluations], key: str, words: tuple[str, str]) -> dict[str, dict]:
+    """label -> values over the seeds, their mean and sd, and the paired difference to the first row with its interval."""
+    values = {label: [math.nan if e[key] is None else e[key] for e in over_seeds] for label, over_seeds in rows.items()}
+    base = next(iter(values.values()))
+    compared = {}
+    for label, own in values.items():
+        sd = float(np.std(own, ddof=1)) if len(own) > 1 else math.nan
+        difference, difference_sd, low, high = paired_interval(base, own)
+        if math.isnan(difference):
+            verdict = "undefined"
+        elif math.isnan(low):
+            verdict = "one seed can show no difference"
+        else:
+            verdict = words[0] if high < 0 else words[1] if low > 0 else "no difference that these seeds can show"
+        compared[label] = {"values": own, "mean": float(np.mean(own)), "sd": sd, "difference": difference,
+                           "difference_sd": difference_sd, "low": low, "high": high, "verdict": verdict}  # fmt: skip
+    return compared
+
+
+def comparison_table(label: str, digits: int, compared: dict[str, dict]) -> str:
+    rows = []
+    for i, (arm, c) in enumerate(compared.items()):
+        row = [arm, report.number(c["mean"], digits), report.number(c["sd"], digits)]
+        if i == 0:
+            row += ["", "", "", "baseline"]
+        else:
+            low, high = (("-" if math.isnan(c[end]) else f"{c[end]:+.{digits}f}") for end in ("low", "high"))
+            change = "-" if math.isnan(c["difference"]) else f"{c['difference']:+.{digits}f}"
+            row += [change, report.number(c["difference_sd"], digits), f"{low} to {high}", c["verdict"]]
+        rows.append(row)
+    return report.table([label, "mean", "sd", "difference", "sd", "95 % interval", ""], rows)

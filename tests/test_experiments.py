@@ -1,0 +1,165 @@
+"""The studies: each one runs at its smallest scale, goes on where it was stopped, and says what its seeds can show."""
+
+import importlib
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import train
+from minidisp import checkpoint, report
+
+STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "recipe")
+FOLDER = Path(train.__file__).parent / "experiments"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a study. The figures of the single runs, two thirds of the time that tiny runs take, are left out."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(report, "draw_run", lambda metrics, title, folder: [])
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_runs_at_the_smoke_scale(load, corpus, tmp_path, capsys, name):
+    script = load(name)
+    assert script.main(["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "table.txt").read_text() in shown.replace("\nfigure", "\n\nfigure", 1) + "\n"
+    scale = script.SCALES["smoke"]
+    for arm in script.arms(scale):
+        assert arm in shown
+    for view in results["compared"].values():
+        for rows in view.values():
+            assert all(len(row["values"]) == scale["seeds"] for row in rows.values())
+    assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "condensation.png").exists() == (len(script.arms(scale)) <= len(report.CYCLE))
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
+    study, script = load("study"), load(name)
+    args = study.parse_arguments(name, "", script.SCALES, ["--scale", scale])
+    arms = script.arms(script.SCALES[scale])
+    plan = study.make_plan(script.SCALES[scale], arms, tmp_path, args)
+    assert len(plan) == len(arms) * script.SCALES[scale]["seeds"]
+    assert len({config.run_dir for config, _ in plan.values()}) == len(plan)
+    assert script.SCALES[scale]["seeds"] >= 2
+
+
+def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tmp_path, monkeypatch, capsys):
+    script, lr = load("mlp_width"), train.learning_rate
+
+    def command(out):
+        return script.main(["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path / out)])
+
+    assert command("whole") == 0
+    calls, stop_at = [], [6]  # in the second of four runs of four steps
+
+    def interrupting(step, config):
+        calls.append(step)
+        if len(calls) in stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return lr(step, config)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(train, "learning_rate", interrupting)
+    with pytest.raises(SystemExit) as stopped:
+        command("parts")
+    assert stopped.value.code == 130
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    calls.clear()
+    stop_at.clear()
+    capsys.readouterr()
+    assert command("parts") == 0
+    assert len(calls) == 16 - 6
+    shown = capsys.readouterr().out
+    assert shown.count("was there") == 1
+    assert shown.count("resumed") == 1
+    results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "parts")]
+    assert results[0] == results[1]
+    calls.clear()
+    assert command("parts") == 0
+    assert not calls  # nothing left to do
+
+
+def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus, tmp_path, capsys):
+    script = load("mlp_width")
+    flags = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path), "--seeds", "1"]
+    assert script.main(flags) == 0
+    assert "one seed can show no difference" in capsys.readouterr().out
+    config = tmp_path / "mlp-4-s0" / "config.json"
+    checkpoint.write_json(config, {**json.loads(config.read_text()), "lr": 0.5})
+    assert script.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "lr 0.5" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_that_fails_ends_the_study_with_its_code(load, corpus, tmp_path, capsys):
+    study = load("study")
+    scales = {"smoke": {"seeds": 1, "train": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "max_steps": 9,
+                                              "lr": 1e30, "grad_clip": 0.0, "warmup_steps": 0, "log_every": 1}}}  # fmt: skip
+    argv = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path / "study")]
+    with pytest.raises(SystemExit) as failed:
+        study.cli("bad.py", "Why?", scales, lambda scale: {"only": {}}, argv=argv)
+    assert failed.value.code == 3
+    assert str(tmp_path / "study" / "only-s0") in capsys.readouterr().err
+    assert study.cli("bad.py", "Why?", scales, lambda scale: {"only": {"n_head": 3}}, argv=argv) == 2
+    assert "--n-head" in capsys.readouterr().err
+    assert study.cli("bad.py", "Why?", scales, lambda scale: {"only": {}}, argv=[*argv, "--seeds", "0"]) == 2
+    assert "--seeds" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    argv = ["--scale", "smoke", "--data", str(corpus), "--out", str(tmp_path / "file" / "study")]
+    assert study.cli("bad.py", "Why?", scales, lambda scale: {"only": {}}, argv=argv) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_comparisons_agree_with_scipy_and_are_called_what_they_are(load):
+    study, rng = load("study"), np.random.default_rng(0)
+    base = rng.normal(2, 0.1, 6)
+    rows = {"base": base, "less": base - 0.05 + rng.normal(0, 0.01, 6), "more": base + 0.05 + rng.normal(0, 0.01, 6),
+            "same": base + rng.normal(0, 0.05, 6), "unknown": [None] + [1.0] * 5}  # fmt: skip
+    compared = study.compare(
+        {label: [{"x": v} for v in values] for label, values in rows.items()}, "x", ("less", "more")
+    )
+    for label in ("less", "more", "same"):
+        expected = stats.ttest_rel(rows[label], base).confidence_interval(0.95)
+        assert (compared[label]["low"], compared[label]["high"]) == pytest.approx(tuple(expected), rel=1e-6)
+        assert compared[label]["mean"] == pytest.approx(np.mean(rows[label]))
+        assert compared[label]["sd"] == pytest.approx(np.std(rows[label], ddof=1))
+    words = {label: c["verdict"] for label, c in compared.items()}
+    assert words == {"base": words["base"], "less": "less", "more": "more", "unknown": "undefined",
+                     "same": "no difference that these seeds can show"}  # fmt: skip
+    table = study.comparison_table("x", 3, compared)
+    assert "baseline" in table.splitlines()[2]
+    assert math.isnan(compared["unknown"]["mean"])
+
+
+def test_through_training_compares_later_moments_with_step_0(load):
+    evaluations = {arm: [[{"step": 50 * k, "seed": seed, "arm": arm} for k in range(15)] for seed in range(2)]
+                   for arm in ("cross-entropy", "with dispersion")}  # fmt: skip
+    rows = load("through_training").moments(evaluations)
+    steps = [0, 50, 100, 200, 400, 700]
+    assert [row[0]["step"] for row in rows.values()] == [*steps, *steps[1:]]
+    for label, row in rows.items():
+        assert [e["seed"] for e in row] == [0, 1]
+        assert label == "step 0" or label == f"{row[0]['arm']}, step {row[0]['step']}"
+
+
+def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
+    study = load("study")
+    rows = {label: [{"x": v} for v in values] for label, values in {"a": [1.0, 2.0], "b": [None, 1.0]}.items()}
+    path = report.draw_differences(
+        {"x": study.compare(rows, "x", ("less", "more"))}, {"x": "x"}, "?", tmp_path / "x.png"
+    )
+    assert path.stat().st_size > 1000
