@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -1222,8 +1222,23 @@ def outcome(argv: list[str] | None, world: World) -> tuple[int, str]:
         raise
     except KeyboardInterrupt:
         return 130, "interrupted"
+    except SystemExit as end:
+        return end.code, ""
     return 0, ""
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; where torchrun started it, without taking the interpreter down.
+
+    DistributedDataParallel and FSDP keep gloo's threads alive beyond destroy_process_group, and one that still has a tensor
+    to free when the interpreter is half gone aborts the process, after everything went well.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(cli())
+    leave(cli())

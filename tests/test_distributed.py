@@ -36,6 +36,7 @@ with ExitStack() as at_exit:
         except (InputError, train.Diverged) as error:
             print(f"{type(error).__name__}: {error}", flush=True)
         world.barrier()
+train.leave(0)
 """
 
 # Three micro-steps of four sequences for one process, two of four and two for two, one of four for three.
