@@ -1,7 +1,11 @@
-"""bench/train.py: what it counts, and that it times nothing that computes something else."""
+"""bench/: what is counted, and that nothing is timed that computes something else."""
 
 import argparse
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from minidisp import GPT, GPTConfig
 from minidisp.data import Batches, Dataset
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 2, "vocab_size": 1000}
@@ -96,3 +101,67 @@ def test_a_peer_that_computes_something_else_is_not_timed(bench, corpus, tmp_pat
         bench.verify(bench.forms(["minidisp", "nanoGPT"], config, batches, args(against=str(tmp_path))))
     with pytest.raises(SystemExit, match="there is no model"):
         bench.forms(["nanoGPT"], config, batches, args(against=str(tmp_path / "elsewhere")))
+
+
+# A nanoGPT whose training leaves the weights at their initial values.
+PEER_TRAIN = """
+import pickle, sys
+from pathlib import Path
+import numpy as np
+import torch
+from minidisp import GPT, GPTConfig
+
+flags = dict(word[2:].split("=") for word in sys.argv[2:])
+vocab_size = pickle.loads(Path("data/text/meta.pkl").read_bytes())["vocab_size"]
+assert np.fromfile("data/text/train.bin", np.uint16).max() < vocab_size
+torch.manual_seed(1337)
+names = ("n_layer", "n_head", "n_embd", "block_size")
+model_args = {"vocab_size": vocab_size, "bias": False, "dropout": 0.0, **{name: int(flags[name]) for name in names}}
+state = GPT(GPTConfig(**model_args)).state_dict()
+state = {name if name.startswith("lm_head") else f"transformer.{name}": weight for name, weight in state.items()}
+Path(flags["out_dir"]).mkdir()
+torch.save({"model": state, "model_args": model_args}, f"{flags['out_dir']}/ckpt.pt")
+"""
+
+
+def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path):
+    script = Path(train.__file__).parent / "bench" / "recipe.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--data",
+        str(corpus),
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--against",
+        str(tmp_path),
+    ]
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(script.parent.parent)}}
+    refused = subprocess.run(command, **options)
+    assert refused.returncode == 1
+    assert "name a nanoGPT checkout" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    (tmp_path / "config").mkdir()
+    (tmp_path / "train.py").write_text(PEER_TRAIN)
+    for name in ("model.py", "configurator.py"):
+        (tmp_path / name).touch()
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr
+    row = re.search(r"^\| 0 \| (\S+) \| \d+ \| (\S+) \| \d+ \| \d\.\d\d \|$", done.stdout, re.MULTILINE)
+
+    torch.manual_seed(0)  # the seed of the table, not the peer's own
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=257, bias=False))
+    val = Dataset(corpus).split("val")
+    n = (val.tokens - 1) // 64
+    starts = [i * (val.tokens - 1) // n for i in range(n)]
+    windows = torch.stack([torch.from_numpy(val.slice(start, start + 65)) for start in starts])
+    with torch.no_grad():
+        log_p = model(windows[:, :-1]).logits.double().log_softmax(-1)
+    loss = -log_p.gather(-1, windows[:, 1:, None]).mean().item()
+    assert float(row[1]) == pytest.approx(loss, abs=1e-4)
+    assert float(row[2]) < loss  # ours has learnt something in two steps
+    assert "820,736 parameters" in done.stdout
+    assert "1 of 1 seeds reach nanoGPT's loss" in done.stdout
