@@ -12,7 +12,7 @@ import pytest
 
 import minidisp
 import train
-from minidisp import checkpoint, report
+from minidisp import InputError, checkpoint, report
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent
@@ -69,7 +69,7 @@ def several(processes: int, corpus: Path, folder: Path, runs: list) -> str:
     script = folder / "several_runs.py"
     script.write_text(SEVERAL_RUNS)
     process = torchrun(processes, str(corpus), str(folder), json.dumps(runs), script=str(script))
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
     return printed
 
@@ -112,6 +112,7 @@ def runs(corpus, tmp_path_factory) -> Path:
         ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
         ["rest", {**EVERYTHING, **rest}],
         ["sharded-rest", {**EVERYTHING, **rest, "shard": True}],
+        ["sharded-compiled", {**EVERYTHING, **rest, "shard": True, "compile": "on"}],
         ["muon", muon],
         ["sharded-muon", {**muon, "shard": True}],
         ["dropout", {**dropout, "max_steps": 6}],
@@ -144,7 +145,7 @@ def test_sharding_changes_nothing(runs):
     assert_same_curve(lines, curve(runs / "one"))
 
 
-@pytest.mark.parametrize("name", ["rest", "sharded-rest"])
+@pytest.mark.parametrize("name", ["rest", "sharded-rest", "sharded-compiled"])
 def test_the_other_counter_measures_agree(runs, name):
     assert_same_curve(curve(runs / name), curve(runs / "one-rest"))
 
@@ -155,7 +156,7 @@ def test_muon_agrees(runs, name):
     assert_same_curve(curve(runs / name), curve(runs / "one-muon"), abs=1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["moving", "sharded", "rest", "sharded-rest"])
+@pytest.mark.parametrize("name", ["moving", "sharded", "rest", "sharded-rest", "sharded-compiled"])
 def test_a_checkpoint_is_that_of_one_process(runs, name):
     of_one, of_many = (checkpoint.read(runs / run / checkpoint.LAST) for run in ("one", name))
     assert of_one.keys() == of_many.keys()
@@ -184,7 +185,7 @@ def test_dropout_differs_from_process_to_process_and_resumes_exactly(runs):
 
 def test_only_the_main_process_writes_and_prints(runs):
     printed = (runs / "two.txt").read_text()
-    assert printed.count("minidisp 0") == 10
+    assert printed.count("minidisp 0") == 11
     assert printed.count("resumed at step 3") == 1
     assert "2 processes, sharded" in printed
     assert printed.count("InputError: ") == 1
@@ -198,6 +199,14 @@ def test_all_skip_the_same_steps_and_give_up_together(runs):
     (message,) = [line for line in (runs / "two.txt").read_text().splitlines() if line.startswith("Diverged: ")]
     assert "had a loss or a gradient that is not finite" in message or "validation loss is nan" in message
     assert "went bad first" in message
+
+
+def test_out_of_memory_in_one_of_several_says_what_to_lower():
+    """It cannot take its step again, in halves: the others wait in the middle of theirs."""
+    with pytest.raises(InputError, match=r"step 3: process 1 is out of memory: lower --batch-size.* --shard"):
+        train.half_of(4, MemoryError(), "step 3", train.World(rank=1, size=2))
+    with pytest.raises(InputError, match="with one sequence at a time"):
+        train.half_of(1, MemoryError(), "step 3", train.World(rank=1, size=2))
 
 
 def wait_until(what, process: subprocess.Popen, seconds: float = 60) -> None:
