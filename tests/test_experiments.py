@@ -14,7 +14,7 @@ from scipy import stats
 import train
 from minidisp import checkpoint, report
 
-STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "recipe")
+STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe")
 FOLDER = Path(train.__file__).parent / "experiments"
 
 
