@@ -11,6 +11,14 @@ import sys
 
 import study
 
+SWEEP = {
+    "seeds": 3,
+    "weights": (0.01, 0.5, 1.0),
+    "taus": (0.1, 0.5, 2.0),
+    "layers": ("last", "early_half", "late_half"),
+    "variants": ("orthogonalization", "l2_repel", "decorrelation", "perplexity_entropy", "mean_cosine"),
+    "noise": (1.0, 5.0),
+}
 SCALES = {
     "smoke": {
         "seeds": 2,
@@ -21,32 +29,19 @@ SCALES = {
         "tokens": (8,),
         "noise": (5.0,),
         "forgetting": (2,),
-        "train": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
-                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"},
+        "train": study.SMOKE,
     },
     "laptop": {
-        "seeds": 3,
-        "weights": (0.01, 0.5, 1.0),
-        "taus": (0.1, 0.5, 2.0),
-        "layers": ("last", "early_half", "late_half"),
-        "variants": ("orthogonalization", "l2_repel", "decorrelation", "perplexity_entropy", "mean_cosine"),
+        **SWEEP,
         "tokens": (32,),
-        "noise": (1.0, 5.0),
         "forgetting": (100,),
-        "train": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400,
-                  "warmup_steps": 40, "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"},
+        "train": study.LAPTOP,
     },
     "gpu": {
-        "seeds": 3,
-        "weights": (0.01, 0.5, 1.0),
-        "taus": (0.1, 0.5, 2.0),
-        "layers": ("last", "early_half", "late_half"),
-        "variants": ("orthogonalization", "l2_repel", "decorrelation", "perplexity_entropy", "mean_cosine"),
+        **SWEEP,
         "tokens": (256,),
-        "noise": (1.0, 5.0),
         "forgetting": (1000,),
-        "train": {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 32, "grad_accum": 8,
-                  "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400},
+        "train": {**study.GPU, "batch_size": 32, "grad_accum": 8},
     },
 }  # fmt: skip
 DEFAULT = "dispersion (lambda 0.1)"

@@ -15,27 +15,25 @@ SCALES = {
     "smoke": {
         "seeds": 2,
         "rates": (1e-3, 3e-3),
-        "train": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
-                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"},
+        "train": study.SMOKE,
     },
     "laptop": {
         "seeds": 4,
         "rates": (1e-3, 2e-3, 3e-3, 6e-3),
-        "train": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400,
-                  "warmup_steps": 40, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"},
+        "train": study.LAPTOP,
     },
     "gpu": {
         "seeds": 3,
         "rates": (3e-4, 6e-4, 1.2e-3),
-        "train": {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4,
-                  "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400},
+        "train": study.GPU,
     },
 }  # fmt: skip
-ARMS = {"cross-entropy": {}, "with dispersion": {"dispersion": 0.1}}
 
 
 def arms(scale: dict) -> dict[str, dict]:
-    return {f"{arm}, {rate:g}": {**changes, "lr": rate} for rate in scale["rates"] for arm, changes in ARMS.items()}
+    return {
+        f"{arm}, {rate:g}": {**changes, "lr": rate} for rate in scale["rates"] for arm, changes in study.PAIR.items()
+    }
 
 
 def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
@@ -45,7 +43,7 @@ def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, st
     def mean(label: str) -> float:
         return np.mean([evaluation["bits_per_byte"] for evaluation in end[label]])
 
-    best = [min((label for label in end if label.startswith(arm)), key=mean) for arm in ARMS]
+    best = [min((label for label in end if label.startswith(arm)), key=mean) for arm in study.PAIR]
     return {label: end[label] for label in best}
 
 

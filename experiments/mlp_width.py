@@ -15,20 +15,17 @@ SCALES = {
     "smoke": {
         "seeds": 2,
         "widths": (4, 64),
-        "train": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
-                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"},
+        "train": study.SMOKE,
     },
     "laptop": {
         "seeds": 4,
         "widths": (16, 64, 256, 1024),
-        "train": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400,
-                  "warmup_steps": 40, "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"},
+        "train": study.LAPTOP,
     },
     "gpu": {
         "seeds": 3,
         "widths": (64, 256, 1024, 4096),
-        "train": {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4,
-                  "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400},
+        "train": study.GPU,
     },
 }  # fmt: skip
 

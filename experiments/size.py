@@ -15,21 +15,18 @@ SCALES = {
     "smoke": {
         "seeds": 2,
         "sizes": {"2 x 16": {}, "3 x 24": {"n_layer": 3, "n_embd": 24}},
-        "train": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
-                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"},
+        "train": study.SMOKE,
     },
     "laptop": {
         "seeds": 3,
         "sizes": {"4 x 48": {"n_layer": 4, "n_embd": 48}, "6 x 72": {"n_layer": 6, "n_embd": 72},
                   "8 x 96": {"n_layer": 8, "n_embd": 96}, "10 x 144": {"n_layer": 10, "n_embd": 144}},
-        "train": {"n_head": 4, "block_size": 128, "batch_size": 8, "max_steps": 400, "warmup_steps": 40, "lr": 3e-3,
-                  "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"},
+        "train": study.LAPTOP,
     },
     "gpu": {
         "seeds": 3,
         "sizes": {preset: {"preset": preset} for preset in ("gpt2", "gpt2-medium", "gpt2-large")},
-        "train": {"data": "wikitext103", "block_size": 512, "batch_size": 16, "grad_accum": 16, "lr": 3e-4,
-                  "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400},
+        "train": {**study.GPU, "batch_size": 16, "grad_accum": 16, "lr": 3e-4},
     },
 }  # fmt: skip
 

@@ -29,6 +29,18 @@ from minidisp import InputError, checkpoint, report  # noqa: E402
 from minidisp.config import Config, Parser, exit_code, parse, read_json, to_dict  # noqa: E402
 from minidisp.metrics import paired_interval  # noqa: E402
 
+# What most studies train at each scale, as flags of train.py by their names in Config; a study says where it differs.
+SMOKE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
+         "eval_every": 2, "eval_tokens": 512, "device": "cpu"}  # fmt: skip
+LAPTOP = {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400, "warmup_steps": 40,
+          "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"}  # fmt: skip
+GPU = {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4, "max_steps": 7600,
+       "eval_every": 400, "eval_tokens": 102_400}  # fmt: skip
+PAIR = {
+    "cross-entropy": {},
+    "with dispersion": {"dispersion": 0.1},
+}  # arms without and with the loss, at the paper's weight
+
 # What is compared: its key in metrics.jsonl, label, digits, and the words for less and for more of it.
 MEASURES = (
     ("bits_per_byte", "validation bits per byte", 4, ("better", "worse")),

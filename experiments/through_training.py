@@ -14,24 +14,21 @@ import study
 SCALES = {
     "smoke": {
         "seeds": 2,
-        "train": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
-                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"},
+        "train": study.SMOKE,
     },
     "laptop": {
         "seeds": 4,
-        "train": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 700,
-                  "warmup_steps": 40, "lr": 3e-3, "eval_every": 50, "eval_tokens": 12_800, "device": "cpu"},
+        "train": {**study.LAPTOP, "max_steps": 700, "eval_every": 50},
     },
     "gpu": {
         "seeds": 3,
-        "train": {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4,
-                  "max_steps": 7600, "eval_every": 200, "eval_tokens": 102_400},
+        "train": {**study.GPU, "eval_every": 200},
     },
 }  # fmt: skip
 
 
 def arms(scale: dict) -> dict[str, dict]:
-    return {"cross-entropy": {}, "with dispersion": {"dispersion": 0.1}}
+    return study.PAIR
 
 
 def moments(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
