@@ -200,20 +200,20 @@ def verify(chosen: dict[str, Form]) -> dict[str, float]:
     return losses
 
 
-def resident_kib(field: str) -> int:
-    """VmHWM, the peak of this process, or VmRSS. Not getrusage's, which the parent hands down with its own peak in it."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def resident_peak_kib() -> int:
+    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def print_peak(name: str, config: Config, batches: Batches, args) -> None:
     """In a child process: the peak of the memory over three steps of one form, in MiB."""
     if args.device == "cpu":
-        before = resident_kib("VmHWM")
+        before = resident_peak_kib()
     form = forms([name], config, batches, args)[name]
     for _ in range(3):
         form.step()
     print(
-        torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else (resident_kib("VmHWM") - before) / 2**10
+        torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else (resident_peak_kib() - before) / 2**10
     )
 
 
