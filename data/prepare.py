@@ -610,12 +610,20 @@ def _locked(out: Path) -> Iterator[None]:
             except OSError as error:  # the file systems of some clusters have no locks
                 _say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus twice at the same time")
             # The one we waited for has removed the file it had locked: start over with a new one.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if _is_at(file, path):
                 try:
                     yield
                 finally:
                     path.unlink()
                 return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether an open file is the one at the path. Asked in one go: between two questions another process may remove it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
