@@ -17,11 +17,8 @@ from torch import Tensor, nn
 
 from minidisp import InputError
 
-# Torch 2.13 brought a cross-entropy that takes the output layer in and works through the tokens in chunks, so that
-# the logits of all tokens never exist at once. It pays off when a chunk of logits is large, not for 256 bytes.
-FUSED_LOSS_CHUNK = 256  # tokens
-FUSED_LOSS_MIN_VOCAB = 1024
-_LossOptions = getattr(nn, "LinearCrossEntropyOptions", None)
+# From this vocabulary on the loss is computed in chunks of tokens; for 256 bytes it would not pay.
+CHUNKED_LOSS_MIN_VOCAB = 1024
 
 IGNORE = -1  # a target that is not counted in the loss
 
@@ -261,6 +258,76 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x @ weight.T, in chunks of tokens: the logits of all never exist at once.
+
+    LinearCrossEntropy.apply(x, weight, targets): x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not
+    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). The gradients are taken on the way,
+    while a chunk's logits are there, and backward only scales them; so there is one backward per forward. Products are in
+    autocast's dtype or that of x, sums over tokens and over the vocabulary in that of the result.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        wide = torch.promote_types(dtype, torch.float32)
+        counted = targets != IGNORE
+        targets = torch.where(counted, targets, 0)
+        x_half, weight_half = x.to(dtype), weight.to(dtype)  # no copies in float32
+        x_grad = torch.empty_like(x_half) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        size = loss_chunk(x)
+        buffer = x_half.new_empty(min(size, len(x)), len(weight))
+        total = x.new_zeros((), dtype=wide)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            x_rows, target, count = x_half[rows], targets[rows, None], counted[rows, None]
+            logits = torch.mm(x_rows, weight_half.T, out=buffer[: len(x_rows)]).to(wide)
+            # In place from here: logits, their exponentials, and the loss's gradient, softmax minus one-hot.
+            logits -= logits.amax(1, keepdim=True)
+            at_target = logits.gather(1, target)
+            exp_sum = logits.exp_().sum(1, keepdim=True)
+            total += torch.where(count, exp_sum.log() - at_target, 0).sum()
+            if x_grad is None and weight_grad is None:
+                continue
+            logits *= count / exp_sum
+            grad = logits.scatter_add_(1, target, -count.to(wide)).to(dtype)
+            if x_grad is not None:
+                torch.mm(grad, weight_half, out=x_grad[rows])
+            if weight_grad is None:
+                continue
+            if dtype == wide:
+                weight_grad.addmm_(grad.T, x_rows)
+            else:
+                weight_grad += grad.T @ x_rows
+        number = counted.sum()
+        ctx.save_for_backward(x_grad, weight_grad, number)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / number
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor):
+        x_grad, weight_grad, number = ctx.saved_tensors
+        scale = upstream / number
+        if x_grad is not None:
+            x_grad = (x_grad * scale).to(ctx.dtypes[0])
+        if weight_grad is not None:  # in place: it may be the largest tensor there is
+            weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1])
+        return x_grad, weight_grad, None
+
+
+def loss_chunk(x: Tensor) -> int:
+    """Tokens whose logits exist at once: few on a CPU, for its caches, and enough to keep anything else busy."""
+    return 256 if x.device.type == "cpu" else 2048
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
 class GPT(nn.Module):
     """A causal language model. Parameters are drawn from torch's global generator: seed it first."""
 
@@ -342,15 +409,20 @@ class GPT(nn.Module):
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         x, flat = x.flatten(0, 1), targets.flatten()
-        # torch.compile fuses the plain form by itself and would stop at the chunked one.
-        if _LossOptions and self.config.vocab_size >= FUSED_LOSS_MIN_VOCAB and not torch.compiler.is_compiling():
-            options = _LossOptions(batch_chunk_size=FUSED_LOSS_CHUNK)
-            weight = self.lm_head.weight.to(x.dtype)
-            loss = F.linear_cross_entropy(x, weight, flat, reduction=reduction, ignore_index=IGNORE, options=options)
-        else:
+
+        def plain(x: Tensor, targets: Tensor) -> Tensor:
             logits = self.lm_head(x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(logits, flat, reduction=reduction, ignore_index=IGNORE)
+            return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
+
+        # torch.compile fuses the plain form by itself and would stop at the chunked one.
+        if self.config.vocab_size < CHUNKED_LOSS_MIN_VOCAB or torch.compiler.is_compiling():
+            loss = plain(x, flat)
+        elif reduction == "mean":
+            loss = LinearCrossEntropy.apply(x, self.lm_head.weight, flat)
+        else:
+            size = loss_chunk(x)
+            loss = torch.cat([plain(*rows) for rows in zip(x.split(size), flat.split(size), strict=True)])
         return loss if reduction == "mean" else loss.view_as(targets)
 
     @torch.no_grad()
@@ -381,12 +453,7 @@ class GPT(nn.Module):
         self.eval()
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         block_size = self.config.block_size
-        # The dtype that keys have: that of the weights, or of autocast.
-        device_type = idx.device.type
-        dtype = (
-            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.wte.weight.dtype
-        )
-        cache = KVCache(self.config, len(idx), block_size, idx.device, dtype)
+        cache = KVCache(self.config, len(idx), block_size, idx.device, compute_dtype(self.wte.weight))
         context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if cache.length + unread.shape[1] > block_size:

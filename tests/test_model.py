@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
-from minidisp.model import GPT, GPTConfig, sample
+from minidisp.model import GPT, GPTConfig, LinearCrossEntropy, sample
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 KINDS = {
@@ -109,8 +110,14 @@ def test_forward_agrees_with_numpy(model):
             np.testing.assert_allclose(got[b].detach().numpy(), state, rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The chunked loss takes 7 tokens at a time, so that a few dozen make several chunks and a shorter last one."""
+    monkeypatch.setattr("minidisp.model.loss_chunk", lambda x: 7)
+
+
 @pytest.mark.parametrize("vocab_size", [50, 2000])  # the plain loss, and the one that works in chunks
-def test_loss_is_the_cross_entropy_of_the_logits(vocab_size):
+def test_loss_is_the_cross_entropy_of_the_logits(vocab_size, small_chunks):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab_size}))
     torch.nn.init.normal_(model.wte.weight)
@@ -128,6 +135,85 @@ def test_loss_is_the_cross_entropy_of_the_logits(vocab_size):
     (want,) = torch.autograd.grad(nats.sum() / (targets >= 0).sum(), model.wte.weight)
     (got,) = torch.autograd.grad(loss, model.wte.weight)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def exact_cross_entropy(x, weight, targets):
+    """Loss and gradients of x and weight, token by token in float64."""
+    x, weight = (a.detach().double().numpy() for a in (x, weight))
+    loss, x_grad, weight_grad, number = 0.0, np.zeros_like(x), np.zeros_like(weight), int((targets >= 0).sum())
+    for n, target in enumerate(targets.tolist()):
+        if target < 0:
+            continue
+        logits = weight @ x[n]
+        probs = np.exp(logits - logits.max())
+        probs /= probs.sum()
+        loss -= math.log(probs[target]) / number
+        probs[target] -= 1
+        x_grad[n] = probs @ weight / number
+        weight_grad += np.outer(probs, x[n]) / number
+    return loss, x_grad, weight_grad
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_chunked_loss_and_gradients_against_float64(dtype, autocast, small_chunks):
+    torch.manual_seed(0)
+    x = torch.randn(32, 24).to(dtype).requires_grad_()
+    weight = torch.randn(60, 24).to(dtype).requires_grad_()
+    targets = torch.randint(0, 60, (32,))
+    targets[[0, 9, 31]] = -1
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        loss = LinearCrossEntropy.apply(x, weight, targets)
+    (3 * loss).backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert (x.grad.dtype, weight.grad.dtype) == (dtype, dtype)
+    products = dtype if dtype == torch.float64 else autocast or dtype
+    # A rounding of logits up to 10 in size is one of probabilities ten times as large.
+    rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+    rounding = max(rounding[products], rounding[dtype])
+    want, *grads = exact_cross_entropy(x, weight, targets)
+    assert loss.item() == pytest.approx(want, rel=rounding)
+    for got, exact in zip((x.grad, weight.grad), grads, strict=True):
+        assert np.linalg.norm(got.double().numpy() / 3 - exact) < rounding * np.linalg.norm(exact)
+
+
+def test_chunked_loss_gradcheck(small_chunks):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (16, 11))
+    targets = torch.randint(-1, 11, (16,))
+    for wanted in ((True, True), (True, False), (False, True)):
+        inputs = [a.detach().requires_grad_(on) for a, on in zip((x, weight), wanted, strict=True)]
+        # Recomputed for each of gradcheck's many backward passes, as its backward can be taken once only.
+        assert torch.autograd.gradcheck(
+            lambda x, weight: checkpoint(LinearCrossEntropy.apply, x, weight, targets, use_reentrant=False), inputs
+        )
+
+
+def test_chunked_loss_sums_thousands_of_tokens_in_float32():
+    """In bfloat16, whose steps at 8 are 1/32, neither the loss nor the weight's gradient may add up."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5000, 16), torch.randn(50, 16).requires_grad_()
+    targets = torch.randint(0, 50, (5000,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = LinearCrossEntropy.apply(x, weight, targets)
+    loss.backward()
+    want, _, grad = exact_cross_entropy(x, weight, targets)
+    assert loss.item() == pytest.approx(want, rel=2e-4)
+    assert np.linalg.norm(weight.grad.double().numpy() - grad) < 2**-8 * np.linalg.norm(grad)
+
+
+def test_chunked_loss_can_be_differentiated_once_only():
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss = LinearCrossEntropy.apply(x, weight, torch.arange(4))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
+    x, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -1)
+    assert LinearCrossEntropy.apply(x, weight, targets).isnan()
+    assert torch.nn.functional.cross_entropy(x @ weight.T, targets, ignore_index=-1).isnan()
 
 
 @pytest.mark.parametrize(
