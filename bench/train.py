@@ -1,6 +1,7 @@
 """How fast a training step is, and where its time goes; and, side by side, the same step of a nanoGPT checkout.
 
     python bench/train.py [--threads 1] [--models 4x128,6x384,gpt2] [--against ../nanoGPT] [--compile off|on|both]
+    python bench/train.py --dtype bfloat16                     # on a CPU that has it in its instructions
     python bench/train.py --device cuda --models gpt2-1024 --compile on --against ../nanoGPT
 
 A step is what the trainer does: a batch, forward, the dispersion loss (or not), backward, clipping, AdamW. The peer's
@@ -88,6 +89,7 @@ class Form:
     def __init__(self, name, parameters, forward, optimizers, batches, config: Config, args, dispersion=None):
         self.name, self.parameters, self.forward, self.optimizers = name, list(parameters), forward, optimizers
         self.batches, self.config, self.device, self.dispersion = batches, config, args.device, dispersion
+        self.dtype = getattr(torch, args.dtype)
         self.step_number = 0
         self.clock = Clock(args)
 
@@ -100,7 +102,7 @@ class Form:
         if self.device == "cuda":
             x, y = (a.pin_memory().to("cuda", non_blocking=True) for a in (x, y))
         self.clock.mark("data")
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             ce, hidden_states = self.forward(x, y)
         self.clock.mark("forward")
         loss = ce
@@ -189,7 +191,7 @@ def verify(chosen: dict[str, Form]) -> dict[str, float]:
             p.grad = None
         form.clock.marks.clear()
     first = next(iter(chosen))
-    tolerance = 1e-5 if next(iter(chosen.values())).device == "cpu" else 1e-2
+    tolerance = 1e-5 if chosen[first].dtype == torch.float32 and chosen[first].device == "cpu" else 1e-2
     for name in chosen:
         checks = [(losses, "loss")] + ([] if "dispersion" in name else [(norms, "gradient norm")])
         for values, what in checks:
@@ -229,6 +231,8 @@ def peak_mem_mib(name: str, model: str, folder: Path, args) -> float:
         str(folder),
         "--device",
         args.device,
+        "--dtype",
+        args.dtype,
     ]
     command += ["--threads", str(args.threads), *(["--against", args.against] if args.against else [])]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
@@ -240,7 +244,7 @@ def first_step_s(config: Config, folder: Path, args) -> float:
         command = [sys.executable, str(ROOT / "train.py"), "--data", str(folder), "--out", run, "--max-steps", "1000"]
         for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
             command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-        command += ["--compile", "off", "--device", args.device, "--threads", str(args.threads)]
+        command += ["--compile", "off", "--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
         metrics = Path(run) / "metrics.jsonl"
         start = time.monotonic()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
@@ -275,7 +279,7 @@ def measure(model: str, folder: Path, args) -> dict:
     chosen = forms(names, config, batches, args)
     losses = verify(chosen)
 
-    n, dtype = (1024, torch.float32) if args.device == "cpu" else (8192, torch.bfloat16)
+    n, dtype = 1024 if args.device == "cpu" else 8192, getattr(torch, args.dtype)
     left, right = torch.randn(2, n, n, device=args.device, dtype=dtype)
     product = torch.empty(n, n, device=args.device, dtype=dtype)
     turn_steps = {}
@@ -375,6 +379,7 @@ def main() -> None:
     parser.add_argument("--forms", metavar="NAMES", help="some of the rows only, such as minidisp,nanoGPT")
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus (default: the project's own files, as bytes)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products (default: bfloat16 on CUDA)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing per model; three rounds at least")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="what time means; cpu: with --threads 1")
@@ -388,6 +393,7 @@ def main() -> None:
         parser.error(
             "--clock cpu would count the waiting of threads or miss the device: use it with --threads 1 on a CPU"
         )
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -400,7 +406,7 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
     print(
-        f"{where}, torch {torch.__version__}; dispersion {DISPERSION}, all layers and tokens: {ops.explain(args.device)}\n"
+        f"{where}, {args.dtype}, torch {torch.__version__}; dispersion {DISPERSION}, all layers and tokens: {ops.explain(args.device)}\n"
     )
     print(
         f"| model | form | ms/step | tokens/s | speed | {' | '.join(PARTS)} | GFLOP/s | of the matrix product | peak MiB |"
@@ -418,7 +424,7 @@ def main() -> None:
         if result["first_step_s"]:
             print(f"first step of train.py, {result['model']}: {result['first_step_s']:.1f} s after the command")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    print(json.dumps({"device": where, "clock": args.clock, "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
+    print(json.dumps({"device": where, "dtype": args.dtype, "clock": args.clock, "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
                       "commit": git.stdout.strip(), "results": results}))  # fmt: skip
 
 

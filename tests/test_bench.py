@@ -61,7 +61,7 @@ def bench(monkeypatch):
 
 
 def args(**more):
-    return argparse.Namespace(**{"device": "cpu", "clock": "wall", "against": None, **more})
+    return argparse.Namespace(**{"device": "cpu", "dtype": "float32", "clock": "wall", "against": None, **more})
 
 
 def test_flops_are_those_that_torch_counts(bench):
