@@ -190,6 +190,9 @@ def train(config: Config, world: "World", at_exit: ExitStack) -> dict:
     if config.active_forgetting:
         objective += "; token embeddings" + (", which are the output layer, too," if config.tied else "")
         objective += f" reset every {config.active_forgetting:,} steps"
+    number_format = str(dtype).removeprefix("torch.")
+    if config.dtype == "auto" and device.type == "cpu" and has_bfloat16():
+        number_format += " (faster here: --dtype bfloat16)"
     print(
         f"minidisp {minidisp.__version__}  {run}\n"
         f"data    {dataset.meta['name']}: {dataset.split('train').tokens:,} training tokens, vocabulary {config.vocab_size:,}\n"
@@ -197,7 +200,7 @@ def train(config: Config, world: "World", at_exit: ExitStack) -> dict:
         f"{model.num_params():,} parameters\n"
         f"steps   {config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule\n"
         f"loss    {objective}\n"
-        f"device  {environment['device']}, {str(dtype).removeprefix('torch.')}, compile {'on' if use_compile else 'off'}"
+        f"device  {environment['device']}, {number_format}, compile {'on' if use_compile else 'off'}"
         + (f", {world.size} processes{', sharded' if sharded else ''}\n" if world.launched else "\n"),
         flush=True,
     )
@@ -854,6 +857,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16 (x86: AVX512-BF16 or AMX). It is not chosen by itself, so that
+    a run has the same numbers, but for rounding, on every CPU."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot tell, none
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:

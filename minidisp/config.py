@@ -104,7 +104,7 @@ class Config(GPTConfig):
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of matrix products; auto: bfloat16 on cuda"
+        "auto", "of matrix products; auto: bfloat16 on cuda, else float32"
     )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda")
     threads: int = flag(0, "CPU threads; 0 = torch's choice")
