@@ -399,7 +399,7 @@ def test_a_missing_device_is_named(corpus, tmp_path, capsys):
 def test_bfloat16_is_offered_where_the_processor_has_it(corpus, tmp_path, monkeypatch, capsys, instructions):
     for there, dtype, offered in ((True, "auto", True), (True, "float32", False), (False, "auto", False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {instructions: there}, raising=False)
-        main(small_config(corpus, tmp_path / "run", overwrite=True, device="cpu", dtype=dtype, max_steps=1))
+        train.main(small_config(corpus, tmp_path / "run", overwrite=True, device="cpu", dtype=dtype, max_steps=1))
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("device"))
         assert "float32" in line
         assert ("--dtype bfloat16" in line) == offered
