@@ -319,7 +319,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def loss_chunk(x: Tensor) -> int:
     """Tokens whose logits exist at once: few on a CPU, for its caches, and enough to keep anything else busy."""
-    return 256 if x.device.type == "cpu" else 2048
+    return 512 if x.device.type == "cpu" else 2048
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
