@@ -271,38 +271,41 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
+        want_x, want_weight, _ = ctx.needs_input_grad
+        ctx.dtypes = x.dtype, weight.dtype
+        x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
         counted = targets != IGNORE
         targets = torch.where(counted, targets, 0)
-        x_half, weight_half = x.to(dtype), weight.to(dtype)  # no copies in float32
-        x_grad = torch.empty_like(x_half) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        size = loss_chunk(x)
-        buffer = x_half.new_empty(min(size, len(x)), len(weight))
-        total = x.new_zeros((), dtype=wide)
+        size = min(loss_chunk(x), len(x))
+        x_grad = torch.empty_like(x) if want_x else None
+        weight_grad = torch.empty_like(weight, dtype=wide) if want_weight else None
+        # Buffers for all chunks: new memory of this size would come from the system, page by page, each time.
+        buffer = x.new_empty(size, len(weight), dtype=wide)
+        halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
+        weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
+        total = buffer.new_zeros(())
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            x_rows, target, count = x_half[rows], targets[rows, None], counted[rows, None]
-            logits = torch.mm(x_rows, weight_half.T, out=buffer[: len(x_rows)]).to(wide)
-            # In place from here: logits, their exponentials, and the loss's gradient, softmax minus one-hot.
-            logits -= logits.amax(1, keepdim=True)
-            at_target = logits.gather(1, target)
-            exp_sum = logits.exp_().sum(1, keepdim=True)
+            x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
+            z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
+            product = z if halves is None else halves[: len(x_rows)]
+            z.copy_(torch.mm(x_rows, weight.T, out=product))
+            z -= z.amax(1, keepdim=True)
+            at_target = z.gather(1, target)
+            exp_sum = z.exp_().sum(1, keepdim=True)
             total += torch.where(count, exp_sum.log() - at_target, 0).sum()
-            if x_grad is None and weight_grad is None:
-                continue
-            logits *= count / exp_sum
-            grad = logits.scatter_add_(1, target, -count.to(wide)).to(dtype)
-            if x_grad is not None:
-                torch.mm(grad, weight_half, out=x_grad[rows])
-            if weight_grad is None:
-                continue
-            if dtype == wide:
-                weight_grad.addmm_(grad.T, x_rows)
-            else:
-                weight_grad += grad.T @ x_rows
+            if want_x or want_weight:
+                z *= count / exp_sum
+                grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
+            if want_x:
+                torch.mm(grad, weight, out=x_grad[rows])
+            if want_weight and dtype == wide:
+                weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
+            elif want_weight:
+                torch.mm(grad.T, x_rows, out=weight_product)
+                weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
         number = counted.sum()
         ctx.save_for_backward(x_grad, weight_grad, number)
-        ctx.dtypes = x.dtype, weight.dtype
         return total / number
 
     @staticmethod
