@@ -314,7 +314,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         x_grad, weight_grad, number = ctx.saved_tensors
         scale = upstream / number
         if x_grad is not None:
-            x_grad = (x_grad * scale).to(ctx.dtypes[0])
+            x_grad = x_grad.to(ctx.dtypes[0]) * scale
         if weight_grad is not None:  # in place: it may be the largest tensor there is
             weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1])
         return x_grad, weight_grad, None

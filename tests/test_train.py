@@ -397,12 +397,14 @@ def test_a_missing_device_is_named(corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16"])
 def test_bfloat16_is_offered_where_the_processor_has_it(corpus, tmp_path, monkeypatch, capsys, instructions):
-    for there, dtype, offered in ((True, "auto", True), (True, "float32", False), (False, "auto", False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {instructions: there}, raising=False)
-        train.main(small_config(corpus, tmp_path / "run", overwrite=True, device="cpu", dtype=dtype, max_steps=1))
+    there, offered = {"dtype": "auto", "n_embd": 192}, "--dtype bfloat16"
+    cases = [(True, there, True), (True, {**there, "dtype": "float32"}, False), (False, there, False)]
+    for has, changes, wanted in [*cases, (True, {**there, "n_embd": 128}, False)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {instructions: has}, raising=False)
+        train.main(small_config(corpus, tmp_path / "run", overwrite=True, device="cpu", max_steps=1, **changes))
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("device"))
         assert "float32" in line
-        assert ("--dtype bfloat16" in line) == offered
+        assert (offered in line) == wanted
 
 
 def test_an_occupied_folder_is_not_overwritten(corpus, run, tmp_path, capsys):
