@@ -34,13 +34,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import minidisp
-from minidisp import InputError, checkpoint, hf, ops, read_bytes, report
+from minidisp import InputError, hf, ops, read_bytes, report
 from minidisp.config import MOST, Config, from_dict, parse, to_dict
 from minidisp.data import Batches, Dataset, eval_windows, sha256_of
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.metrics import Condensation, bits_per_byte, perplexity
 from minidisp.model import GPT, GPTConfig
 from minidisp.optim import build_optimizers, learning_rate, step_where
+from minidisp.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent
 CONDENSATION_SEQUENCES = 100  # as in the paper; of up to 512 tokens

@@ -1,5 +1,5 @@
 // The schema of the operator, once for all devices. A file per device registers what computes it (dispersion_cpu.cpp), and
-// minidisp/ops.py its fake and its gradient.
+// minidisp/ops/ its fake and its gradient.
 
 #include <torch/library.h>
 

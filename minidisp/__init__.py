@@ -65,7 +65,7 @@ _HOME = {
     "GPTConfig": "model",
     "dispersion_loss": "dispersion",
     "DispersionLoss": "dispersion",
-    "load": "checkpoint",
+    "load": "runtime.checkpoint",
 }
 __all__ = ["InputError", *_HOME]
 

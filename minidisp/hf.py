@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidisp import InputError, checkpoint
+from minidisp import InputError
 from minidisp.config import Parser, exit_code, read_json
 from minidisp.model import GPT, GPTConfig
+from minidisp.runtime import checkpoint
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from minidisp import InputError, checkpoint
+from minidisp import InputError
+from minidisp.runtime import checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -9,10 +9,10 @@ import torch
 from scipy.stats import kstest, norm
 
 import train
-from minidisp import checkpoint
 from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.optim import build_optimizers
+from minidisp.runtime import checkpoint
 from tests.conftest import SMALL, small_config
 from tests.test_train import assert_same_weights, lines, stop_after, weights
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import train
-from minidisp import checkpoint, report
+from minidisp import report
+from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 from tests.test_train import assert_same_state, lines
 

@@ -12,7 +12,8 @@ import pytest
 
 import minidisp
 import train
-from minidisp import InputError, checkpoint, report
+from minidisp import InputError, report
+from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 import train
-from minidisp import checkpoint, report
+from minidisp import report
+from minidisp.runtime import checkpoint
 
 STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe")
 FOLDER = Path(train.__file__).parent / "experiments"

@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 
 import eval as eval_command
 import train
-from minidisp import InputError, checkpoint, report, tokenizer
+from minidisp import InputError, report, tokenizer
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import HEADER, MAGIC, SPLITS, Dataset
 from minidisp.model import GPT
 from minidisp.optim import build_optimizers
+from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 from tests.test_data import write_corpus
 

@@ -27,11 +27,12 @@ import eval as evaluation  # not the builtin
 import minidisp
 import train
 from data import prepare
-from minidisp import InputError, checkpoint, hf
+from minidisp import InputError, hf
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
 from minidisp.model import GPT
+from minidisp.runtime import checkpoint
 from minidisp.tokenizer import ByteTokenizer, train_sentencepiece
 from tests.conftest import SMALL, small_config, write_text
 from tests.test_tokenizer import HARD, SOURCE_CODE, byte_level_bpe

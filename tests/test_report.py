@@ -15,8 +15,9 @@ import pytest
 
 import eval as evaluation  # not the builtin
 import train
-from minidisp import InputError, checkpoint, report
+from minidisp import InputError, report
 from minidisp.report import Table
+from minidisp.runtime import checkpoint
 from tests.conftest import small_config
 
 EVIL = "</script><img src=x onerror=\"document.title='hacked'\">&lt;$x_\u2028"

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import train
-from minidisp import InputError, checkpoint, load, optim, report
+from minidisp import InputError, load, optim, report
 from minidisp.config import Config, from_dict, parse, to_dict
 from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
 from minidisp.model import GPT, GPTConfig
 from minidisp.optim import build_optimizers, learning_rate
+from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent

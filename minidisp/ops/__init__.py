@@ -242,13 +242,12 @@ def _register(name: str) -> None:
     torch.library.register_autograd(name, _backward, setup_context=_save)
 
 
-if __name__ != "__main__":  # python -m minidisp.ops imports this file once more, under its own name
-    torch.library.define(
-        "minidisp::dispersion_streamed",
-        "(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)",
-    )
-    torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(_streamed)
-    _register("minidisp::dispersion_streamed")
+torch.library.define(
+    "minidisp::dispersion_streamed",
+    "(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)",
+)
+torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(_streamed)
+_register("minidisp::dispersion_streamed")
 
 
 def fused(z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> Tensor:
@@ -265,7 +264,7 @@ def streamed(z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> T
 
 # The extension: found, or built
 
-SOURCE_FOLDER = Path(__file__).resolve().parent.parent / "csrc"
+SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "csrc"
 CXX_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fopenmp")  # at::parallel_for is serial without OpenMP
 NVCC_FLAGS = ("-O3", "-std=c++20")
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
@@ -361,7 +360,7 @@ def _find() -> tuple[bool, str]:
     """Load the extension, building it if need be. Returns whether it is there, and one line about it."""
     if os.environ.get("MINIDISP_FUSED") == "0":
         return False, "streamed in PyTorch: MINIDISP_FUSED=0 is set"
-    installed = sorted(Path(__file__).parent.glob("_fused_*.so"))
+    installed = sorted(Path(__file__).parents[1].glob("_fused_*.so"))
     stem = file_stem() if SOURCE_FOLDER.is_dir() else None
     prefix = stem or file_stem().rsplit("_", 1)[0] + "_"  # a wheel comes without the sources
     note = ""
@@ -440,7 +439,7 @@ def _check_cuda() -> tuple[bool, str]:
                     print(
                         f"minidisp: checking the CUDA kernels on this GPU ({name}), once", file=sys.stderr, flush=True
                     )
-                    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+                    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
                     child = subprocess.run(
                         [sys.executable, "-m", "minidisp.ops", "check", f"cuda:{torch.cuda.current_device()}"],
                         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -550,16 +549,3 @@ def diagnosis() -> tuple[str, bool]:
             passed &= good
             lines.append(f"          {text}")
     return "\n".join(lines), passed
-
-
-if __name__ == "__main__":
-    from minidisp import ops  # under its own name, so that the operators are defined once
-
-    if sys.argv[1:2] == ["check"]:  # of the CUDA kernels, by _check_cuda
-        torch.cuda.set_device(sys.argv[2])
-        ops._find()
-        text, good = ops.self_test("fused", sys.argv[2])
-    else:
-        text, good = ops.diagnosis()
-    print(text)
-    sys.exit(0 if good else 1)

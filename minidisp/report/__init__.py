@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minidisp import InputError, parse_json, read_bytes
-from minidisp.checkpoint import to_json
 from minidisp.dispersion import select_layers
+from minidisp.runtime.checkpoint import to_json
 
 # Okabe-Ito, told apart by colour-blind readers and in print.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"

@@ -1,0 +1,1 @@
+"""A package, so that another module named data elsewhere on the path cannot take its place."""
