@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from minidisp import InputError, hf, report
-from minidisp.config import Config, Parser, exit_code, to_dict
+from minidisp.config import Config, to_dict
 from minidisp.data import Dataset, strided_windows
 from minidisp.metrics import FullCondensation, bits_per_byte, paired_bootstrap, perplexity, word_perplexity
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint
+from minidisp.runtime.cli import Parser, exit_code
 from train import find_corpus, pick_device
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol

@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from minidisp import InputError, report  # noqa: E402
-from minidisp.config import Config, Parser, exit_code, parse, read_json, to_dict  # noqa: E402
+from minidisp.config import Config, parse, read_json, to_dict  # noqa: E402
 from minidisp.metrics import paired_interval  # noqa: E402
 from minidisp.runtime import checkpoint  # noqa: E402
+from minidisp.runtime.cli import Parser, exit_code  # noqa: E402
 
 # What most studies train at each scale, as flags of train.py by their names in Config; a study says where it differs.
 SMOKE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,

@@ -6,17 +6,15 @@ dictionaries of fields, applied before the other flags.
 
 import argparse
 import dataclasses
-import difflib
 import math
-import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from minidisp import InputError, is_plain, ops, parse_json, read_bytes
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.model import GPTConfig, flag
+from minidisp.runtime.cli import Parser
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
 # from the defaults stands here.
@@ -202,37 +200,6 @@ def flags() -> list[dataclasses.Field]:
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     n_model = len([f for f in dataclasses.fields(GPTConfig) if "help" in f.metadata])
     return fields[n_model:] + fields[:n_model]
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors of one line, with the nearest flag for a misspelt one."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            word = message.split(": ", 1)[1].split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-            message = f"unknown argument {word}" + (f", did you mean {near[0]}?" if near else "")
-        raise InputError(f"{message} (python {self.prog} --help lists the flags)")
-
-
-def exit_code(prog: str, command: Callable[[], object]) -> int:
-    """Run a command and return its exit code: 0; 2 for input that cannot be used; 130 when it is interrupted.
-
-    What went wrong is one line on stderr, without a traceback.
-    """
-    try:
-        command()
-    except InputError as error:
-        code, message = 2, str(error)
-    except OSError as error:
-        code, message = 2, f"{error.filename or 'input/output'}: {error.strerror}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    else:
-        return 0
-    print(f"{prog}: {message}", file=sys.stderr)
-    return code
 
 
 def parse(argv: list[str] | None = None, prog: str = "train.py", begin_if_missing: bool = False) -> Config:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidisp import InputError
-from minidisp.config import Parser, exit_code, read_json
+from minidisp.config import read_json
 from minidisp.model import GPT, GPTConfig
 from minidisp.runtime import checkpoint
+from minidisp.runtime.cli import Parser, exit_code
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

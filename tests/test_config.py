@@ -6,7 +6,8 @@ import json
 import pytest
 
 from minidisp import InputError
-from minidisp.config import PRESETS, RECIPES, Config, exit_code, flags, from_dict, parse, read_json, to_dict
+from minidisp.config import PRESETS, RECIPES, Config, flags, from_dict, parse, read_json, to_dict
+from minidisp.runtime.cli import exit_code
 
 
 def test_defaults_are_the_tiny_preset():
