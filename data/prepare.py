@@ -480,6 +480,32 @@ def prepare(name: str) -> Path:
     return prepare_corpus(name, built_in(name, DATA / ".downloads"), DATA / name)
 
 
+def find_or_prepare(name: str) -> Path:
+    """The folder of the corpus that --data names: a folder, a name in data/, or a built-in corpus, prepared now.
+
+    Raises InputError if there is no such corpus.
+    """
+    given = Path(os.path.expanduser(name))
+    for folder in (given, DATA / name):
+        if (folder / "meta.json").is_file():
+            return folder
+    if name in BUILT_IN:
+        print(f"preparing the corpus {name}, once:", flush=True)
+        return prepare(name)
+    by_hand = "prepare your own with python data/prepare.py --input FILES --name NAME"
+    if len(given.parts) != 1:
+        relative = "" if given.is_absolute() else f", which is {given.absolute()} from here"
+        raise InputError(
+            f"--data {name}: no prepared corpus there{relative}; say where it is with --data PATH, or {by_hand}"
+        )
+    prepared = sorted(meta.parent.name for meta in DATA.glob("*/meta.json"))
+    raise InputError(
+        f"--data {name}: no such corpus; built in are {', '.join(BUILT_IN)}"
+        + (f", prepared {', '.join(prepared)}" if prepared else "")
+        + f"; or {by_hand}"
+    )
+
+
 def prepare_corpus(
     name: str,
     source: Source,
