@@ -208,13 +208,10 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     print("\n" + text)
     checkpoint.write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
     checkpoint.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
-    figures = [
-        report.draw_differences(
-            compared[views[0].__name__], {key: label for key, label, *_ in MEASURES[:2]}, title, out / "differences.png"
-        )
-    ]
+    labels = {key: label for key, label, *_ in MEASURES[:2]}
+    figures = report.draw_differences(compared[views[0].__name__], labels, title, out / "differences.png")
     if len(evaluations) <= len(report.CYCLE):
-        figures.append(report.draw_study(evaluations, title, out / "condensation.png"))
+        figures += report.draw_study(evaluations, title, out / "condensation.png")
     for path in figures:
         print(f"figure  {path}")
 

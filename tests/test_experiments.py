@@ -160,7 +160,7 @@ def test_through_training_compares_later_moments_with_step_0(load):
 def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
     study = load("study")
     rows = {label: [{"x": v} for v in values] for label, values in {"a": [1.0, 2.0], "b": [None, 1.0]}.items()}
-    path = report.draw_differences(
+    (path,) = report.draw_differences(
         {"x": study.compare(rows, "x", ("less", "more"))}, {"x": "x"}, "?", tmp_path / "x.png"
     )
     assert path.stat().st_size > 1000

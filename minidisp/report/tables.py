@@ -1,0 +1,138 @@
+"""Tables, as text and as HTML. `scores` is always what eval.py writes with --json, one dictionary per model."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minidisp.dispersion import select_layers
+
+# Scores per layer that answer what a mean cosine hides: name in the JSON, what it is, decimals.
+FURTHER = [
+    ("off_diagonal_mean", "mean cosine, i != j", 3),
+    ("centred_mean", "mean cosine, i != j, centred", 3),
+    ("standardised_mean", "mean cosine, i != j, standardised", 3),
+    ("isoscore_star", "IsoScore*", 4),
+    ("effective_rank", "effective rank", 1),
+    ("singular_entropy", "singular-value entropy (bits)", 3),
+    ("mev", "MEV, share of the first direction", 3),
+    ("hfc_lfc_ratio", "HFC / LFC", 3),
+    ("log_hfc_growth", "log HFC growth", 3),
+]
+
+
+class Table(NamedTuple):
+    """Text cells, to be printed or put on a page; the first column names the rows."""
+
+    caption: str
+    headers: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        return table([self.caption, *self.headers[1:]], self.rows) + (f"\n{self.note}" if self.note else "")
+
+    def to_html(self) -> str:
+        cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.headers)
+        rows = "".join(
+            f'<tr><th scope="row">{html.escape(row[0])}</th>'
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            + "</tr>\n"
+            for row in self.rows
+        )
+        note = f'<p class="muted">{html.escape(self.note)}</p>' if self.note else ""
+        return (
+            f'<div class="scroll"><table><caption>{html.escape(self.caption)}</caption>\n'
+            f"<thead><tr>{cells}</tr></thead>\n<tbody>{rows}</tbody></table>{note}</div>"
+        )
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned plain-text table; the first column is left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in cells
+    )
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table, "-" for one that is undefined (None or NaN), and powers of ten from a billion on."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
+def score_table(scores: list[dict]) -> Table:
+    """Loss and what follows from it, one column per run."""
+    mark = " *" if len({s["tokenizer"] for s in scores}) > 1 else ""
+    rows = [["tokens", *(f"{s['tokens']:,}" for s in scores)]]
+    for label, key, digits in ((f"loss (nats/token){mark}", "loss", 4), (f"perplexity{mark}", "perplexity", 2),
+                               ("bits per byte", "bits_per_byte", 4), ("word perplexity", "word_perplexity", 1)):  # fmt: skip
+        rows.append([label, *(number(s[key], digits) for s in scores)])
+    note = "* not comparable, since the tokenizers differ: compare bits per byte and word perplexity" if mark else ""
+    return Table("scores", ["", *(s["name"] for s in scores)], rows, note)
+
+
+def condensation_table(scores: list[dict]) -> Table:
+    """Mean cosine per layer, one column per run, and its scores below."""
+    measured = [s["condensation"] for s in scores]
+    by_layer = [m["mean_cosine_by_layer"] for m in measured]
+    rows = []
+    for layer in range(max(map(len, by_layer))):
+        label = "embeddings" if layer == 0 else f"layer {layer}"
+        rows.append([label, *(number(mu[layer] if layer < len(mu) else None, 3) for mu in by_layer)])
+    for k in range(2, 6):
+        means = [m["last_1_to_5_means"] for m in measured]
+        if any(len(mean) >= k for mean in means):
+            rows.append([f"last {k} layers", *(number(m[k - 1] if len(m) >= k else None, 3) for m in means)])
+    for label, key in (("last half", "last_half_mean"), ("Spearman with depth", "spearman"), ("Kendall with depth", "kendall")):  # fmt: skip
+        rows.append([label, *(number(m[key], 3) for m in measured)])
+    return Table("mean cosine", ["", *(s["name"] for s in scores)], rows, _protocol(measured))
+
+
+def _protocol(measured: list[dict]) -> str:
+    """What was measured, and how far that is from the paper's protocol."""
+    sizes = list(dict.fromkeys((m["sequences"], m["tokens_per_sequence"]) for m in measured))
+    text = "over " + " and ".join(f"{sequences} sequences of {tokens} tokens" for sequences, tokens in sizes)
+    return text if sizes == [(100, 512)] else text + " (the paper: 100 of 512)"
+
+
+def further_table(scores: list[dict]) -> Table:
+    """The further metrics, each averaged over the later half of the layers, one column per run."""
+    rows = []
+    for key, label, digits in FURTHER:
+        row = [label]
+        for s in scores:
+            values = s["condensation"][f"{key}_by_layer"]
+            late_half = [values[layer] for layer in select_layers("late_half", len(values) - 1)]
+            row.append(number(float(np.mean(late_half)), digits))
+        rows.append(row)
+    return Table("later half of the layers", ["", *(s["name"] for s in scores)], rows)
+
+
+def layer_table(score: dict) -> Table:
+    """The further metrics of one run, layer by layer."""
+    measured = score["condensation"]
+    short = ["mean cosine", "i != j", "centred", "standardised", "IsoScore*", "eff. rank", "entropy", "MEV", "HFC/LFC", "HFC growth"]  # fmt: skip
+    columns = [("mean_cosine", "", 3), *FURTHER]
+    rows = [
+        [str(layer) if layer else "embeddings", *(number(measured[f"{key}_by_layer"][layer], digits) for key, _, digits in columns)]
+        for layer in range(len(measured["mean_cosine_by_layer"]))
+    ]  # fmt: skip
+    return Table(score["name"], ["layer", *short], rows)
+
+
+def settings_table(names: list[str], configs: list[dict | None], differing: bool = True) -> Table:
+    """The settings of the runs, one column each, "-" where one has none; only those that differ unless told otherwise."""
+    rows = []
+    for field in dict.fromkeys(field for config in configs if config for field in config):
+        cells = ["-" if not config or config.get(field) in (None, "") else str(config[field]) for config in configs]
+        known = {cell for cell, config in zip(cells, configs, strict=True) if config}
+        if len(known) > 1 or not differing:
+            rows.append([field, *cells])
+    return Table("settings that differ" if differing else "all settings", ["setting", *names], rows)

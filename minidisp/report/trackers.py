@@ -1,0 +1,97 @@
+"""TensorBoard and Weights & Biases: each is told what metrics.jsonl holds, and goes on with a run that is resumed."""
+
+import importlib
+import re
+import secrets
+from pathlib import Path
+
+from minidisp import InputError, read_bytes
+from minidisp.runtime.checkpoint import write_atomic
+from minidisp.runtime.metrics_log import read_metrics
+
+
+def _import(module: str, package: str, extra: str, need: str):
+    """An optional package, or InputError that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{need} needs a package that is not there: pip install {package}, or the extra minidisp[{extra}]"
+        ) from None
+
+
+def loggers(tensorboard: bool, wandb: bool) -> list:
+    """The loggers asked for: open(run, config, step), then log(line of metrics.jsonl), at last close().
+
+    Raises InputError if a package is missing, so that a run does not begin without them.
+    """
+    return [*([TensorBoardLogger()] if tensorboard else ()), *([WandbLogger()] if wandb else ())]
+
+
+class TensorBoardLogger:
+    """Writes scalars to <run>/tensorboard: view them with `tensorboard --logdir runs`."""
+
+    def __init__(self):
+        self._module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard", "--tensorboard")
+
+    def open(self, run: Path, config: dict, step: int) -> None:
+        """What an earlier session has logged behind the lines that metrics.jsonl still has is hidden: it runs again."""
+        lines = read_metrics(run / "metrics.jsonl") if config["resume"] else []
+        self._writer = self._module.SummaryWriter(run / "tensorboard", purge_step=lines[-1]["step"] + 1 if lines else 0)
+
+    def log(self, line: dict) -> None:
+        for name, value in _scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()  # to be seen now, and there after a crash
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """Logs to the project minidisp under the run folder's name; wandb's own files go into the run folder.
+
+    The run's id there is kept in the run folder: --resume goes on with the same one. Steps that it was told already it does
+    not take again; as a resumed run repeats them exactly, nothing is lost.
+    """
+
+    def __init__(self):
+        self._module = _import("wandb", "wandb", "wandb", "--wandb")
+
+    def open(self, run: Path, config: dict, step: int) -> None:
+        name = self._id(run / "wandb_id", config["resume"])
+        try:
+            self._run = self._module.init(
+                project="minidisp", name=run.name, id=name, resume="allow", dir=str(run), config=config
+            )
+        except self._module.Error as error:
+            raise InputError(f"--wandb: {error}; WANDB_MODE=offline needs neither account nor network") from None
+
+    @staticmethod
+    def _id(path: Path, resume: bool) -> str:
+        """The id of the run that is resumed, if it was logged before; else a new one, written to `path`."""
+        if resume and path.exists():
+            name = read_bytes(path).decode("ascii", errors="replace").strip()
+            if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+                raise InputError(f"{path} holds no id of a wandb run: remove it, and a new run begins there")
+            return name
+        name = secrets.token_hex(4)
+        write_atomic(path, lambda file: file.write(f"{name}\n".encode()))
+        return name
+
+    def log(self, line: dict) -> None:
+        self._run.log(_scalars(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(line: dict) -> dict[str, float]:
+    """The numbers in a line of metrics.jsonl; a list by layer becomes name/00, name/01, ...; histograms stay behind."""
+    scalars = {}
+    for name, value in line.items():
+        if isinstance(value, list) and not isinstance(value[0], list):
+            scalars.update({f"{name}/{layer:02d}": number for layer, number in enumerate(value)})
+        elif name != "step" and not isinstance(value, list):
+            scalars[name] = value
+    return scalars
