@@ -22,18 +22,18 @@ def extension() -> dict:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    from minidisp import ops
+    from minidisp.ops import build
 
-    cuda = ops.builds_cuda()
+    cuda = build.builds_cuda()
     if cuda and not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ops.CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
     make = CUDAExtension if cuda else CppExtension
     module = make(
-        f"minidisp.{ops.file_stem()}",
-        [f"csrc/{path.name}" for path in ops.sources(cuda)],
+        f"minidisp.{build.file_stem()}",
+        [f"csrc/{path.name}" for path in build.sources(cuda)],
         extra_compile_args={
-            "cxx": [*ops.CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],
-            "nvcc": list(ops.NVCC_FLAGS),
+            "cxx": [*build.CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],
+            "nvcc": list(build.NVCC_FLAGS),
         },
         extra_link_args=["-fopenmp", "-s"],
         py_limited_api=True,  # nothing in it is Python's: a wheel serves every version

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minidisp import ops
-from minidisp.dispersion import dispersion_loss
+from minidisp.dispersion import DispersionLoss, dispersion_loss
 
 SHAPES = "16x128x256,8x256x384,4x1024x768,2x2048x768,1x1024x768"
 
@@ -69,7 +69,7 @@ def forms(variant: str, with_compile: bool, device: str) -> dict:
     if with_compile:
         # The clamp and arccos in one kernel between two products is what the compiler does best.
         chosen["compiled"] = torch.compile(chosen["eager"], dynamic=False)
-    if ops.resolve("auto", device) == "fused" and variant in ops.FUSED_VARIANTS:
+    if variant in ops.FUSED_VARIANTS and not ops.find_or_build(device):
         chosen["fused"] = lambda z: dispersion_loss(z, variant, impl="fused")
     return chosen
 
@@ -190,7 +190,7 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
-    print(f"{args.variant} on {where}, torch {torch.__version__}; {ops.explain(args.device)}")
+    print(f"{args.variant} on {where}, torch {torch.__version__}; {DispersionLoss(args.variant).prepare(args.device)}")
     print("forward and backward in ms, and in brackets how many times the first of fused and streamed is as fast\n")
     print(
         "| (B, T, C) | eager | torch.compile | streamed | fused | 2 threads | GFLOP/s | of the matrix product | of a block | MiB |"

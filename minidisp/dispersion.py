@@ -147,6 +147,7 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
     variant.__name__: variant
     for variant in (angular_spread, orthogonalization, l2_repel, decorrelation, perplexity_entropy, mean_cosine)
 }
+CLOSED_FORM = ("mean_cosine",)  # no pairs: the same under every implementation
 # Which of tau, clamp and eps a variant listens to, read off its signature: ("z", ...).
 _OPTIONS = {name: tuple(inspect.signature(variant).parameters)[1:] for name, variant in VARIANTS.items()}
 
@@ -189,10 +190,9 @@ def dispersion_loss(
     if z.shape[0] < 1 or z.shape[1] < 2 or z.shape[2] < min_features:
         raise ValueError(f"{variant} needs B >= 1, T >= 2 and C >= {min_features}, but z is {tuple(z.shape)}")
 
-    chosen = ops.resolve(impl, z.device.type)
-    if chosen != "reference" and variant in ops.STREAMED_VARIANTS:
-        take_fused = chosen == "fused" and variant in ops.FUSED_VARIANTS and z.dtype != torch.float64
-        return (ops.fused if take_fused else ops.streamed)(z, variant, float(tau), float(clamp), float(eps))
+    chosen, _ = ops.select(impl, variant, z.dtype, z.device.type)
+    if chosen != "reference":
+        return ops.dispersion(chosen, z, variant, float(tau), float(clamp), float(eps))
     options = {"tau": tau, "clamp": clamp, "eps": eps}
     return VARIANTS[variant](z, **{name: options[name] for name in _OPTIONS[variant]})
 
@@ -254,6 +254,17 @@ class DispersionLoss(nn.Module):
         ops.check_name(impl)
         self.impl = impl
         self.calls = 0
+
+    def prepare(self, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+        """Find or build what this loss will run with on hidden states of that kind, and say in a few words what it is.
+
+        device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used; where it
+        is called by nobody, forward does the same, once. Raises InputError if impl is fused and there is no extension.
+        Returns such as "fused", "fused, built now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found".
+        """
+        if self.variant in CLOSED_FORM:
+            return "closed form"
+        return ops.describe(self.impl, self.variant, dtype, device_type)
 
     def forward(self, hidden_states: Sequence[Tensor], step: int | None = None) -> Tensor:
         """hidden_states: n_layer + 1 tensors (B, T, C), embeddings first, as Hugging Face models return them.

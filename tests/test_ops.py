@@ -13,11 +13,14 @@ from test_dispersion import CASES, randn
 
 from minidisp import dispersion, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
+from minidisp.ops import build
+from minidisp.ops.__main__ import self_test
 
-FUSED = ops.resolve("auto", "cpu") == "fused"  # builds the extension, if need be
-needs_fused = pytest.mark.skipif(not FUSED, reason=ops.explain("cpu"))
+MISSING = ops.find_or_build("cpu")  # why there is no extension, or ""
+FUSED = not MISSING
+needs_fused = pytest.mark.skipif(not FUSED, reason=MISSING)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-HAS_CUDA_OP = torch.cuda.is_available() and ops.resolve("auto", "cuda") == "fused"
+HAS_CUDA_OP = torch.cuda.is_available() and not ops.find_or_build("cuda")
 needs_cuda_op = pytest.mark.skipif(not HAS_CUDA_OP, reason="no CUDA extension")
 
 RUNS = [
@@ -209,7 +212,7 @@ def test_memory_stays_small():
 import re, sys, torch
 from minidisp import ops
 from minidisp.dispersion import dispersion_loss
-ops.resolve("auto", "cpu")
+ops.find_or_build("cpu")
 torch.set_num_threads(1)
 # Not getrusage's peak, which a child takes over from its parent: that of pytest hides everything.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -282,18 +285,29 @@ def test_autocast_and_checkpointing_change_nothing(impl, variant, device):
 # Which implementation
 
 
+def select(impl, device):
+    return ops.select(impl, "angular_spread", torch.float32, device)[0]
+
+
+def describe(device):
+    return ops.describe("auto", "angular_spread", torch.float32, device)
+
+
 def test_names():
     with pytest.raises(ValueError, match=r"'eager'.*auto.*streamed"):
         dispersion_loss(CASES["random"], impl="eager")
     with pytest.raises(ValueError, match="eager"):
         DispersionLoss(impl="eager")
-    assert ops.resolve("streamed", "cpu") == "streamed"
-    assert ops.resolve("reference", "cpu") == "reference"
+    assert select("streamed", "cpu") == "streamed"
+    assert select("reference", "cpu") == "reference"
     assert dispersion.DispersionLoss(impl="streamed")([CASES["random"]] * 2).isfinite()
 
 
 def run_child(tmp_path, **environment):
-    script = "from minidisp import ops; print(ops.resolve('auto', 'cpu')); print(ops.explain('cpu'))"
+    script = (
+        "import torch; from minidisp import ops; arguments = 'auto', 'angular_spread', torch.float32, 'cpu'; "
+        "print(ops.select(*arguments)[0]); print(ops.describe(*arguments))"
+    )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     return result.stdout.splitlines(), result.stderr
@@ -301,7 +315,7 @@ def run_child(tmp_path, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux")
 def test_a_failed_build_is_remembered_and_stops_nothing(tmp_path):
-    if FUSED and "built ahead" in ops.explain("cpu"):
+    if FUSED and build.find().about == "built ahead":
         pytest.skip("the extension built ahead needs no compiler")
     fake = tmp_path / "broken-c++"
     fake.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
@@ -324,47 +338,50 @@ def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
     child.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\necho errors 1e-01\nexit {0 if good else 1}\n")
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
-    monkeypatch.setattr(ops, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(ops, "_status", (True, "fused, built before"))
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(build, "find_or_build", lambda device: build.Extension(tmp_path / "x.so", "built before"))
+    monkeypatch.setattr(ops, "register_fused", lambda: None)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU/40 GB")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for _ in range(2):  # two processes, one after the other
-        monkeypatch.setattr(ops, "_cuda_status", None)
-        assert ops.resolve("auto", "cpu") == "fused"
-        assert ops.resolve("auto", "cuda") == ("fused" if good else "streamed")
+        ops.check_cuda.cache_clear()
+        assert select("auto", "cpu") == "fused"
+        assert select("auto", "cuda") == ("fused" if good else "streamed")
     assert capsys.readouterr().err.count("once") == 1
     assert (tmp_path / "calls").read_text() == "-m minidisp.ops check cuda:1\n"
     log = tmp_path / "cache" / "check-Some-GPU-40-GB.log"
     assert "errors 1e-01" in log.read_text()
     if good:
-        assert ops.explain("cuda") == "fused, built before"
+        assert describe("cuda") == "fused"
     else:
-        assert str(log) in ops.explain("cuda")
-        assert ops.explain("cpu") == "fused, built before"
+        assert str(log) in describe("cuda")
+        assert describe("cpu") == "fused"
         with pytest.raises(ValueError, match="failed their check"):
-            ops.resolve("fused", "cuda")
+            select("fused", "cuda")
+    ops.check_cuda.cache_clear()
 
 
 def test_the_self_test_notices_wrong_numbers(monkeypatch):
-    streamed = ops.streamed
-    monkeypatch.setattr(ops, "fused", lambda z, *options: streamed(z, *options))
-    assert ops.self_test("fused", "cpu")[1]
-    for wrong in (
-        lambda z, *options: 1.02 * streamed(z, *options),
-        lambda z, *options: math.nan * streamed(z, *options),
-    ):
-        monkeypatch.setattr(ops, "fused", wrong)
-        text, passed = ops.self_test("fused", "cpu")
-        assert not passed
-        assert text.endswith("FAILED")
+    right = ops.dispersion
+    for factor, good in ((1, True), (1.02, False), (math.nan, False)):
+        # What is tested is wrong, and the streamed one that it is held against is right.
+        wrong = lambda chosen, *z, by=factor: right("streamed", *z) * (by if chosen == "fused" else 1)  # noqa: E731
+        monkeypatch.setattr(ops, "dispersion", wrong)
+        text, passed = self_test("fused", "cpu")
+        assert passed == good
+        assert text.endswith("passed" if good else "FAILED")
 
 
 def test_the_extension_can_be_switched_off(tmp_path):
     assert run_child(tmp_path, MINIDISP_FUSED="0")[0] == ["streamed", "streamed in PyTorch: MINIDISP_FUSED=0 is set"]
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run(
-            [sys.executable, "-c", "from minidisp import ops; ops.resolve('fused', 'cpu')"],
+            [
+                sys.executable,
+                "-c",
+                "import torch, minidisp; minidisp.dispersion_loss(torch.ones(1, 2, 2), impl='fused')",
+            ],
             env={**os.environ, "MINIDISP_FUSED": "0"},
             capture_output=True,
             check=True,
