@@ -1,9 +1,11 @@
-"""Evaluate runs: perplexity, condensation and samples of one, or of several side by side on the same held-out text.
+"""Evaluate runs: how well they predict, how far they have condensed, and what they write; one, or several side by side.
 
     python eval.py runs/NAME
     python eval.py runs/BASELINE runs/OTHER --split test --json results.json
     python eval.py runs/BASELINE runs/OTHER --html report.html --figures figures
     python eval.py runs/NAME --sample "def main("
+    python eval.py runs/NAME --sample -
+    python eval.py runs/NAME --minimal-pairs "blimp/*.jsonl" --split none
     python eval.py --hf FOLDER --data NAME
 
 Every token of the split is predicted exactly once, from as much text before it as fits: windows are as long as the model's
@@ -12,66 +14,38 @@ Exit codes: 0 done; 2 bad usage or input.
 """
 
 import argparse
-import math
+import os
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
+from data.prepare import find_or_prepare
 from minidisp import InputError, hf, report
 from minidisp.config import Config, to_dict
-from minidisp.data import Dataset, strided_windows
-from minidisp.metrics import FullCondensation, bits_per_byte, paired_bootstrap, perplexity, word_perplexity
+from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint
-from minidisp.runtime.cli import Parser, exit_code
-from train import find_corpus, pick_device
-
-SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
-BLOCK_BYTES = 1024  # what the bootstrap resamples
-BATCH_TOKENS = 4096  # per forward pass
-
-
-class Text(NamedTuple):
-    """Held-out text that all models are measured on."""
-
-    documents: list[str]
-    ends: bool  # the last document is complete, and so followed by EOS
-    tokens: np.ndarray  # the corpus's own tokens, (N,) int64
-    tokenizer: object
-
-    @classmethod
-    def read(cls, dataset: Dataset, split: str, limit: int) -> "Text":
-        """The first `limit` tokens of a split (0 = all), less a last character that this would cut in two."""
-        source, vocabulary = dataset.split(split), dataset.tokenizer
-        tokens = source.slice(0, min(limit, source.tokens) if limit else source.tokens)
-        while len(tokens) and not _whole(b"".join(vocabulary.token_bytes[token] for token in tokens[-4:])):
-            tokens = tokens[:-1]
-        ends = np.flatnonzero(tokens == vocabulary.eos_id)
-        pieces = np.split(tokens, ends + 1)
-        documents = [vocabulary.decode(piece.tolist()) for piece in pieces if len(piece)]
-        return cls(documents, len(ends) > 0 and ends[-1] == len(tokens) - 1, tokens, vocabulary)
-
-    def encode(self, vocabulary) -> np.ndarray:
-        """The text in the tokens of another tokenizer, (M,) int64; every document ends with its EOS."""
-        if vocabulary.hash == self.tokenizer.hash:
-            return self.tokens
-        encoded: list[int] = []
-        for document in self.documents:
-            encoded += [*vocabulary.encode(document), vocabulary.eos_id]
-        return np.array(encoded if self.ends else encoded[:-1], dtype=np.int64)
-
-
-def _whole(tail: bytes) -> bool:
-    """Whether the end of these bytes is the end of a UTF-8 character; they may begin inside one."""
-    try:
-        tail.lstrip(bytes(range(0x80, 0xC0))).decode()
-    except UnicodeDecodeError as error:
-        return error.reason != "unexpected end of data"
-    return True
+from minidisp.runtime.cli import Parser, exit_code, make_printable
+from minidisp.runtime.device import pick_device
+from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts
+from minidisp.scoring import (
+    CONTINUATION_TOKENS,
+    PROMPT_TOKENS,
+    Text,
+    choose_texts,
+    compare_pairs,
+    compare_texts,
+    read_pairs,
+    score_pairs,
+    score_text,
+    short_names,
+    summarise_pairs,
+    writing,
+)
 
 
 class Subject(NamedTuple):
@@ -84,119 +58,240 @@ class Subject(NamedTuple):
     metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
 
 
-class Result(NamedTuple):
-    scores: dict  # what goes into the JSON file
-    block_nats: np.ndarray  # nats per block of BLOCK_BYTES of text, to compare runs with
-    token_nats: np.ndarray  # nats per token
+class Findings(NamedTuple):
+    """What is printed and put on the page: tables, tables to fold away there, and sentences that compare runs."""
+
+    tables: list[report.Table]
+    details: list[report.Table]
+    sentences: list[str]
 
 
-@torch.no_grad()
-def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device: torch.device) -> np.ndarray:
-    """-log p of every token given the text before it, (N,) float64."""
-    stream = np.concatenate(([eos_id], tokens))
-    nats = np.full(len(tokens), np.nan)
-    windows = list(strided_windows(len(tokens), model.config.block_size, stride))
-    batch_size = max(1, BATCH_TOKENS // model.config.block_size)
-    progress = tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False, disable=None)
-    while windows:
-        # Windows of one batch have one length; only the first ones and the last one differ.
-        length = windows[0].stop - windows[0].context_start
-        batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
-        windows = windows[len(batch) :]
-        rows = np.stack([stream[w.context_start : w.stop + 1] for w in batch])
-        x, y = torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(rows[:, 1:]).to(device)
-        loss = model(x, y, loss_reduction="none").loss.double().cpu().numpy()
-        for w, row in zip(batch, loss, strict=True):
-            nats[w.start : w.stop] = row[w.start - w.context_start :]
-            progress.update(w.stop - w.start)
-    progress.close()
-    return nats
-
-
-@torch.no_grad()
-def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
-    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is shorter."""
-    T = min(SEQUENCE_TOKENS, model.config.block_size, len(tokens))
-    n = min(SEQUENCES, len(tokens) // T)
-    starts = np.linspace(0, len(tokens) - T, n).astype(np.int64)
-    collected = FullCondensation()
-    batch_size = max(1, BATCH_TOKENS // T)
-    for i in range(0, n, batch_size):
-        x = torch.from_numpy(np.stack([tokens[s : s + T] for s in starts[i : i + batch_size]])).to(device)
-        collected.update(model(x, return_hidden_states=True).hidden_states)
-    return collected.result()
-
-
-def evaluate(name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device) -> Result:
-    """All scores of one model on the text. The model is in eval mode and on the device."""
-    tokens = text.encode(vocabulary)
-    if len(tokens) < 2:
-        raise InputError(
-            f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split"
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Evaluate what the command line names; prints tables and returns the list of scores that --json writes."""
+    make_printable()
+    args = parse(argv)
+    device = pick_device(args.device)
+    pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs else []
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    subjects = load_subjects(args.runs, args.hf, args.block_size, device)
+    if args.sampling:
+        refuse_broken(subjects)
+    scores = [
+        {
+            "name": s.name,
+            "tokenizer": s.tokenizer.hash,
+            "parameters": s.model.num_params(),
+            "block_size": s.model.config.block_size,
+        }
+        for s in subjects
+    ]
+    found, measured_on = Findings([], [], []), ""
+    if args.split != "none":
+        corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
+        text = Text.read(corpus, args.split, args.tokens)
+        measure_text(subjects, scores, found, text, args.stride, device)
+        measured_on = (
+            f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
         )
-    stride = stride or max(1, model.config.block_size // 2)
-    nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
-    # A token belongs to the block of text in which it ends.
-    ends = np.cumsum([len(vocabulary.token_bytes[token]) for token in tokens])
-    block_nats = np.bincount(np.maximum(ends - 1, 0) // BLOCK_BYTES, weights=nats)
-    total, n_bytes, words = float(nats.sum()), int(ends[-1]), sum(len(document.split()) for document in text.documents)
-    scores = {
-        "name": name,
-        "tokenizer": vocabulary.hash,
-        "tokens": len(tokens),
-        "bytes": n_bytes,
-        "words": words,
-        "loss": total / len(tokens),
-        "perplexity": perplexity(total, len(tokens)),
-        "bits_per_byte": bits_per_byte(total, n_bytes),
-        "word_perplexity": word_perplexity(total, words),
-        "parameters": model.num_params(),
-        "block_size": model.config.block_size,
-        "condensation": condensation(model, tokens, device),
-    }
-    return Result(scores, block_nats, nats)
+    if pairs:
+        measure_pairs(subjects, scores, found, pairs, device)
+    if args.texts:
+        measure_writing(subjects, scores, found, text, args.texts, args.seed or 0, device)
+
+    # Files first: whatever is printed or sampled then can fail without taking the numbers along.
+    if args.json:
+        write_json(args.json, scores)
+    figures = report.draw_comparison(scores, [s.metrics for s in subjects], args.figures) if args.figures else []
+    if args.html:
+        write_page(args.html, measured_on, subjects, scores, found)
+    layers = [] if args.split == "none" or not args.layers else [report.layer_table(s) for s in scores]
+    print(*found.tables, *layers, sep="\n\n")
+    if found.sentences:
+        print("", *found.sentences, sep="\n")
+    for path in figures:
+        print(f"figure  {path}")
+    if args.html:
+        print(f"page    {args.html}")
+    if args.sampling:
+        texts = typed_prompts() if args.sample == "-" else [] if args.sample is None else [args.sample]
+        sample_prompts(subjects, scores, texts, prompts, args.sampling)
+        if args.json:
+            write_json(args.json, scores)
+    return scores
 
 
-def compare(results: list[Result]) -> list[str]:
-    """What the text says about every run against the first, in a line each; the numbers go into the scores, too.
+# --- the command line -------------------------------------------------------------------------------------------------
 
-    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are the
-    same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count half).
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, complete and checked: what can be refused without a model is refused here.
+
+    Adds `sampling`, a Sampling, or None if nothing is sampled. json, html and figures are paths or None.
     """
-    first, lines = results[0], []
-    n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
-    n_bytes[-1] = first.scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
-    for other in results[1:]:
-        difference, low, high = paired_bootstrap(first.block_nats, other.block_nats, n_bytes)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no difference"
-        if math.isnan(low):
-            verdict = "too little text to tell"
-        versus = {"bits_per_byte": difference, "low": low, "high": high, "verdict": verdict}
-        remarks = []
-        if verdict in ("better", "worse"):
-            share = difference / first.scores["bits_per_byte"]
-            remarks.append(f"{abs(share):.1%} {'fewer' if share < 0 else 'more'} bits")
-        if other.scores["tokenizer"] == first.scores["tokenizer"]:
-            per_token = other.token_nats - first.token_nats
-            versus["nats_per_token"] = float(per_token.mean())
-            versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
-            remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
-        lines.append(
-            f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, 95 % interval {low:+.5f} to "
-            f"{high:+.5f}: {verdict}" + (" that this text can show" if verdict == "no difference" else "")
-            + (f" ({', '.join(remarks)})" if remarks else "")
-        )  # fmt: skip
-        other.scores["versus_first"] = versus
-    return lines
+    parser = Parser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _add_flags(parser)
+    args = parser.parse_args(argv)
+    if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
+        raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
+    if wrong := next((run for run in args.runs if run.endswith(".jsonl")), None):
+        raise InputError(f"{wrong} is no run: if it is for --minimal-pairs, put the pattern in quotes")
+    needs_text = [
+        flag for flag in ("data", "tokens", "stride", "layers", "figures", "html", "texts") if getattr(args, flag)
+    ]
+    if args.split is None:
+        args.split = "none" if args.sample == "-" and not needs_text else "val"
+    if args.split == "none" and needs_text:
+        raise InputError(f"--{needs_text[0]} goes with held-out text: leave --split none out, or that flag")
+    if args.split == "none" and args.sample is None and not args.prompts and not args.minimal_pairs:
+        raise InputError("--split none leaves nothing to do: add --sample, --prompts or --minimal-pairs")
+    if not args.runs and not (args.hf and (args.data or args.split == "none")):
+        raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
+    given = {name: value for name in Sampling.__dataclass_fields__ if (value := getattr(args, name)) is not None}
+    args.sampling = Sampling(**given)
+    if args.sample is None and not args.prompts:
+        args.sampling = None
+        if alone := next((name for name in given if name != "seed" or not args.texts), None):
+            raise InputError(f"--{alone.replace('_', '-')} goes with --sample or --prompts: add one of them")
+    check_text(args.sample or "", "--sample")
+    for flag in ("json", "html", "figures"):
+        if getattr(args, flag) is not None:
+            setattr(args, flag, output_path(f"--{flag}", getattr(args, flag), folder=flag == "figures"))
+    outputs = [path.resolve() for path in (args.json, args.html, args.figures) if path]
+    if len(set(outputs)) < len(outputs):
+        raise InputError("--json, --html and --figures must be different paths")
+    if args.figures and (reason := report.cannot_draw()):
+        raise InputError(f"--figures: {reason}")
+    return args
 
 
-def run_names(runs: list[str]) -> list[str]:
-    """Names as short as they can be told apart: the last part of the path, or more of them."""
-    paths = [Path(run).resolve() for run in runs]
-    parts = 1
-    while len({path.parts[-parts:] for path in paths}) < len(set(paths)):
-        parts += 1
-    return ["/".join(path.parts[-parts:]) for path in paths]
+def _add_flags(parser: Parser) -> None:
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument(
+        "runs", nargs="*", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
+    )
+    what.add_argument(
+        "--hf",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a GPT-2 or Qwen3 model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may be "
+        "repeated",
+    )
+    what.add_argument(
+        "--block-size", type=int, default=0, metavar="N", help="context of the --hf models in tokens; 0 = their own"
+    )
+    what.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
+
+    text = parser.add_argument_group("held-out text")
+    text.add_argument("--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own")
+    text.add_argument(
+        "--split",
+        choices=("val", "test", "none"),
+        help="held-out part of the corpus; none: measure nothing on it (default: val, but none for --sample - alone)",
+    )
+    text.add_argument(
+        "--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)"
+    )
+    text.add_argument(
+        "--stride",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens a window advances by, 1 to the model's context; smaller is slower and gives every token more context "
+        "(default: half the context)",
+    )
+    text.add_argument("--layers", action="store_true", help="print the further metrics layer by layer, too")
+    text.add_argument(
+        "--texts",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"let every run go on with the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} more, "
+        "greedy and nucleus, and measure how often it repeats itself",
+    )
+
+    pairs = parser.add_argument_group("minimal pairs")
+    pairs.add_argument(
+        "--minimal-pairs",
+        metavar="GLOB",
+        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: how often is the good one likelier? Put a "
+        'pattern in quotes, such as "blimp/*.jsonl"',
+    )
+
+    default = Sampling()
+    sample = parser.add_argument_group("samples")
+    sample.add_argument(
+        "--sample",
+        metavar="TEXT",
+        help="let every run go on with this text; -: with what you type, until an empty line or Ctrl-D",
+    )
+    sample.add_argument("--prompts", metavar="FILE", help="let every run go on with each line of this file")
+    sample.add_argument(
+        "--samples", type=int, metavar="N", help=f"continuations of every prompt (default {default.samples})"
+    )
+    sample.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"most tokens of each (default {default.max_new_tokens})"
+    )
+    sample.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"lower is tamer, higher wilder; 0 takes the likeliest token (default {default.temperature})",
+    )
+    sample.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
+    sample.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the fewest tokens that have probability P together (default: all)",
+    )
+    sample.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"of the first sample; the next has N + 1; the same for every run (default {default.seed})",
+    )
+    sample.add_argument("--stop", metavar="TEXT", help="end a continuation before this text")
+
+    files = parser.add_argument_group("files, written before anything is printed")
+    files.add_argument(
+        "--json", metavar="FILE", help="all scores, condensation per layer included, and at the end the samples"
+    )
+    files.add_argument(
+        "--figures", metavar="DIR", help="heat maps, cosine by layer and loss by step, as PNG and PDF, into this folder"
+    )
+    files.add_argument(
+        "--html", metavar="FILE", help="all scores, with the course of the training, as one page that opens offline"
+    )
+
+
+def output_path(flag: str, given: str, folder: bool) -> Path:
+    """The path to write to. Raises InputError if that could not be done, long before it is; nothing is created."""
+    path = Path(os.path.expanduser(given))
+    try:
+        if folder and path.exists() and not path.is_dir():
+            raise InputError(f"{flag} {given} is no folder: give another one")
+        if not folder and path.is_dir():
+            raise InputError(f"{flag} {given!r} is a folder: give a file")
+        if not folder and path.exists() and not path.is_file():
+            raise InputError(f"{flag} {given} is not a regular file: give another one")
+        if not folder and path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{flag} {given} is read-only: give another one")
+        if not folder:
+            path.with_name(f"{path.name}.tmp").exists()  # raises if the name is too long
+        there = path if folder else path.parent
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {given} cannot be written: {error.strerror}") from None
+    return path
+
+
+# --- what is evaluated ------------------------------------------------------------------------------------------------
 
 
 def load_subjects(runs: list[str], folders: list[str], block_size: int, device: torch.device) -> list[Subject]:
@@ -204,7 +299,7 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
 
     block_size: the context of the Hugging Face models in tokens, 0 = their own.
     """
-    subjects, names = [], run_names([*runs, *folders])
+    subjects, names = [], short_names([*runs, *folders])
     for run, name in zip(runs, names, strict=False):
         model, vocabulary, config = checkpoint.load_run(run, device)
         metrics = checkpoint.find(run).parent / "metrics.jsonl"
@@ -220,94 +315,108 @@ def _recipe(config: Config) -> dict:
     return {key: value for key, value in to_dict(config).items() if key not in ("out", "resume", "overwrite")}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
-    )
-    parser.add_argument("--hf", action="append", default=[], metavar="DIR", help="a GPT-2 or Qwen3 model: its Hugging Face folder, or "
-                        "owner/name on the hub, with its own tokenizer; may be repeated")  # fmt: skip
-    parser.add_argument(
-        "--block-size", type=int, default=0, metavar="N", help="context of the --hf models in tokens; 0 = their own"
-    )
-    parser.add_argument(
-        "--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own"
-    )
-    parser.add_argument(
-        "--split", choices=("val", "test"), default="val", help="held-out part of the corpus (default val)"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)"
-    )
-    parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens a window advances by, 1 to the model's context; "
-                        "smaller is slower and gives every token more context (default: half the context)")  # fmt: skip
-    parser.add_argument(
-        "--json", metavar="FILE", help="write all scores, condensation per layer included, to this file"
-    )
-    parser.add_argument("--layers", action="store_true", help="print the further metrics layer by layer, too")
-    parser.add_argument(
-        "--figures",
-        metavar="DIR",
-        help="draw heat maps, cosine by layer and loss by step into this folder, as PNG and PDF",
-    )
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write everything, with the course of the training, as one page that opens offline",
-    )
-    parser.add_argument(
-        "--sample", metavar="TEXT", help="let every run continue this text by 200 tokens (temperature 0.8)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
-    args = parser.parse_args(argv)
-    if args.tokens < 0 or args.stride < 0 or args.block_size < 0:
-        raise InputError("--tokens, --stride and --block-size must be 0 or more")
-    if not args.runs and not (args.hf and args.data):
-        raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
-    return args
+def refuse_broken(subjects: list[Subject]) -> None:
+    """Raise InputError naming a model that cannot be sampled from, since its weights are not finite."""
+    for subject in subjects:
+        if not all(parameter.isfinite().all() for parameter in subject.model.parameters()):
+            raise InputError(
+                f"{subject.name} cannot be sampled from: its weights are not finite, its training diverged"
+            )
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Evaluate what the command line names; prints tables and returns the list of scores that --json writes."""
-    args = parse(argv)
-    device = pick_device(args.device)
-    subjects = load_subjects(args.runs, args.hf, args.block_size, device)
-    corpus = Dataset(find_corpus(args.data or subjects[0].config["data"]))
-    text = Text.read(corpus, args.split, args.tokens)
-    results = [evaluate(s.name, s.model, s.tokenizer, text, args.stride, device) for s in subjects]
-    comparison = compare(results)
-    scores = [result.scores for result in results]
-    names = [subject.name for subject in subjects]
+# --- what is measured: each adds to the scores, and to what is shown ---------------------------------------------------
+
+
+def measure_text(
+    subjects: list[Subject], scores: list[dict], found: Findings, text: Text, stride: int, device: torch.device
+) -> None:
+    """Prediction and condensation on held-out text."""
+    results = [score_text(s.name, s.model, s.tokenizer, text, stride, device) for s in subjects]
+    found.sentences.extend(compare_texts(results))
+    for score, result in zip(scores, results, strict=True):
+        score.update(result.scores)
+    names, configs = [s.name for s in subjects], [s.config for s in subjects]
+    settings = report.settings_table(names, configs)
     tables = [report.score_table(scores), report.condensation_table(scores), report.further_table(scores)]
-    settings = report.settings_table(names, [subject.config for subject in subjects])
-    if settings.rows:
-        tables.insert(0, settings)
-    layers = [report.layer_table(s) for s in scores]
-    print(*tables, *(layers if args.layers else ()), sep="\n\n")
-    if comparison:
-        print("", *comparison, sep="\n")
-    if args.sample is not None:
-        for subject in subjects:
-            prompt = torch.tensor([[subject.tokenizer.eos_id, *subject.tokenizer.encode(args.sample)]], device=device)
-            out = subject.model.generate(prompt, 200, temperature=0.8, seed=0, stop_token=subject.tokenizer.eos_id)
-            print(f"\n--- {subject.name}\n{subject.tokenizer.decode(out[0].tolist())}")
-    if args.json:
-        checkpoint.write_json(Path(args.json), scores)
-    metrics = [subject.metrics for subject in subjects]
-    if args.figures:
-        for path in report.draw_comparison(scores, metrics, Path(args.figures)):
-            print(f"figure  {path}")
-    if args.html:
-        measured_on = (
-            f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
-        )
-        layers.append(report.settings_table(names, [subject.config for subject in subjects], differing=False))
-        page = report.html_page(measured_on, comparison, tables, layers, scores, metrics)
-        checkpoint.write_atomic(Path(args.html), lambda file: file.write(page.encode()))
-        print(f"page    {args.html}")
-    return scores
+    found.tables.extend([settings, *tables] if settings.rows else tables)
+    found.details.extend(report.layer_table(score) for score in scores)
+    found.details.append(report.settings_table(names, configs, differing=False))
+
+
+def measure_pairs(
+    subjects: list[Subject], scores: list[dict], found: Findings, pairs: list, device: torch.device
+) -> None:
+    """Accuracy on minimal pairs."""
+    summaries = summarise_pairs(pairs, [score_pairs(s.model, s.tokenizer, pairs, device) for s in subjects])
+    found.sentences.extend(compare_pairs([s.name for s in subjects], summaries))
+    for score, summary in zip(scores, summaries, strict=True):
+        score["minimal_pairs"] = summary
+    found.tables.append(report.pairs_table(scores))
+
+
+def measure_writing(
+    subjects: list[Subject],
+    scores: list[dict],
+    found: Findings,
+    text: Text,
+    count: int,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """How often the continuations of held-out documents repeat themselves."""
+    texts, kind = choose_texts(text, [s.tokenizer for s in subjects], count)
+    for subject, score in zip(subjects, scores, strict=True):
+        ways = writing(subject.model, subject.tokenizer, texts, seed, device)
+        score["writing"] = {"texts": len(texts), "of": kind, "seed": seed, **ways}
+    found.tables.append(report.writing_table(scores))
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, scores: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(path, scores)
+
+
+def write_page(path: Path, measured_on: str, subjects: list[Subject], scores: list[dict], found: Findings) -> None:
+    metrics = [s.metrics for s in subjects]
+    page = report.html_page(measured_on, found.sentences, found.tables, found.details, scores, metrics)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(path, lambda file: file.write(page.encode()))
+
+
+def sample_prompts(
+    subjects: list[Subject], scores: list[dict], typed: Iterable[str], prompts: list[str], sampling: Sampling
+) -> None:
+    """Let every run go on with each prompt, the same seeds for all, and show it; at last, how fast that was.
+
+    typed: prompts that are answered one by one, and shown as they are. prompts: those that are answered together.
+    """
+    for score in scores:
+        score["samples"] = []
+
+    def head(name: str, seed: int) -> str:
+        return f"\n--- {name}" + (f", seed {seed}" if sampling.samples > 1 else "")
+
+    for prompt in typed:
+        for subject, score in zip(subjects, scores, strict=True):
+            for seed in range(sampling.seed, sampling.seed + sampling.samples):
+                print(head(subject.name, seed), prompt, sep="\n", end="", flush=True)
+                sample = stream_sample(
+                    subject.model, subject.tokenizer, prompt, sampling, seed, lambda bit: print(bit, end="", flush=True)
+                )
+                print()
+                score["samples"].append(sample)
+    if prompts:
+        for subject, score in zip(subjects, scores, strict=True):
+            for sample in sample_all(subject.model, subject.tokenizer, prompts, sampling):
+                print(head(subject.name, sample["seed"]), sample["prompt"] + sample["continuation"], sep="\n")
+                score["samples"].append(sample)
+    for subject, score in zip(subjects, scores, strict=True):
+        if score["samples"]:
+            tokens, seconds = (sum(sample[key] for sample in score["samples"]) for key in ("new_tokens", "seconds"))
+            print(f"\n{subject.name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second")
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -326,6 +326,53 @@ def paired_bootstrap(
     return observed, *(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
 
 
+def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of (N,) values, with a 95 % interval (Efron's percentile bootstrap): (mean, low, high); NaN ends if N < 2.
+
+    For values of few kinds, such as 0 and 1: how often each is drawn in a resample is multinomial, so that is drawn.
+    """
+    values = np.asarray(values, np.float64)
+    mean, N = float(values.mean()), len(values)
+    if N < 2:
+        return mean, math.nan, math.nan
+    kinds, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(N, counts / N, size=resamples) @ kinds / N
+    return mean, *(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+
+
+def minimal_pair_values(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """1 where the good sentence of a pair is likelier, 1/2 where both are equal, 0 where the bad one is (arXiv 1912.00582).
+
+    good, bad: total log-probability of each sentence, (N,). Their mean is the accuracy; guessing gives 1/2. A pair with a
+    NaN counts 0.
+    """
+    return (good > bad) + (good == bad) / 2
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
+    """Share of a text's n-grams that occur before in it, 1 - distinct / all, in [0, 1); NaN if it has none.
+
+    seq-rep-n of Welleck et al. (arXiv 1908.04319), rep-n of Su et al. (2202.06417), who take its mean over texts.
+    """
+    ngrams = _ngrams(tokens, n)
+    return 1 - _ratio(len(set(ngrams)), len(ngrams))
+
+
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
+    """distinct-n: different n-grams in all texts together over all n-grams there, in (0, 1]; NaN if there are none.
+
+    Li et al. (arXiv 1510.03055) divide by the number of tokens, which is the same for n = 1. It falls as texts are added,
+    so compare equal numbers of equally long texts.
+    """
+    ngrams = [ngram for tokens in texts for ngram in _ngrams(tokens, n)]
+    return _ratio(len(set(ngrams)), len(ngrams))
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    tokens = np.asarray(tokens).tolist()
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
 def student_t(df: int) -> float:
     """The t that 95 % of Student's distribution with df >= 1 degrees of freedom lie within, +-t; 12.706 for df = 1.
 

@@ -9,6 +9,7 @@ The model knows nothing of the dispersion loss: it hands out its hidden states, 
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from minidisp import InputError
 CHUNKED_LOSS_MIN_VOCAB = 1024
 
 IGNORE = -1  # a target that is not counted in the loss
+MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 
 
 def flag(default, help: str):
@@ -428,7 +430,6 @@ class GPT(nn.Module):
             loss = torch.cat([plain(*rows) for rows in zip(x.split(size), flat.split(size), strict=True)])
         return loss if reduction == "mean" else loss.view_as(targets)
 
-    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -446,30 +447,55 @@ class GPT(nn.Module):
         leaves torch's global generator alone. stop_token: end when every sequence has produced it.
         When the context is full, its older half is dropped. Raises ValueError on a value out of range.
         """
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token)), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_token: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The new tokens of `generate` one after the other as they are drawn, (B, 1) int64 each; see there."""
         if idx.ndim != 2 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(
-                f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature=}, {top_k=}, {top_p=}"
-            )
+        check_sampling(temperature, top_k, top_p)
         was_training = self.training
         self.eval()
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         block_size = self.config.block_size
         cache = KVCache(self.config, len(idx), block_size, idx.device, compute_dtype(self.wte.weight))
         context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if cache.length + unread.shape[1] > block_size:
-                cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
-            x, _ = self._backbone(unread, cache=cache)
-            unread = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
-            context = torch.cat((context, unread), dim=1)
-            if stop_token is not None:
-                stopped |= unread[:, 0] == stop_token
-                if stopped.all():
-                    break
-        self.train(was_training)
-        return context
+        try:
+            for _ in range(max_new_tokens):
+                if cache.length + unread.shape[1] > block_size:
+                    cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
+                x, _ = self._backbone(unread, cache=cache)
+                unread = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
+                context = torch.cat((context, unread), dim=1)
+                yield unread
+                if stop_token is not None:
+                    stopped |= unread[:, 0] == stop_token
+                    if stopped.all():
+                        break
+        finally:  # also where nobody asks for more
+            self.train(was_training)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless GPT.generate can sample so: a temperature near 0 would divide logits beyond float32."""
+    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(
+            f"temperature is {temperature}, but must be 0 for the likeliest token, or from {MIN_TEMPERATURE} on"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, but must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
 
 
 def sample(

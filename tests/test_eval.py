@@ -11,7 +11,7 @@ import torch
 
 import eval as evaluation  # not the builtin
 from data import prepare
-from minidisp import InputError, load
+from minidisp import InputError, load, scoring
 from minidisp.data import Dataset
 from tests.conftest import small_config, write_text
 from train import main as train_main
@@ -29,7 +29,7 @@ def test_every_token_is_predicted_once_from_the_text_before_it(run, corpus):
     model, vocabulary = load(run)
     model = model.double()
     tokens = Dataset(corpus).split("val").slice(0, 100)
-    got = evaluation.token_nats(model, tokens, vocabulary.eos_id, 8, torch.device("cpu"))
+    got = scoring.token_nats(model, tokens, vocabulary.eos_id, 8, torch.device("cpu"))
     stream = [vocabulary.eos_id, *tokens]
     for i in range(100):
         # The first window reads from the start; later ones advance by 8 and reach back as far as the context of 32 goes.
@@ -101,10 +101,10 @@ def test_a_plain_sentence_for_every_outcome():
     def result(name, nats, tokenizer="t"):
         scores = {
             "name": name,
-            "bytes": 200 * evaluation.BLOCK_BYTES,
+            "bytes": 200 * scoring.BLOCK_BYTES,
             "bits_per_byte": nats.sum() / math.log(2) / (200 * 1024),
         }
-        return evaluation.Result({**scores, "tokenizer": tokenizer}, nats, nats)
+        return scoring.Result({**scores, "tokenizer": tokenizer}, nats, nats)
 
     results = [
         result("a", base),
@@ -112,7 +112,7 @@ def test_a_plain_sentence_for_every_outcome():
         result("c", base * 1.02, "u"),
         result("d", base + rng.normal(0, 30, 200)),
     ]
-    better, worse, same = evaluation.compare(results)
+    better, worse, same = evaluation.compare_texts(results)
     assert re.fullmatch(r"b against a: -0\.0\d+ bits/byte, 95 % interval -\S+ to -\S+: better \(2\.0% fewer bits, 100% of the "
                         r"tokens predicted better\)", better)  # fmt: skip
     assert re.fullmatch(r"c against a: \+.* to \+\S+: worse \(2\.0% more bits\)", worse)
@@ -128,10 +128,10 @@ def test_one_block_of_text_tells_nothing(run, capsys):
 
 def test_names_tell_runs_apart(tmp_path):
     paths = [str(tmp_path / part) for part in ("a/x", "b/x", "a/x/ckpt_last.pt", "b/x/ckpt_last.pt")]
-    assert evaluation.run_names([]) == []
-    assert evaluation.run_names(paths[:1] * 2) == ["x", "x"]
-    assert evaluation.run_names(paths[:2]) == ["a/x", "b/x"]
-    assert evaluation.run_names(paths[2:]) == ["a/x/ckpt_last.pt", "b/x/ckpt_last.pt"]
+    assert evaluation.short_names([]) == []
+    assert evaluation.short_names(paths[:1] * 2) == ["x", "x"]
+    assert evaluation.short_names(paths[:2]) == ["a/x", "b/x"]
+    assert evaluation.short_names(paths[2:]) == ["a/x/ckpt_last.pt", "b/x/ckpt_last.pt"]
 
 
 def test_layers_prints_every_layer(run, capsys):

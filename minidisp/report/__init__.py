@@ -12,15 +12,17 @@ from minidisp.report.tables import (
     further_table,
     layer_table,
     number,
+    pairs_table,
     score_table,
     settings_table,
     table,
+    writing_table,
 )
 from minidisp.report.trackers import loggers
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 
 __all__ = [
     "CYCLE", "FURTHER", "Table", "cannot_draw", "condensation_table", "draw_comparison", "draw_differences", "draw_run", "draw_study",
-    "further_table", "html_page", "layer_table", "loggers", "metrics_lines", "number", "read_metrics", "score_table", "settings_table",
-    "table",
+    "further_table", "html_page", "layer_table", "loggers", "metrics_lines", "number", "pairs_table", "read_metrics", "score_table", "settings_table",
+    "table", "writing_table",
 ]  # fmt: skip

@@ -60,11 +60,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for a table, "-" for one that is undefined (None or NaN), and powers of ten from a billion on."""
+def number(value: float | None, digits: int = 4, sign: str = "") -> str:
+    """A number for a table, "-" for one that is undefined (None or NaN), and powers of ten from a billion on.
+
+    sign: "+" writes a plus before positive numbers.
+    """
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:{sign},.{digits}f}" if abs(value) < 1e9 else f"{value:{sign}.3g}"
 
 
 def score_table(scores: list[dict]) -> Table:
@@ -125,6 +128,52 @@ def layer_table(score: dict) -> Table:
         for layer in range(len(measured["mean_cosine_by_layer"]))
     ]  # fmt: skip
     return Table(score["name"], ["layer", *short], rows)
+
+
+def pairs_table(scores: list[dict]) -> Table:
+    """Accuracy on minimal pairs in per cent with its interval, one column per run, then the difference to the first."""
+    measured = [s["minimal_pairs"] for s in scores]
+
+    def row(label: str, parts: list[dict]) -> list[str]:
+        cells = [_percent(part, "accuracy", "") for part in parts]
+        return [
+            label,
+            f"{parts[0]['pairs']:,}",
+            *cells,
+            *(_percent(part["versus_first"], "accuracy", "+") for part in parts[1:]),
+        ]
+
+    rows = [row("all", measured)]
+    for key, label in (("by_field", "field"), ("by_term", "term"), ("by_file", "file")):
+        rows += [row(f"{label} {name}", [m[key][name] for m in measured]) for name in measured[0][key]]
+    names = [s["name"] for s in scores]
+    headers = ["", "pairs", *names, *(f"{name} - {names[0]}" for name in names[1:])]
+    return Table(
+        "minimal pairs", headers, rows, "% of the pairs whose good sentence is likelier (95 % interval); guessing: 50"
+    )
+
+
+def _percent(part: dict, key: str, sign: str) -> str:
+    value, low, high = (number(100 * part[end], 1, sign) for end in (key, "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def writing_table(scores: list[dict]) -> Table:
+    """How often continuations repeat themselves, a row per run and way; how the texts go on comes first."""
+    keys = ["rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2"]
+    same_tokenizer = len({s["tokenizer"] for s in scores}) == 1
+    rows = []
+    for i, s in enumerate(scores):
+        for way in ("true", "greedy", "nucleus"):
+            if way == "true" and same_tokenizer and i > 0:
+                continue
+            name = "the text itself" if way == "true" and same_tokenizer else f"{s['name']}, {way}"
+            rows.append([name, *(number(s["writing"][way][key], 3) for key in keys)])
+    measured = scores[0]["writing"]
+    note = f"continuations of {measured['texts']} {measured['of']}; rep: share of n-grams that were there before"
+    if not same_tokenizer:
+        note += "; not comparable across runs, since the tokenizers differ"
+    return Table("how it writes", ["", "rep-2", "rep-3", "rep-4", "distinct-1", "distinct-2"], rows, note)
 
 
 def settings_table(names: list[str], configs: list[dict | None], differing: bool = True) -> Table:

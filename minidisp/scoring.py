@@ -1,0 +1,383 @@
+"""Measuring a model: on held-out text, on minimal pairs, and by how it goes on with a text.
+
+Models are in eval mode and on `device`. Nats are -log p, natural logarithm. What a number means stands in metrics.py.
+"""
+
+import glob
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minidisp import InputError, is_plain, parse_json, read_bytes
+from minidisp.data import Dataset, strided_windows
+from minidisp.metrics import (
+    FullCondensation,
+    bits_per_byte,
+    bootstrap_mean,
+    distinct_ngrams,
+    minimal_pair_values,
+    paired_bootstrap,
+    perplexity,
+    repeated_ngrams,
+    word_perplexity,
+)
+from minidisp.model import GPT
+
+SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
+BLOCK_BYTES = 1024  # what the bootstrap resamples
+BATCH_TOKENS = 4096  # per forward pass
+PROMPT_TOKENS, CONTINUATION_TOKENS, TOP_P = 32, 128, 0.95  # of `writing`; the first two as in arXiv 2202.06417
+ROWS = 64  # sequences that are generated at a time
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """Names as short as they can be told apart: the last part of the path, or more of them."""
+    resolved = [Path(path).resolve() for path in paths]
+    parts = 1
+    while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
+        parts += 1
+    return ["/".join(path.parts[-parts:]) for path in resolved]
+
+
+# --- held-out text ----------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Held-out text that all models are measured on."""
+
+    documents: list[str]
+    ends: bool  # the last document is complete, and so followed by EOS
+    tokens: np.ndarray  # the corpus's own tokens, (N,) int64
+    tokenizer: object
+
+    @classmethod
+    def read(cls, dataset: Dataset, split: str, limit: int) -> "Text":
+        """The first `limit` tokens of a split (0 = all), less a last character that this would cut in two."""
+        source, vocabulary = dataset.split(split), dataset.tokenizer
+        tokens = source.slice(0, min(limit, source.tokens) if limit else source.tokens)
+        while len(tokens) and not _whole(b"".join(vocabulary.token_bytes[token] for token in tokens[-4:])):
+            tokens = tokens[:-1]
+        ends = np.flatnonzero(tokens == vocabulary.eos_id)
+        pieces = np.split(tokens, ends + 1)
+        documents = [vocabulary.decode(piece.tolist()) for piece in pieces if len(piece)]
+        return cls(documents, len(ends) > 0 and ends[-1] == len(tokens) - 1, tokens, vocabulary)
+
+    def encode(self, vocabulary) -> np.ndarray:
+        """The text in the tokens of another tokenizer, (M,) int64; every document ends with its EOS."""
+        if vocabulary.hash == self.tokenizer.hash:
+            return self.tokens
+        encoded: list[int] = []
+        for document in self.documents:
+            encoded += [*vocabulary.encode(document), vocabulary.eos_id]
+        return np.array(encoded if self.ends else encoded[:-1], dtype=np.int64)
+
+
+def _whole(tail: bytes) -> bool:
+    """Whether the end of these bytes is the end of a UTF-8 character; they may begin inside one."""
+    try:
+        tail.lstrip(bytes(range(0x80, 0xC0))).decode()
+    except UnicodeDecodeError as error:
+        return error.reason != "unexpected end of data"
+    return True
+
+
+class Result(NamedTuple):
+    scores: dict  # what goes into the JSON file
+    block_nats: np.ndarray  # nats per block of BLOCK_BYTES of text, to compare runs with
+    token_nats: np.ndarray  # nats per token
+
+
+@torch.no_grad()
+def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device: torch.device) -> np.ndarray:
+    """-log p of every token given the text before it, (N,) float64."""
+    stream = np.concatenate(([eos_id], tokens))
+    nats = np.full(len(tokens), np.nan)
+    windows = list(strided_windows(len(tokens), model.config.block_size, stride))
+    batch_size = max(1, BATCH_TOKENS // model.config.block_size)
+    progress = tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False, disable=None)
+    while windows:
+        # Windows of one batch have one length; only the first ones and the last one differ.
+        length = windows[0].stop - windows[0].context_start
+        batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
+        windows = windows[len(batch) :]
+        loss = _nats(model, np.stack([stream[w.context_start : w.stop + 1] for w in batch]), device)
+        for w, row in zip(batch, loss, strict=True):
+            nats[w.start : w.stop] = row[w.start - w.context_start :]
+            progress.update(w.stop - w.start)
+    progress.close()
+    return nats
+
+
+@torch.no_grad()
+def _nats(model: GPT, rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """-log p of all tokens but the first of each row given those before it, (B, T + 1) int64 -> (B, T) float64."""
+    x, y = torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(rows[:, 1:]).to(device)
+    return model(x, y, loss_reduction="none").loss.double().cpu().numpy()
+
+
+@torch.no_grad()
+def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
+    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is shorter."""
+    T = min(SEQUENCE_TOKENS, model.config.block_size, len(tokens))
+    n = min(SEQUENCES, len(tokens) // T)
+    starts = np.linspace(0, len(tokens) - T, n).astype(np.int64)
+    collected = FullCondensation()
+    batch_size = max(1, BATCH_TOKENS // T)
+    for i in range(0, n, batch_size):
+        x = torch.from_numpy(np.stack([tokens[s : s + T] for s in starts[i : i + batch_size]])).to(device)
+        collected.update(model(x, return_hidden_states=True).hidden_states)
+    return collected.result()
+
+
+def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device) -> Result:
+    """All scores of one model on the text. stride: tokens that a window advances by, 0 = half the context.
+
+    Raises InputError if the text is too short.
+    """
+    tokens = text.encode(vocabulary)
+    if len(tokens) < 2:
+        raise InputError(
+            f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split"
+        )
+    stride = stride or max(1, model.config.block_size // 2)
+    nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
+    # A token belongs to the block of text in which it ends.
+    ends = np.cumsum([len(vocabulary.token_bytes[token]) for token in tokens])
+    block_nats = np.bincount(np.maximum(ends - 1, 0) // BLOCK_BYTES, weights=nats)
+    total, n_bytes, words = float(nats.sum()), int(ends[-1]), sum(len(document.split()) for document in text.documents)
+    scores = {
+        "name": name,
+        "tokenizer": vocabulary.hash,
+        "tokens": len(tokens),
+        "bytes": n_bytes,
+        "words": words,
+        "loss": total / len(tokens),
+        "perplexity": perplexity(total, len(tokens)),
+        "bits_per_byte": bits_per_byte(total, n_bytes),
+        "word_perplexity": word_perplexity(total, words),
+        "condensation": condensation(model, tokens, device),
+    }
+    return Result(scores, block_nats, nats)
+
+
+def compare_texts(results: list[Result]) -> list[str]:
+    """What the text says about every run against the first, in a line each; the numbers go into the scores, too.
+
+    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are the
+    same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count half).
+    """
+    first, lines = results[0], []
+    n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
+    n_bytes[-1] = first.scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
+    for other in results[1:]:
+        difference, low, high = paired_bootstrap(first.block_nats, other.block_nats, n_bytes)
+        verdict = _verdict("better" if high < 0 else "worse" if low > 0 else "", low)
+        versus = {"bits_per_byte": difference, "low": low, "high": high, "verdict": verdict}
+        remarks = []
+        if verdict in ("better", "worse"):
+            share = difference / first.scores["bits_per_byte"]
+            remarks.append(f"{abs(share):.1%} {'fewer' if share < 0 else 'more'} bits")
+        if other.scores["tokenizer"] == first.scores["tokenizer"]:
+            per_token = other.token_nats - first.token_nats
+            versus["nats_per_token"] = float(per_token.mean())
+            versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
+            remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
+        lines.append(
+            f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, 95 % interval {low:+.5f} to "
+            f"{high:+.5f}: {verdict}" + (" that this text can show" if verdict == "no difference" else "")
+            + (f" ({', '.join(remarks)})" if remarks else "")
+        )  # fmt: skip
+        other.scores["versus_first"] = versus
+    return lines
+
+
+def _verdict(word: str, low: float) -> str:
+    """better, worse, or why neither can be said."""
+    return "too little text to tell" if math.isnan(low) else word or "no difference"
+
+
+# --- minimal pairs ----------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two sentences that differ in one thing, of which one is right."""
+
+    good: str
+    bad: str
+    file: str  # name of the file it is from
+    term: str | None  # what it is about, and the field of linguistics that this belongs to
+    field: str | None
+
+
+def read_pairs(pattern: str) -> list[Pair]:
+    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv 1912.00582).
+
+    A line is a JSON object with sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises
+    InputError naming file and line of one that is not.
+    """
+    if os.path.isfile(pattern):
+        files = [pattern]
+    elif os.path.isdir(pattern):
+        files = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.jsonl")))
+    else:
+        files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
+    if not files:
+        raise InputError(f"--minimal-pairs {pattern}: there is no such file")
+    pairs = []
+    for file, name in zip(files, short_names(files), strict=True):
+        for number, line in enumerate(read_bytes(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+            if line.strip():
+                pairs.append(_parse_pair(line, f"{file}, line {number},", name.removesuffix(".jsonl")))
+    if not pairs:
+        raise InputError(f"--minimal-pairs {pattern}: no pair is in {', '.join(files[:3])}")
+    return pairs
+
+
+def _parse_pair(line: bytes, where: str, name: str) -> Pair:
+    record = parse_json(line, where)
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is no minimal pair: it must be an object with sentence_good and sentence_bad")
+    for key in ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID"):
+        value = record.get(key)
+        if value is None and not key.startswith("sentence"):
+            continue
+        if not isinstance(value, str) or not value.strip() or not is_plain(value):
+            raise InputError(f"{where} is no minimal pair: its {key} is missing, or no plain text of one line")
+    return Pair(
+        record["sentence_good"], record["sentence_bad"], name, record.get("linguistics_term"), record.get("field")
+    )
+
+
+def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
+    """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64.
+
+    Sentences of one length go through the model together, so that nothing is padded; one that occurs again is not
+    computed again. A sentence that is longer than the context is read in windows that overlap by half.
+    """
+    distinct = dict.fromkeys(sentences)
+    encoded = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
+    block_size, by_length = model.config.block_size, {}
+    for sentence, ids in zip(distinct, encoded, strict=True):
+        by_length.setdefault(len(ids), []).append((sentence, ids))
+    progress = tqdm(total=len(distinct), unit="sentence", unit_scale=True, leave=False, disable=None)
+    for length, group in sorted(by_length.items()):
+        size = max(1, BATCH_TOKENS // max(1, length)) if length <= block_size else 1
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            if length <= block_size:
+                totals = _nats(model, np.array([[vocabulary.eos_id, *ids] for _, ids in batch]), device).sum(axis=1)
+            else:
+                ids = np.array(batch[0][1])
+                totals = [token_nats(model, ids, vocabulary.eos_id, max(1, block_size // 2), device).sum()]
+            distinct.update(zip((sentence for sentence, _ in batch), totals, strict=True))
+            progress.update(len(batch))
+    progress.close()
+    return np.array([distinct[sentence] for sentence in sentences], dtype=np.float64)
+
+
+def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:
+    """What every pair counts, (N,): see minimal_pair_values."""
+    nats = sentence_nats(model, vocabulary, [s for pair in pairs for s in (pair.good, pair.bad)], device)
+    return minimal_pair_values(-nats[0::2], -nats[1::2])
+
+
+def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
+    """Of every model: accuracy and interval over all pairs, and by_field, by_term and by_file of those that have one.
+
+    values: what every pair counts, an array per model. From the second model on, versus_first is the paired difference.
+    """
+
+    def summary(which: np.ndarray, model: int) -> dict:
+        accuracy, low, high = bootstrap_mean(values[model][which])
+        scores = {"pairs": len(which), "accuracy": accuracy, "low": low, "high": high}
+        if model:
+            difference, low, high = bootstrap_mean(values[model][which] - values[0][which])
+            scores["versus_first"] = {"accuracy": difference, "low": low, "high": high}
+        return scores
+
+    groups = {}
+    for key in ("field", "term", "file"):
+        groups[f"by_{key}"] = members = {}
+        for i, pair in enumerate(pairs):
+            if (name := getattr(pair, key)) is not None:
+                members.setdefault(name, []).append(i)
+    return [
+        {**summary(np.arange(len(pairs)), model),
+         **{key: {name: summary(np.array(which), model) for name, which in sorted(members.items())} for key, members in groups.items()}}
+        for model in range(len(values))
+    ]  # fmt: skip
+
+
+def compare_pairs(names: list[str], summaries: list[dict]) -> list[str]:
+    """What the pairs say about every run against the first, in a line each; the verdict goes into the summary, too."""
+    lines = []
+    for name, summary in zip(names[1:], summaries[1:], strict=True):
+        versus = summary["versus_first"]
+        difference, low, high = (versus[key] for key in ("accuracy", "low", "high"))
+        versus["verdict"] = _verdict("better" if low > 0 else "worse" if high < 0 else "", low)
+        lines.append(
+            f"{name} against {names[0]}: {difference:+.2%} of the minimal pairs, 95 % interval {low:+.2%} to {high:+.2%}: "
+            + versus["verdict"]
+            + (" that these pairs can show" if versus["verdict"] == "no difference" else "")
+        )
+    return lines
+
+
+# --- how it writes ----------------------------------------------------------------------------------------------------
+
+
+def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str], str]:
+    """`count` held-out documents, evenly spread over those that are long enough for `writing` in every tokenizer.
+
+    Where there are fewer, stretches of the text, side by side. Returns them, and which of the two they are. Raises
+    InputError if the text is too short for that.
+    """
+    least = PROMPT_TOKENS + CONTINUATION_TOKENS
+    lengths = np.full(len(text.documents), least)
+    for vocabulary in vocabularies:
+        tokens = text.encode(vocabulary)
+        ends = np.append(np.flatnonzero(tokens == vocabulary.eos_id), len(tokens))[: len(lengths)]
+        lengths = np.minimum(lengths, np.diff(ends, prepend=-1) - 1)
+    long = np.flatnonzero(lengths >= least)
+    if len(long) >= count:
+        which = long[np.linspace(0, len(long) - 1, count).round().astype(int)]
+        return [text.documents[i] for i in which], "documents"
+    joined = "".join(text.documents)
+    size = len(joined) // count
+    stretches = [joined[i * size : (i + 1) * size] for i in range(count)]
+    if any(len(vocabulary.encode(stretch)) < least for vocabulary in vocabularies for stretch in stretches):
+        raise InputError(
+            f"--texts {count}: the text is too short for so many times {least} tokens: give a lower number"
+        )
+    return stretches, "stretches of the text"
+
+
+@torch.no_grad()
+def writing(model: GPT, vocabulary, texts: list[str], seed: int, device: torch.device) -> dict:
+    """How often a model repeats itself: {way: {rep_2, rep_3, rep_4, distinct_1, distinct_2}}, see metrics.py.
+
+    The ways are true (how the text goes on), greedy, and nucleus (top-p 0.95, temperature 1). A prompt is EOS and the
+    first 32 tokens of a text; each continuation has 128 tokens, and EOS counts as one.
+    """
+    encoded = np.array([vocabulary.encode(text)[: PROMPT_TOKENS + CONTINUATION_TOKENS] for text in texts])
+    prompts = np.insert(encoded[:, :PROMPT_TOKENS], 0, vocabulary.eos_id, axis=1)
+    ways = {"true": encoded[:, PROMPT_TOKENS:]}
+    for way, options in (("greedy", {"temperature": 0.0}), ("nucleus", {"temperature": 1.0, "top_p": TOP_P})):
+        parts = []
+        for start in range(0, len(prompts), ROWS):
+            idx = torch.from_numpy(prompts[start : start + ROWS]).to(device)
+            out = model.generate(idx, CONTINUATION_TOKENS, seed=seed + start, **options)
+            parts.append(out[:, prompts.shape[1] :].cpu().numpy())
+        ways[way] = np.concatenate(parts)
+    return {
+        way: {
+            **{f"rep_{n}": float(np.mean([repeated_ngrams(row, n) for row in rows])) for n in (2, 3, 4)},
+            **{f"distinct_{n}": distinct_ngrams(rows, n) for n in (1, 2)},
+        }
+        for way, rows in ways.items()
+    }
