@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.sources import Document, Input, Source, say, text_blocks, text_document, text_file
+from data.files import Input, say
+from data.sources import Document, Source, text_blocks, text_document, text_file
 from minidisp import InputError
 from minidisp.data import sha256_of
 

@@ -39,7 +39,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, when this file is run as a script
 
 from data.downloads import BUILT_IN, DOWNLOADS, built_in
-from data.sources import KINDS, READERS, BadRow, Document, Source, changed, hugging_face, input_files, printable, say
+from data.files import changed, printable, say
+from data.hub import hugging_face
+from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, read_bytes
 from minidisp.data import FORMAT, SPLITS, Dataset, ShardWriter
 from minidisp.runtime.cli import Parser, exit_code
@@ -289,7 +291,7 @@ def prepare_corpus(
             copy.unlink(missing_ok=True)
             _print_table(out, meta)
     except BadRow as bad:
-        raise InputError(f"{bad} (--bad-rows skip leaves it out, and counts it)") from bad
+        raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
     except OSError as error:
         elsewhere = "; --out DIR puts the corpus elsewhere" if error.errno in (errno.EACCES, errno.EROFS) else ""
         raise InputError(f"cannot write {error.filename or out}: {error.strerror}{elsewhere}") from error
@@ -477,7 +479,7 @@ def _built_aside(out: Path, left_off: Callable[[Path], dict]) -> Iterator[Path]:
 
 
 def _print_table(out: Path, meta: dict) -> None:
-    print(f"{out}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
+    print(f"{printable(out)}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
     print(f"{'split':5} {'documents':>10} {'tokens':>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
     for name, split in meta["splits"].items():
         counts = f"{split['documents']:>10,} {split['tokens']:>14,} {split['bytes']:>15,} {split['words']:>14,}"
@@ -509,7 +511,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     sizes = ", ".join(f"{name} ({download.bytes / 1e6:,.0f} MB)" for name, download in DOWNLOADS.items())
     add = parser.add_argument_group("where the text comes from").add_argument
-    add("corpus", nargs="?", choices=BUILT_IN, metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
+    add("corpus", nargs="?", metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
     add("--source", metavar="FILE", help="the file of a built-in corpus, if you downloaded it yourself")
     add("--input", nargs="+", metavar="PATH", help=f"your own text: files ({' '.join(KINDS)}, also as .gz and .zst), "
         "folders with all such files in them, patterns, or - for standard input")  # fmt: skip
@@ -528,7 +530,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "Face model, a folder or owner/name on the hub")  # fmt: skip
     add("--vocab-size", type=_number(1), metavar="N", help="tokens of the SentencePiece BPE "
         f"(default {VOCAB_SIZE}, or less where the text gives no more)")  # fmt: skip
-    add("--tokenizer-from", metavar="FILE", help="use this tokenizer.model, of another corpus or run, instead")
+    add("--tokenizer-from", metavar="PATH", help="use the tokenizer.model of another corpus or run instead: the file or "
+        "its folder")  # fmt: skip
     add = parser.add_argument_group("where the corpus goes").add_argument
     add("--name", help="name of the corpus, with --input and --hf (default: that of the folder --out)")
     add("--out", metavar="DIR", help="folder of the corpus (default: data/NAME)")
@@ -536,6 +539,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=_number(1), metavar="N", help="threads that encode (default: one per core)")
     args = parser.parse_args(argv)
 
+    if args.corpus not in (None, *BUILT_IN):
+        parser.error(f"{args.corpus}: no built-in corpus ({', '.join(BUILT_IN)}); for your own text use --input")
     own = [flag for flag, value in (("--input", args.input), ("--hf", args.hf)) if value]
     if len(own) + (args.corpus is not None) > 1:
         parser.error("prepare one corpus at a time: NAME, --input or --hf")
@@ -575,7 +580,10 @@ def _number(least: int) -> Callable[[str], int]:
 def _tokenizer(args: argparse.Namespace) -> str | Tokenizer:
     """What --tokenizer and --tokenizer-from ask for, as prepare_corpus takes it."""
     if args.tokenizer_from:
-        return load(os.path.expanduser(args.tokenizer_from))
+        path = Path(os.path.expanduser(args.tokenizer_from))
+        if path.is_dir() and not (path / "tokenizer.model").exists() and (path / "tokenizer.json").exists():
+            path /= "tokenizer.json"  # whose error says what to do
+        return load(path / "tokenizer.model" if path.is_dir() else path)
     if args.tokenizer and args.tokenizer.startswith("hf:"):
         from minidisp import hf  # brings torch
 

@@ -298,6 +298,9 @@ def load(path: str | Path) -> Tokenizer:
             return ByteTokenizer()
         if serialized.startswith(HUGGING_FACE_FILE):
             return HuggingFaceTokenizer(serialized)
+        if Path(path).suffix == ".json" and serialized.lstrip().startswith(b"{"):
+            folder = Path(path).absolute().parent
+            raise ValueError(f"a Hugging Face tokenizer, which needs its folder: use --tokenizer hf:{folder}")
         return SentencePieceTokenizer(serialized)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: a damaged tokenizer file, with a piece that is not UTF-8") from error
