@@ -2,42 +2,33 @@
 
     python data/prepare.py                              # pystdlib: this Python's own library, 10 MB, needs no network
     python data/prepare.py wikitext2                    # or another built-in corpus, downloaded once
-    python data/prepare.py --input 'books/*.txt' more.jsonl.gz --name books
+    python data/prepare.py --input books more.jsonl.gz --name books        # files, folders, patterns, - for a pipe
     python data/prepare.py --hf HuggingFaceFW/fineweb-edu:sample-10BT --limit 200000 --name fineweb
 
-A file is one document, a line of a .jsonl file is one. Documents go to train, val and test, 90/5/5, by the sha256 of
-their text: a document never changes sides, and its copies stay with it. A single document is cut by position, at 90
-and 95 % of its characters. Text is kept as it is, to the last byte; empty documents are left out. The tokenizer is
-trained on the training split only, on at most 16 MB of it.
+A text file is one document; a line of .jsonl, a row of .json and .parquet is one. Documents go to train, val and test,
+90/5/5, by the sha256 of their text: a document never changes sides, and its copies stay with it. A single document is
+cut by position, at 90 and 95 % of its characters. Text is kept as it is, to the last byte; empty documents are left
+out. The tokenizer is trained on the training split only, on at most 16 MB of it.
 
 The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
-give the same files, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end;
-downloads stay in data/.downloads.
+give the same tokens, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end;
+when that was interrupted, the same command goes on where it was. Downloads stay in data/.downloads.
 """
 
 import argparse
 import contextlib
-import functools
-import glob
-import gzip
+import errno
 import hashlib
 import heapq
-import http.client
-import io
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import time
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -47,8 +38,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, when this file is run as a script
 
-from minidisp import InputError, __version__
-from minidisp.data import FORMAT, SPLITS, Dataset, ShardWriter, sha256_of
+from data.downloads import BUILT_IN, DOWNLOADS, built_in
+from data.files import changed, printable, say
+from data.hub import hugging_face
+from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
+from minidisp import InputError, __version__, parse_json, read_bytes
+from minidisp.data import FORMAT, SPLITS, Dataset, ShardWriter
+from minidisp.runtime.cli import Parser, exit_code
 from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepiece
 
 try:
@@ -59,22 +55,11 @@ except ImportError:  # Windows: two processes that prepare one corpus at once ar
 DATA = Path(__file__).resolve().parent
 VOCAB_SIZE = 4096
 SHARD_TOKENS = 100_000_000
-BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
 BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
 SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
 MAX_DOCUMENT_CHARS = 1 << 25  # to be hashed before a document is placed, it is held in memory
-TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz")
-
-
-class Document(NamedTuple):
-    name: str  # for messages: a file, or a line of one
-    blocks: Iterable[str]  # the text, in consecutive parts
-
-
-class Source(NamedTuple):
-    description: str  # kept in meta.json; another one is another corpus
-    documents: Callable[[], Iterator[Document]]  # from the start at each call
-    once: bool = False  # reading is expensive: keep a copy while preparing
+INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
+SAVE_EVERY_S = 10  # how much work an interruption may cost
 
 
 class Piece(NamedTuple):
@@ -83,288 +68,19 @@ class Piece(NamedTuple):
     ends: bool  # the last piece of its document
 
 
-# --- sources: where documents come from -------------------------------------------------------------------------------
-
-
-def blocks_of(file: TextIO) -> Iterator[str]:
-    """The text of an open file in blocks that end where a line ends, unless a line is very long."""
-    while block := file.read(BLOCK_CHARS):
-        yield block + file.readline(BLOCK_CHARS)
-
-
-def file_blocks(path: str | Path) -> Iterator[str]:
-    """The text of a UTF-8 file, unchanged, in blocks."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            for block in blocks_of(file):
-                if "\0" in block:
-                    raise InputError(f"{path}: a binary file (it has NUL bytes), not text")
-                yield block
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); convert it, or leave it out") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-
-
-def text_file(path: str | Path) -> Iterator[Document]:
-    yield Document(str(path), file_blocks(path))
-
-
-def text_document(name: str, text: str) -> Document:
-    return Document(name, blocks_of(io.StringIO(text, newline="")))
-
-
-def json_lines(path: str | Path, field: str) -> Iterator[Document]:
-    """One document per line of a .jsonl or .jsonl.gz file; blank lines are skipped."""
-    number = 0
-    try:
-        with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    yield text_document(where, text_field(_parse(line, where), field, "--field", where))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}), after line {number}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip file, after line {number}") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-
-
-def _parse(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-
-
-def text_field(record: object, field: str, flag: str, where: str) -> str:
-    """record[field], or InputError if that is not a text."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object")
-    if field not in record:
-        raise InputError(f"{where}: no field {field!r} but {', '.join(map(str, record)) or 'none at all'}; see {flag}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} is not a text but {json.dumps(text, default=str)[:40]}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud83d"
-        raise InputError(f"{where}: field {field!r} has half a surrogate pair at character {error.start}") from error
-    return text
-
-
-def input_files(patterns: list[str], field: str) -> Source:
-    """The files that match the glob patterns, in the order of the patterns and sorted within each, every file once."""
-    paths: dict[str, None] = {}
-    for pattern in patterns:
-        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        matches = [path for path in matches if os.path.isfile(path)]
-        if not matches:
-            raise InputError(f"--input {pattern}: no such file")
-        paths |= dict.fromkeys(matches)
-    for path in paths:
-        if not path.lower().endswith(TEXT_SUFFIXES + JSON_SUFFIXES):
-            raise InputError(f"{path}: only {' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)} files are read")
-
-    def documents() -> Iterator[Document]:
-        for path in paths:
-            yield from text_file(path) if path.lower().endswith(TEXT_SUFFIXES) else json_lines(path, field)
-
-    from_json = any(path.lower().endswith(JSON_SUFFIXES) for path in paths)
-    return Source(" ".join(patterns) + (f", field {field}" if from_json else ""), documents)
-
-
-def hugging_face(spec: str, column: str) -> Source:
-    """The train split of a dataset NAME or NAME:CONFIG of the Hugging Face hub, one document per row."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("--hf needs the optional package datasets: pip install 'minidisp[datasets]'") from error
-    name, _, config = spec.partition(":")
-
-    def documents() -> Iterator[Document]:
-        try:
-            rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-            for number, row in enumerate(rows, 1):
-                where = f"--hf {spec}, row {number}"
-                yield text_document(where, text_field(row, column, "--hf-column", where))
-        except InputError:
-            raise
-        except Exception as error:  # of datasets, of its hub client, of a dozen file formats
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"--hf {spec}: {type(error).__name__}: {reason}") from error
-
-    return Source(f"Hugging Face dataset {spec}, column {column}", documents, once=True)
-
-
-def standard_library() -> Source:
-    """The library of the Python that runs this: real text of some size that is on every machine already."""
-    root = Path(sysconfig.get_path("stdlib"))
-    # Without tests, other people's packages, and what is generated: tables of characters and the text of help().
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
-    paths = [path for path in root.rglob("*.py") if path.is_file() and not skipped & set(path.relative_to(root).parts)]
-    if not paths:
-        raise InputError(f"this Python has no library sources in {root}; choose another corpus")
-    paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    description = f"standard library of {platform.python_implementation()} {platform.python_version()}"
-    return Source(description, lambda: itertools.chain.from_iterable(map(text_file, paths)))
-
-
-def wikitext(path: Path) -> Iterator[Document]:
-    """The articles of a WikiText archive; one starts at the blank line before its " = Title = "."""
-    with zipfile.ZipFile(path) as archive:
-        for file_name in ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"):
-            member = next(name for name in archive.namelist() if name.endswith(file_name))
-            with io.TextIOWrapper(archive.open(member), encoding="utf-8", newline="\n") as lines:
-                article: list[str] = []
-                for line in lines:
-                    if re.fullmatch(r" = [^=].* = \n", line) and article and not article[-1].strip():
-                        blank = article.pop()
-                        if article:
-                            yield text_document(member, "".join(article))
-                        article = [blank]
-                    article.append(line)
-                yield text_document(member, "".join(article))
-
-
-def tinystories(path: Path) -> Iterator[Document]:
-    """The stories of TinyStoriesV2-GPT4-train.txt, without the line breaks around the separators."""
-    rest = ""
-    for block in itertools.chain(file_blocks(path), ["<|endoftext|>"]):
-        *stories, rest = (rest + block).split("<|endoftext|>")
-        yield from (text_document(str(path), story.strip()) for story in stories if story.strip())
-
-
-class Download(NamedTuple):
-    read: Callable[[Path], Iterator[Document]]
-    url: str
-    bytes: int
-    sha256: str
-
-
-# Addresses that name a commit, so that the file behind them cannot change.
-GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
-DOWNLOADS = {
-    "shakespeare": Download(
-        text_file,
-        f"{GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
-        1_115_394,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "wikitext2": Download(
-        wikitext,
-        f"{HUB}/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
-        4_721_645,
-        "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
-    ),
-    "wikitext103": Download(
-        wikitext,
-        f"{HUB}/mattdangerw/wikitext-103-raw/resolve/3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
-        191_984_949,
-        "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
-    ),
-    "tinystories": Download(
-        tinystories,
-        f"{HUB}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
-        2_227_753_162,
-        "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
-    ),
-}
-BUILT_IN = ("pystdlib", *DOWNLOADS)
-
-
-def built_in(name: str, downloads: Path, file: Path | None = None) -> Source:
-    """A built-in corpus. What has to be downloaded goes to the folder `downloads`, or is the given file."""
-    if name == "pystdlib":
-        return standard_library()
-    wanted = DOWNLOADS[name]
-
-    @functools.cache  # so that only the first of several readings downloads and checks
-    def path() -> Path:
-        if not file:
-            return download(name, downloads)
-        check_download(file, wanted)
-        return file
-
-    return Source(wanted.url, lambda: wanted.read(path()))
-
-
-# --- downloads --------------------------------------------------------------------------------------------------------
-
-ATTEMPTS, PAUSE_S, TIMEOUT_S = 5, 2, 30
-
-
-def download(name: str, folder: Path) -> Path:
-    """The downloaded file of a built-in corpus, checked; a download that was cut off is continued."""
-    wanted = DOWNLOADS[name]
-    target = folder / f"{name}-{wanted.url.rpartition('/')[2]}"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.touch()
-        by_hand = f"or download it elsewhere and run python data/prepare.py {name} --source FILE"
-        for attempt in range(ATTEMPTS):
-            if part.stat().st_size >= wanted.bytes:
-                break
-            time.sleep(PAUSE_S if attempt else 0)
-            try:
-                _download_rest(wanted, part)
-            except urllib.error.HTTPError as error:
-                raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
-            except urllib.error.URLError as error:
-                raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
-            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                _say(f"{wanted.url}: {error or 'cut off'}")
-        if (size := part.stat().st_size) < wanted.bytes:
-            have = f"{size:,} of {wanted.bytes:,} bytes"
-            raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
-        part.replace(target)
-    try:
-        check_download(target, wanted)
-    except InputError:
-        target.unlink()  # the next run downloads it again
-        raise
-    return target
-
-
-def _download_rest(wanted: Download, part: Path) -> None:
-    """Append to `part` what it lacks, or all of it if the server cannot continue in the middle."""
-    have = part.stat().st_size
-    request = urllib.request.Request(wanted.url, headers={"User-Agent": "minidisp", "Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if resumed else 0
-        progress = tqdm(desc=part.stem, total=wanted.bytes, initial=have, unit="B", unit_scale=True, disable=None)
-        with open(part, "ab" if resumed else "wb") as file, progress:
-            # No more than a block past the announced end: that much shows that it is another file.
-            while have <= wanted.bytes and (block := _read(response)):
-                file.write(block)
-                have += len(block)
-                progress.update(len(block))
-
-
-def _read(response) -> bytes:
-    try:
-        return response.read(1 << 16)
-    except OSError as error:  # whatever it is, not to be confused with a full disk
-        raise ConnectionError(error) from error
-
-
-def check_download(path: Path, wanted: Download) -> None:
-    """InputError unless the file has the size and the sha256 of the original."""
-    try:
-        size, sha256 = path.stat().st_size, sha256_of(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    if (size, sha256) != (wanted.bytes, wanted.sha256):
-        raise InputError(
-            f"{path} is not the file of {wanted.url}: {size:,} bytes with sha256 {sha256}, "
-            f"not {wanted.bytes:,} bytes with sha256 {wanted.sha256}"
-        )
-
-
 # --- from documents to pieces, a sample of them, and shards -----------------------------------------------------------
+
+
+def usable(items: Iterable[Document | BadRow], skip: bool, skipped: Counter) -> Iterator[Document]:
+    """The documents. A bad row is an error, or else left out and counted by its reason, from 0 at each reading."""
+    skipped.clear()
+    for item in items:
+        if not isinstance(item, BadRow):
+            yield item
+        elif skip:
+            skipped[item.reason] += 1
+        else:
+            raise item
 
 
 def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
@@ -398,6 +114,8 @@ def by_position(blocks: Iterable[str], chars: int) -> Iterator[Piece]:
     position = 0
     for block in blocks:
         while block:
+            if not ends:
+                raise InputError("the text became longer while it was read: prepare it when it is at rest")
             split, end = ends[0]
             text, block = block[: end - position], block[end - position :]
             position += len(text)
@@ -427,20 +145,35 @@ def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], 
     return documents, chars, [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
 
 
-def write_shards(pieces: Iterable[Piece], chars: int, tokenizer: Tokenizer, folder: Path, workers: int) -> dict:
-    """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display."""
-    splits = {name: {"documents": 0, "tokens": 0, "bytes": 0, "words": 0, "shards": []} for name in SPLITS}
+def write_shards(
+    pieces: Iterable[Piece],
+    chars: int,
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int,
+    done: dict,
+    save: Callable[[dict], None],
+) -> dict:
+    """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display.
+
+    Now and then `save` is called with what has been done; given as `done` to another call, that goes on from there.
+    """
+    zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0}
+    n_pieces, splits = done.get("pieces", 0), done.get("splits") or {name: dict(zero) for name in SPLITS}
+    shards, saved = done.get("shards", {}), time.monotonic()
     token_bytes = [len(token) for token in tokenizer.token_bytes]
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(ShardWriter(folder, name, tokenizer.vocab_size, SHARD_TOKENS)) for name in SPLITS
+            name: stack.enter_context(ShardWriter(folder, name, tokenizer.vocab_size, SHARD_TOKENS, shards.get(name)))
+            for name in SPLITS
         }
-        for batch in _batches(_progress("encoding", pieces, chars)):
+        rest = itertools.islice(_progress("encoding", pieces, chars), n_pieces, None)
+        for batch in _batches(rest):
             encoded = tokenizer.encode_batch([piece.text for piece in batch], threads=workers)
             for piece, ids in zip(batch, encoded, strict=True):
                 counts, n_bytes = splits[piece.split], len(piece.text.encode("utf-8"))
                 if sum(map(token_bytes.__getitem__, ids)) != n_bytes:
-                    raise InputError(f"the tokenizer changes the text {piece.text[:40]!r}...; use another one")
+                    raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...; use another one")
                 if piece.ends:
                     ids.append(tokenizer.eos_id)
                 writers[piece.split].write(ids)
@@ -448,9 +181,12 @@ def write_shards(pieces: Iterable[Piece], chars: int, tokenizer: Tokenizer, fold
                 counts["tokens"] += len(ids)
                 counts["bytes"] += n_bytes
                 counts["words"] += len(piece.text.split())
-    for name, writer in writers.items():
-        splits[name]["shards"] = writer.shards
-    return splits
+            n_pieces += len(batch)
+            if time.monotonic() - saved >= SAVE_EVERY_S:
+                shards = {name: writer.state() for name, writer in writers.items()}
+                save({"pieces": n_pieces, "splits": splits, "shards": shards})
+                saved = time.monotonic()
+    return {name: {**splits[name], "shards": writer.shards} for name, writer in writers.items()}
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -511,89 +247,143 @@ def prepare_corpus(
     source: Source,
     out: Path,
     tokenizer: str | Tokenizer = "sentencepiece",
-    vocab_size: int = VOCAB_SIZE,
+    vocab_size: int = 0,
     one_document: bool = False,
     limit: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
+    *,
+    skip_bad_rows: bool = False,
 ) -> Path:
-    """Prepare a corpus in the folder `out`, unless it is there with the same options; returns out.
+    """Prepare a corpus in the folder `out`, unless it is there with the same options and input; returns out.
 
-    tokenizer: "sentencepiece" to train one of vocab_size tokens, "byte", or one to use as it is.
+    tokenizer: "sentencepiece" to train one, "byte", or one to use as it is. vocab_size: tokens of the one to train;
+    0 = VOCAB_SIZE, or as near to it as the text allows.
     one_document: join all documents and cut the whole by position. limit: take the first documents only, 0 = all.
     workers: threads that encode, by default one per core; they do not change the result.
     Raises InputError, with nothing left behind, if the text, the options or the disk do not allow it.
     """
     options = {
         "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.hash,
-        "vocab_size": vocab_size if tokenizer == "sentencepiece" else 0,
+        "vocab_size": (vocab_size or VOCAB_SIZE) if tokenizer == "sentencepiece" else 0,
         "one_document": one_document,
         "limit": limit,
+        "bad_rows": "skip" if skip_bad_rows else "stop",
     }
     workers = workers or _cores()
+    versions = {"minidisp": __version__, "sentencepiece": sentencepiece.__version__}
+    meta = {"format": FORMAT, "name": name, "source": source.description, "options": options, "versions": versions}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             if _is_there(out, source, options, overwrite):
                 return out
-            with _built_aside(out) as build:
-                meta = {"format": FORMAT, "name": name, "source": source.description, "options": options}
-                meta |= _build(build, source, options, tokenizer, workers)
+            copy = out.with_name(f".{out.name}.download")
+            reading = source.fetch(copy, limit, skip_bad_rows) if source.fetch else source
+            with _built_aside(out, lambda build: _left_off(build, meta, reading)) as build:
+                meta = _build(build, reading, meta, tokenizer, bool(vocab_size), workers)
+                if source.inputs:
+                    lines = (json.dumps(file.record()) + "\n" for file in source.inputs)
+                    (build / INPUTS).write_text("".join(lines), encoding="utf-8")
                 (build / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+                (build / PROGRESS).unlink(missing_ok=True)
                 Dataset(build)
+            copy.unlink(missing_ok=True)
             _print_table(out, meta)
+    except BadRow as bad:
+        raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
     except OSError as error:
-        raise InputError(f"cannot write {error.filename or out}: {error.strerror}") from error
+        elsewhere = "; --out DIR puts the corpus elsewhere" if error.errno in (errno.EACCES, errno.EROFS) else ""
+        raise InputError(f"cannot write {error.filename or out}: {error.strerror}{elsewhere}") from error
     return out
 
 
-def _build(folder: Path, source: Source, options: dict, tokenizer: str | Tokenizer, workers: int) -> dict:
-    """Write tokenizer and shards; returns the rest of meta.json."""
+def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer, exact: bool, workers: int) -> dict:
+    """Write tokenizer and shards, or what is missing of them; returns meta.json. exact: the size of the vocabulary is."""
+    options, skipped = meta["options"], Counter()
 
     def documents() -> Iterator[Document]:
-        return itertools.islice(source.documents(), options["limit"] or None)
-
-    copy = folder / "documents.jsonl"
-    if source.once:
-        with open(copy, "w", encoding="utf-8") as file:
-            for document in tqdm(documents(), desc="downloading", unit="doc", leave=False, disable=None):
-                file.write(json.dumps({"text": "".join(document.blocks)}) + "\n")
-        source = source._replace(documents=lambda: json_lines(copy, "text"))
-    first = list(itertools.islice(documents(), 2))
-    cut_chars = 0
-    if options["one_document"] or len(first) == 1:
-        cut_chars = sum(map(len, joined(documents())))
-        if cut_chars < 20:
-            raise InputError(f"{source.description}: {cut_chars} characters are too few to be cut 90/5/5")
+        found = usable(source.documents(), options["bad_rows"] == "skip", skipped)
+        return itertools.islice(found, options["limit"] or None)
 
     def pieces() -> Iterator[Piece]:
-        return by_position(joined(documents()), cut_chars) if cut_chars else by_hash(documents())
+        return by_position(joined(documents()), known["cut_chars"]) if known["cut_chars"] else by_hash(documents())
 
-    counts, chars, sample = survey(pieces(), SAMPLE_BYTES if tokenizer == "sentencepiece" else 0)
-    if not chars:
-        raise InputError(f"{source.description}: there is no text")
-    if empty := [name for name in SPLITS if not counts[name]]:
-        raise InputError(
-            f"{source.description}: {sum(counts.values())} documents leave nothing for {' and '.join(empty)}: "
-            "add documents, or use --one-document to join them and cut the whole 90/5/5"
-        )
-    if tokenizer == "sentencepiece":
-        _say(f"training a tokenizer of {options['vocab_size']:,} tokens on {sum(map(len, sample)):,} characters")
-        tokenizer = train_sentencepiece(sample, options["vocab_size"])
-    elif tokenizer == "byte":
-        tokenizer = ByteTokenizer()
-    tokenizer.save(folder / "tokenizer.model")
-    _say(f"encoding {chars:,} characters, {workers} threads")
-    splits = write_shards(pieces(), chars, tokenizer, folder, workers)
-    copy.unlink(missing_ok=True)
+    if left_off := _left_off(folder, meta, source):
+        known, encoded = left_off["known"], left_off["encoded"]
+        for file, record in zip(source.inputs, left_off["inputs"], strict=True):
+            file.sha256 = record["sha256"]  # so that another content is noticed
+        say(f"going on where it was interrupted, after {encoded['pieces']:,} pieces of the text")
+        tokenizer = load(folder / "tokenizer.model")
+    else:
+        encoded = {}
+        known = {"cut_chars": _chars_to_cut(documents, options["one_document"], meta["source"])}
+        counts, known["chars"], sample = survey(pieces(), SAMPLE_BYTES if tokenizer == "sentencepiece" else 0)
+        known["skipped"] = dict(skipped)
+        _check_splits(documents, counts, meta["source"], known)
+        if tokenizer == "sentencepiece":
+            size = options["vocab_size"]
+            say(f"training a tokenizer of {size:,} tokens on {sum(map(len, sample)):,} characters")
+            tokenizer = train_sentencepiece(sample, size, exact)
+            if tokenizer.vocab_size < size:
+                say(f"this text gives no more than {tokenizer.vocab_size:,} tokens: that is the vocabulary")
+        elif tokenizer == "byte":
+            tokenizer = ByteTokenizer()
+        tokenizer.save(folder / "tokenizer.model")
+
+    def save(encoded: dict) -> None:
+        inputs = None if source.inputs is None else [file.record() for file in source.inputs]
+        state = json.dumps({"meta": meta, "inputs": inputs, "known": known, "encoded": encoded})
+        (folder / f"{PROGRESS}.tmp").write_text(state, encoding="utf-8")
+        (folder / f"{PROGRESS}.tmp").replace(folder / PROGRESS)
+
+    say(f"encoding {known['chars']:,} characters, {workers} threads")
+    splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save)
     return {
-        "split_by": "position" if cut_chars else "hash",
-        "versions": {"minidisp": __version__, "sentencepiece": sentencepiece.__version__},
+        **meta,
+        "split_by": "position" if known["cut_chars"] else "hash",
+        "skipped": known["skipped"],
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.hash,
         "splits": splits,
     }
+
+
+def _chars_to_cut(documents: Callable[[], Iterator[Document]], one_document: bool, where: str) -> int:
+    """The length of a text that is cut by position: a single document, or all joined to one; 0 if it is not."""
+    if not one_document and len([*itertools.islice(documents(), 2)]) != 1:
+        return 0
+    chars = sum(map(len, joined(documents())))
+    if chars < 20:
+        raise InputError(f"{where}: {chars} characters are too few to be cut 90/5/5")
+    return chars
+
+
+def _check_splits(documents: Callable[[], Iterator[Document]], counts: dict, where: str, known: dict) -> None:
+    """InputError unless every split has a document."""
+    if not known["chars"]:
+        left_out = f"; left out: {_listed(known['skipped'])}" if known["skipped"] else ""
+        raise InputError(f"{where}: there is no text{left_out}")
+    if empty := [name for name in SPLITS if not counts[name]]:
+        n = sum(counts.values())
+        different = len({hashlib.sha256("".join(document.blocks).encode()).digest() for document in documents()})
+        texts = "one and the same text" if different == 1 else f"copies of {different} texts"
+        raise InputError(
+            f"{where}: {n} documents leave nothing for {' and '.join(empty)}"
+            + (f", as they are all {texts}" if different < n else "")
+            + ": add documents, or use --one-document to join them and cut the whole 90/5/5"
+        )
+
+
+def _left_off(folder: Path, meta: dict, source: Source) -> dict:
+    """What an interrupted preparation of this corpus has saved in `folder`; {} if there is nothing that can be used."""
+    try:
+        state = parse_json(read_bytes(folder / PROGRESS), PROGRESS)
+    except InputError:  # it did not get so far
+        return {}
+    same = isinstance(state, dict) and state.get("meta") == meta and source.inputs is not None
+    return state if same and state["inputs"] is not None and not changed(state["inputs"], source.inputs) else {}
 
 
 def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool:
@@ -606,15 +396,24 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         return False
     dataset = Dataset(out)
     wanted = {"source": source.description, **options}
-    found = {"source": dataset.meta["source"], **dataset.meta["options"]}
+    found = {"bad_rows": "stop", **dataset.meta["options"], "source": dataset.meta["source"]}
     if different := [key for key in wanted if wanted[key] != found.get(key)]:
         key = different[0]
         raise InputError(
             f"{out} is there, but with {key} {found.get(key)!r}, not {wanted[key]!r}: "
             "replace it with --overwrite, or choose another --out"
         )
+    if (out / INPUTS).is_file() and source.inputs is not None:
+        records = [parse_json(line, out / INPUTS) for line in read_bytes(out / INPUTS).splitlines()]
+        if change := changed(records, source.inputs):
+            raise InputError(
+                f"{out} is there, but its input is another now: {change}; "
+                "replace it with --overwrite, or choose another --out"
+            )
+    elif source.inputs:
+        say(f"{out} does not say what its input was: if that has changed since, use --overwrite")
     dataset.verify()
-    _say(f"{out} is there already, and intact; --overwrite prepares it again")
+    say(f"{out} is there already, and intact; --overwrite prepares it again")
     return True
 
 
@@ -631,10 +430,10 @@ def _locked(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _say(f"waiting for another process that prepares {out}")
+                say(f"waiting for another process that prepares {out}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # the file systems of some clusters have no locks
-                _say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus twice at the same time")
+                say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus twice at the same time")
             # The one we waited for has removed the file it had locked: start over with a new one.
             if _is_at(file, path):
                 try:
@@ -653,88 +452,113 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _built_aside(out: Path) -> Iterator[Path]:
-    """A folder next to `out` that takes its place when the block ends, and vanishes if the block fails."""
+def _built_aside(out: Path, left_off: Callable[[Path], dict]) -> Iterator[Path]:
+    """A folder next to `out` that takes its place when the block ends, and vanishes if the block fails.
+
+    If it is interrupted, by Ctrl-C or a signal, the folder stays as far as the next process can go on with it.
+    """
     build, old = out.with_name(f".{out.name}.building"), out.with_name(f".{out.name}.old")
-    for stale in (build, old):  # of a process that was killed: we hold the lock
-        if stale.exists():
-            shutil.rmtree(stale)
+    if old.exists():  # of a process that was killed: we hold the lock
+        shutil.rmtree(old) if out.exists() else old.rename(out)
+    if build.exists() and not left_off(build):
+        shutil.rmtree(build)
     try:
-        build.mkdir()
+        build.mkdir(exist_ok=True)
         yield build
         if out.exists():
             out.rename(old)
         build.rename(out)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+    except BaseException as error:
+        if isinstance(error, Exception) or not left_off(build):
+            shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+        else:
+            say("interrupted; type the same command again to go on from here")
         raise
     if old.exists():
         shutil.rmtree(old)
 
 
 def _print_table(out: Path, meta: dict) -> None:
-    print(f"{out}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
+    print(f"{printable(out)}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
     print(f"{'split':5} {'documents':>10} {'tokens':>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
     for name, split in meta["splits"].items():
         counts = f"{split['documents']:>10,} {split['tokens']:>14,} {split['bytes']:>15,} {split['words']:>14,}"
         print(f"{name:5} {counts} {split['bytes'] / split['tokens']:>12.3f}")
+
+    if meta["skipped"]:
+        print(f"left out: {_listed(meta['skipped'])}")
+
+
+def _listed(skipped: dict[str, int]) -> str:
+    """Bad rows by reason, on one line."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 # --- command line -----------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message} (see --help)")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the flags; InputError where they contradict each other."""
-    parser = _Parser(
-        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        prog="data/prepare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     sizes = ", ".join(f"{name} ({download.bytes / 1e6:,.0f} MB)" for name, download in DOWNLOADS.items())
     add = parser.add_argument_group("where the text comes from").add_argument
-    add("corpus", nargs="?", choices=BUILT_IN, metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
-    add("--source", type=Path, metavar="FILE", help="the file of a built-in corpus, if you downloaded it yourself")
-    add("--input", nargs="+", metavar="GLOB", help=f"your own files: {' '.join(TEXT_SUFFIXES + JSON_SUFFIXES)}")
-    add("--field", default="text", help="with --input: the field of .jsonl lines that holds the text (default: text)")
-    add("--hf", metavar="NAME[:CONFIG]", help="the train split of a Hugging Face dataset; needs pip install datasets")
+    add("corpus", nargs="?", metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
+    add("--source", metavar="FILE", help="the file of a built-in corpus, if you downloaded it yourself")
+    add("--input", nargs="+", metavar="PATH", help=f"your own text: files ({' '.join(KINDS)}, also as .gz and .zst), "
+        "folders with all such files in them, patterns, or - for standard input")  # fmt: skip
+    add("--format", choices=READERS, help="how to read --input whatever its name ends in (default: as the name says; "
+        "standard input is text)")  # fmt: skip
+    add("--field", default="text", help="with --input: the field of a row that holds the text (default: text)")
+    add("--hf", metavar="NAME[:CONFIG]", help="a Hugging Face dataset; needs pip install datasets")
+    add("--hf-split", default="train", metavar="NAME", help="with --hf: which split of it (default: train)")
     add("--hf-column", default="text", metavar="NAME", help="with --hf: the column that holds the text (default: text)")
+    add("--bad-rows", choices=("stop", "skip"), default="stop", help="what to do about a row without a text, a file "
+        "that is not UTF-8 and the like: stop and name it (the default), or leave it out and count it")  # fmt: skip
     add("--limit", type=_number(0), default=0, metavar="N", help="take only the first N documents (default 0: all)")
     add("--one-document", action="store_true", help="join all documents, a newline between, and cut the whole 90/5/5")
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer", metavar="KIND", help="sentencepiece: train a BPE (the default); byte; or hf:DIR, that of a Hugging "
         "Face model, a folder or owner/name on the hub")  # fmt: skip
-    add("--vocab-size", type=_number(1), metavar="N", help=f"tokens of the SentencePiece BPE (default {VOCAB_SIZE})")
-    add("--tokenizer-from", metavar="FILE", help="use this tokenizer.model, of another corpus or run, instead")
+    add("--vocab-size", type=_number(1), metavar="N", help="tokens of the SentencePiece BPE "
+        f"(default {VOCAB_SIZE}, or less where the text gives no more)")  # fmt: skip
+    add("--tokenizer-from", metavar="PATH", help="use the tokenizer.model of another corpus or run instead: the file or "
+        "its folder")  # fmt: skip
     add = parser.add_argument_group("where the corpus goes").add_argument
-    add("--name", help="name of the corpus, with --input and --hf")
-    add("--out", type=Path, metavar="DIR", help="folder of the corpus (default: data/NAME)")
+    add("--name", help="name of the corpus, with --input and --hf (default: that of the folder --out)")
+    add("--out", metavar="DIR", help="folder of the corpus (default: data/NAME)")
     add("--overwrite", action="store_true", help="replace a corpus that is there")
     add("--workers", type=_number(1), metavar="N", help="threads that encode (default: one per core)")
     args = parser.parse_args(argv)
 
+    if args.corpus not in (None, *BUILT_IN):
+        parser.error(f"{args.corpus}: no built-in corpus ({', '.join(BUILT_IN)}); for your own text use --input")
     own = [flag for flag, value in (("--input", args.input), ("--hf", args.hf)) if value]
     if len(own) + (args.corpus is not None) > 1:
         parser.error("prepare one corpus at a time: NAME, --input or --hf")
     if own:
-        if not args.name:
-            parser.error(f"{own[0]} needs --name NAME for the corpus")
-        if args.name in BUILT_IN or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name):
-            parser.error(f"--name {args.name}: use letters, digits, '.', '-' and '_', and not a built-in name")
+        if not args.name and not args.out:
+            parser.error(f"{own[0]} needs --name NAME for the corpus, which is then data/NAME, or --out DIR")
+        if args.name and (args.name in BUILT_IN or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name)):
+            parser.error(
+                f"--name {printable(args.name)}: use letters, digits, '.', '-' and '_', and not a built-in name"
+            )
     elif args.name:
         parser.error("--name goes with --input and --hf; --out DIR puts a built-in corpus elsewhere")
     if args.source and args.corpus not in DOWNLOADS:
         parser.error(f"--source goes with a corpus that is downloaded: {', '.join(DOWNLOADS)}")
+    if not own and args.bad_rows == "skip":
+        parser.error("--bad-rows goes with --input and --hf")
+    if args.format and not args.input:
+        parser.error("--format goes with --input")
     if args.tokenizer_from and (args.tokenizer or args.vocab_size):
         parser.error("--tokenizer-from brings its own kind and size: leave out --tokenizer and --vocab-size")
     if args.tokenizer and args.tokenizer not in ("sentencepiece", "byte") and not args.tokenizer.startswith("hf:"):
@@ -753,41 +577,52 @@ def _number(least: int) -> Callable[[str], int]:
     return number
 
 
+def _tokenizer(args: argparse.Namespace) -> str | Tokenizer:
+    """What --tokenizer and --tokenizer-from ask for, as prepare_corpus takes it."""
+    if args.tokenizer_from:
+        path = Path(os.path.expanduser(args.tokenizer_from))
+        if path.is_dir() and not (path / "tokenizer.model").exists() and (path / "tokenizer.json").exists():
+            path /= "tokenizer.json"  # whose error says what to do
+        return load(path / "tokenizer.model" if path.is_dir() else path)
+    if args.tokenizer and args.tokenizer.startswith("hf:"):
+        from minidisp import hf  # brings torch
+
+        return hf.load_tokenizer(os.path.expanduser(args.tokenizer.removeprefix("hf:")))
+    return args.tokenizer or "sentencepiece"
+
+
+def command(argv: list[str] | None) -> None:
+    """What the command line asks for."""
+    args = parse_args(argv)
+    out = Path(os.path.expanduser(args.out or DATA / (args.name or args.corpus or "pystdlib"))).resolve()
+    name = args.name or args.corpus or (printable(out.name) if args.input or args.hf else "pystdlib")
+    if not out.name:
+        raise InputError(f"--out {out}: that is no folder for a corpus alone")
+    skip, folder = args.bad_rows == "skip", out.parent if out.parent.is_dir() else None
+    if args.input:
+        source = input_files(args.input, args.field, args.format or "", skip, folder)
+    elif args.hf:
+        source = hugging_face(args.hf, args.hf_column, args.hf_split)
+    else:
+        file = Path(os.path.expanduser(args.source)) if args.source else None
+        source = built_in(name, out.parent / ".downloads", file)
+    prepare_corpus(
+        name,
+        source,
+        out,
+        tokenizer=_tokenizer(args),
+        vocab_size=args.vocab_size or 0,
+        one_document=args.one_document,
+        limit=args.limit,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        skip_bad_rows=skip,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        args = parse_args(argv)
-        name = args.name or args.corpus or "pystdlib"
-        out = (args.out or DATA / name).resolve()
-        if args.input:
-            source = input_files(args.input, args.field)
-        elif args.hf:
-            source = hugging_face(args.hf, args.hf_column)
-        else:
-            source = built_in(name, out.parent / ".downloads", args.source)
-        tokenizer = load(args.tokenizer_from) if args.tokenizer_from else args.tokenizer or "sentencepiece"
-        if args.tokenizer and args.tokenizer.startswith("hf:"):
-            from minidisp import hf  # brings torch
-
-            tokenizer = hf.load_tokenizer(args.tokenizer.removeprefix("hf:"))
-        prepare_corpus(
-            name,
-            source,
-            out,
-            tokenizer=tokenizer,
-            vocab_size=args.vocab_size or VOCAB_SIZE,
-            one_document=args.one_document,
-            limit=args.limit,
-            workers=args.workers,
-            overwrite=args.overwrite,
-        )
-    except InputError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare.py: interrupted, no corpus was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("prepare.py", lambda: command(argv))
 
 
 if __name__ == "__main__":

@@ -38,15 +38,45 @@ class ShardWriter:
     """Streams the tokens of one split into files of at most shard_tokens tokens each.
 
     Use as a context manager. `shards` lists the finished files as meta.json does: file, tokens, sha256. A file has its
-    final name only when it is complete and on the disk; after an exception the unfinished one is removed.
+    final name only when it is complete and on the disk; after an exception the unfinished one is removed, unless `state`
+    was asked for: a writer that is given this state goes on there.
     """
 
-    def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int):
+    def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int, state: dict | None = None):
         self.shards: list[dict] = []
         self._folder, self._split, self._shard_tokens = Path(folder), split, shard_tokens
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._file = None
         self._tokens = 0  # in the current file
+        self._keep = False
+        if state:
+            self.shards = state["shards"]
+            if state["tokens"]:
+                self._open_again(state["tokens"])
+
+    def state(self) -> dict:
+        """The finished shards, and how many tokens of the next one are on the disk."""
+        self._keep = True
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"shards": list(self.shards), "tokens": self._tokens if self._file is not None else 0}
+
+    def _open_again(self, tokens: int) -> None:
+        path = self._path()
+        finished = path.with_suffix("")
+        if finished.exists():  # after the state was taken
+            os.replace(finished, path)
+        self._file, self._tokens = open(path, "r+b", buffering=1 << 20), tokens  # noqa: SIM115 (outlives the call)
+        end = HEADER.size + tokens * self._dtype.itemsize
+        if os.fstat(self._file.fileno()).st_size < end:
+            self._file.close()
+            raise InputError(f"{path} is not as it was left: run this again to start over")
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def _path(self) -> Path:
+        return self._folder / f"{self._split}_{len(self.shards):03d}.bin.tmp"
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -56,7 +86,8 @@ class ShardWriter:
             return
         if failed:
             self._file.close()
-            os.unlink(self._file.name)
+            if not self._keep:
+                os.unlink(self._file.name)
         else:
             self._finish()
 
@@ -68,8 +99,7 @@ class ShardWriter:
         tokens = tokens.astype(self._dtype)
         while len(tokens):
             if self._file is None:
-                path = self._folder / f"{self._split}_{len(self.shards):03d}.bin.tmp"
-                self._file, self._tokens = open(path, "wb", buffering=1 << 20), 0  # noqa: SIM115 (outlives the call)
+                self._file, self._tokens = open(self._path(), "wb", buffering=1 << 20), 0  # noqa: SIM115 (outlives the call)
                 self._file.write(bytes(HEADER.size))  # written last, when the number of tokens is known
             now, tokens = np.split(tokens, [self._shard_tokens - self._tokens])
             self._file.write(now.tobytes())

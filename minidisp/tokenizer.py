@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -93,7 +94,12 @@ class SentencePieceTokenizer(Tokenizer):
         byte_ids = {token: i for i, token in enumerate(self.token_bytes) if self._model.is_byte(i)}
         if len(byte_ids) < 256:
             raise ValueError("this SentencePiece model has no byte fallback, so it cannot encode every text")
-        self._space_ids = [byte_ids[bytes([byte])] for byte in SPACE.encode("utf-8")]
+        # Spelled in bytes: a literal U+2581, which SentencePiece takes for a space, and the space itself where it was too
+        # rare in the training text to get a piece, since SentencePiece would spell it as the bytes of U+2581.
+        self._spelled = {SPACE: [byte_ids[bytes([byte])] for byte in SPACE.encode("utf-8")]}
+        if self._model.piece_to_id(SPACE) == self._model.unk_id():
+            self._spelled[" "] = [byte_ids[b" "]]
+        self._spelled_here = re.compile(f"([{''.join(self._spelled)}])")
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError("this SentencePiece model normalises text; train it with identity normalisation")
 
@@ -133,18 +139,23 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")  # raises the error promised above; what SentencePiece does here depends on its version
-        first, *rest = text.split(SPACE)  # a literal U+2581 is spelled in bytes, as SentencePiece takes it for a space
-        ids = self._model.encode(first)
-        for part in rest:
-            ids += self._space_ids + self._model.encode(part)
+        ids = []
+        for part in self._spelled_here.split(text):
+            ids += self._spelled.get(part) or self._model.encode(part)
         return ids
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        if any(SPACE in text for text in texts):  # too rare to be worth a fast path
-            return super().encode_batch(texts)
         for text in texts:
             text.encode("utf-8")
-        return self._model.encode(texts, num_threads=threads)
+        split = [self._spelled_here.split(text) for text in texts]  # text, spelled, text, ..., text
+        encoded = iter(self._model.encode([part for parts in split for part in parts[::2]], num_threads=threads))
+        batch = []
+        for parts in split:
+            ids = next(encoded)
+            for spelled in parts[1::2]:
+                ids = ids + self._spelled[spelled] + next(encoded)
+            batch.append(ids)
+        return batch
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -287,6 +298,9 @@ def load(path: str | Path) -> Tokenizer:
             return ByteTokenizer()
         if serialized.startswith(HUGGING_FACE_FILE):
             return HuggingFaceTokenizer(serialized)
+        if Path(path).suffix == ".json" and serialized.lstrip().startswith(b"{"):
+            folder = Path(path).absolute().parent
+            raise ValueError(f"a Hugging Face tokenizer, which needs its folder: use --tokenizer hf:{folder}")
         return SentencePieceTokenizer(serialized)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: a damaged tokenizer file, with a piece that is not UTF-8") from error
@@ -294,55 +308,75 @@ def load(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: {error}") from error
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, exact: bool = True) -> SentencePieceTokenizer:
     """A BPE with byte fallback from the texts; the same texts in the same order give the same file.
 
     vocab_size counts everything: <unk>, EOS, 256 bytes, every character that is not rare (99.95 % of the text), merges.
-    InputError if there is no text, or if vocab_size is smaller or larger than what the text calls for.
+    InputError if there is no text, or if vocab_size is smaller or larger than what the text calls for. With exact=False
+    it is a wish: the vocabulary is smaller where the text gives no more tokens, and where the characters take more than
+    three quarters of it, the rarer ones are spelled in bytes.
     Words are split at spaces and between letters, digits and punctuation, but a run of spaces can be one token, as
     source code wants it. The whole text is held in memory several times over; give a sample of a large corpus.
     """
-    model = io.BytesIO()
     # A list, because an exception inside an iterator would come back through SentencePiece as something else.
     sentences = [sentence for text in texts for sentence in _sentences(text) if sentence.strip("\r\n")]
     if not sentences:
         raise InputError("there is no text to train a tokenizer on")
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            max_sentence_length=1 << 20,  # bytes; a longer sentence would be left out without a word
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=1,  # the file records it, so a number of cores here would change the file's hash
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if found := re.search(r"too high \(.*<= (\d+)", str(error)):
-            raise InputError(
-                f"this text gives at most {found[1]} different tokens, not {vocab_size}: "
-                f"lower --vocab-size to {found[1]}, or add text"
-            ) from error
-        if found := re.search(r"smaller than required_chars. \S+ vs (\d+)", str(error)):
-            raise InputError(
-                f"a vocabulary of {vocab_size} cannot hold the characters of this text: "
-                f"raise --vocab-size to {found[1]} or more, or use --tokenizer byte"
-            ) from error
-        if vocab_size < 258:
-            raise InputError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes, EOS and <unk>") from error
-        raise
-    return SentencePieceTokenizer(model.getvalue())
+    if vocab_size < 258:
+        raise InputError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes, EOS and <unk>: raise --vocab-size")
+    rare = ""
+    while True:
+        try:
+            return SentencePieceTokenizer(_train(sentences, vocab_size))
+        except RuntimeError as error:
+            most = re.search(r"too high \(.*<= (\d+)", str(error))
+            least = re.search(r"smaller than required_chars. \S+ vs (\d+)", str(error))
+            if most and not exact:
+                vocab_size = int(most[1])
+            elif least and not exact and not rare and vocab_size >= 262:
+                counts = Counter(character for text in sentences for character in text if character not in "\r\n")
+                frequent = [character for character, _ in counts.most_common((vocab_size - 258) * 3 // 4 - 2)]
+                rare = "".join(counts.keys() - frequent)
+                parts = (part for text in sentences for part in re.split(f"[{re.escape(rare)}]", text))
+                sentences = [part for part in parts if part.strip("\r\n")]
+            elif most:
+                raise InputError(
+                    f"this text gives at most {most[1]} different tokens, not {vocab_size}: "
+                    f"lower --vocab-size to {most[1]}, or add text"
+                ) from error
+            elif least:
+                raise InputError(
+                    f"a vocabulary of {vocab_size} cannot hold the characters of this text: "
+                    f"raise --vocab-size to {least[1]} or more, or use --tokenizer byte"
+                ) from error
+            else:
+                raise
+
+
+def _train(sentences: list[str], vocab_size: int) -> bytes:
+    """The file of a SentencePiece BPE. RuntimeError if the text and the size do not go together."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=0.9995,
+        max_sentence_length=1 << 20,  # bytes; a longer sentence would be left out without a word
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        num_threads=1,  # the file records it, so a number of cores here would change the file's hash
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import prepare
+from data import downloads, prepare, sources
 from minidisp import InputError
 from minidisp.data import SPLITS, Dataset
 from minidisp.tokenizer import ByteTokenizer
@@ -148,7 +148,7 @@ def test_splits_are_stable_and_keep_copies_together(run, tmp_path):
 
 
 def test_single_document_is_cut_by_position(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_CHARS", 100)
+    monkeypatch.setattr(sources, "BLOCK_CHARS", 100)
     text = "".join(make_texts(100)).replace("\0", "")
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert run("--input", tmp_path / "a.txt", "--name", "t", "--tokenizer", "byte")[0] == 0
@@ -186,7 +186,7 @@ def test_same_bytes_on_any_number_of_cores(tmp_path, monkeypatch, tokenizer):
     for workers, batch_chars in ((1, 1 << 23), (2, 50_000)):
         monkeypatch.setattr(prepare, "BATCH_CHARS", batch_chars)
         folders.append(tmp_path / str(workers))
-        source = prepare.standard_library()
+        source = downloads.standard_library()
         options = {"tokenizer": tokenizer, "vocab_size": 500, "limit": 60, "workers": workers, "one_document": True}
         prepare.prepare_corpus("pystdlib", source, folders[-1], **options)
     assert files_of(folders[0]) == files_of(folders[1])
@@ -217,7 +217,7 @@ def test_tokenizer_of_another_corpus(run, tmp_path, jsonl):
 
 
 def test_standard_library_is_sources_without_tests():
-    source = prepare.standard_library()
+    source = downloads.standard_library()
     names = [document.name for document in source.documents()]
     assert len(names) > 400
     assert not any("site-packages" in name or "/test/" in name for name in names)
@@ -226,11 +226,11 @@ def test_standard_library_is_sources_without_tests():
 
 
 def test_file_blocks_end_at_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_CHARS", 50)
+    monkeypatch.setattr(sources, "BLOCK_CHARS", 50)
     path = tmp_path / "a.txt"
     text = "some words in a line\r\n" * 20 + "long" * 100 + "\n\u00e9\n"
     path.write_bytes(text.encode())
-    blocks = list(prepare.file_blocks(path))
+    blocks = list(sources.text_blocks(sources.Input(path)))
     assert "".join(blocks) == text
     assert max(map(len, blocks)) <= 100
     assert all(block.endswith("\n") for block in blocks[:6])
@@ -289,8 +289,6 @@ def test_huge_documents_are_refused_or_streamed(run, tmp_path, jsonl, monkeypatc
         (["--nonsense"], "--nonsense"),
         (["--over"], "--over"),
         (["--input", "nowhere/*.txt", "--name", "t"], "--input nowhere/*.txt: no such file"),
-        (["--input", "x.txt"], "--input needs --name"),
-        (["--hf", "x/y"], "--hf needs --name"),
         (["--input", "x.txt", "--name", "wikitext2"], "not a built-in name"),
         (["--input", "x.txt", "--name", "../x"], "use letters"),
         (["--name", "x"], "--name goes with"),
@@ -315,6 +313,14 @@ def test_bad_usage_is_refused_in_one_line(run, tmp_path, argv, message):
     assert err.count("\n") == 1
     assert message in err
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--input", "--hf"])
+def test_a_corpus_of_ones_own_needs_a_name_or_a_place(tmp_path, capsys, flag):
+    assert prepare.main([flag, "x.txt"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{flag} needs --name" in err
 
 
 @pytest.mark.parametrize(("size", "message"), [(100_000, "lower --vocab-size to"), (260, "raise --vocab-size to")])
@@ -499,9 +505,9 @@ def server(monkeypatch):
     text = "".join(make_texts(500)) * 3
     server = Server(text.encode())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(prepare, "PAUSE_S", 0)
-    wanted = prepare.Download(
-        prepare.text_file, server.url, len(server.content), hashlib.sha256(server.content).hexdigest()
+    monkeypatch.setattr(downloads, "PAUSE_S", 0)
+    wanted = downloads.Download(
+        sources.text_file, server.url, len(server.content), hashlib.sha256(server.content).hexdigest()
     )
     monkeypatch.setitem(prepare.DOWNLOADS, "shakespeare", wanted)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -620,7 +626,7 @@ def test_wikitext_articles(tmp_path):
         archive.writestr("wikitext-2-raw/", "")
         for split, texts in articles.items():
             archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", "".join(texts))
-    documents = ["".join(document.blocks) for document in prepare.wikitext(path)]
+    documents = ["".join(document.blocks) for document in downloads.wikitext(path)]
     assert documents == [text for texts in articles.values() for text in texts]
 
 
@@ -628,8 +634,8 @@ def test_tinystories_are_separated(tmp_path, monkeypatch):
     stories = [f"Once there were {i} cats.\n\nThe end." for i in range(50)]
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
     for block_chars in (10, 1 << 18):  # separators that cross blocks, too
-        monkeypatch.setattr(prepare, "BLOCK_CHARS", block_chars)
-        found = ["".join(document.blocks) for document in prepare.tinystories(tmp_path / "stories.txt")]
+        monkeypatch.setattr(sources, "BLOCK_CHARS", block_chars)
+        found = ["".join(document.blocks) for document in downloads.tinystories(tmp_path / "stories.txt")]
         assert found == stories
 
 
@@ -681,7 +687,7 @@ def test_hugging_face_errors_are_one_line(run, tmp_path, hub, monkeypatch):
 def test_prepare_offers_what_the_trainer_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "DATA", tmp_path)
     source = prepare.Source("s", lambda: iter([prepare.Document("d", ["some text " * 50])]))
-    monkeypatch.setattr(prepare, "standard_library", lambda: source)
+    monkeypatch.setattr(downloads, "standard_library", lambda: source)
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 270)
     monkeypatch.setattr(prepare.prepare_corpus, "__defaults__", ("byte", 0, False, 0, 1, False))
     assert prepare.prepare("pystdlib") == tmp_path / "pystdlib"

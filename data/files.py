@@ -1,0 +1,255 @@
+"""Files: which ones a name, a folder or a pattern means, and each read as it was when it was found."""
+
+import contextlib
+import fnmatch
+import glob
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from minidisp import InputError, is_plain
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a packed file raises if it is damaged
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, beside the result on stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def printable(text: str | Path) -> str:
+    """A text on one line, with an escape for what cannot be printed: bytes that are no UTF-8 in a file's name, newlines."""
+    text = os.fsencode(text).decode("utf-8", errors="backslashreplace")
+    return "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- a file, the same each time that it is read -----------------------------------------------------------------------
+
+
+class Input:
+    """A file as it was when this object was made: its first `bytes` bytes, also if others are appended meanwhile.
+
+    InputError if there is no such file, and on reading if it has become shorter or another reading saw other bytes.
+    """
+
+    def __init__(self, path: str | Path, kind: str = "text", name: str = ""):
+        self.path, self.kind, self.name = path, kind, name or printable(path)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise InputError(f"{self.name}: {error.strerror}") from error
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise InputError(f"{self.name}: not a regular file; what comes out of a pipe can be read with --input -")
+        self.bytes, self.times = found.st_size, [found.st_mtime_ns, found.st_ctime_ns]
+        self.sha256: str | None = None  # known when the file has been read to its end
+        self.has_grown = False  # at the end of a reading: there are more bytes than were read
+
+    def record(self) -> dict:
+        """What `changed` compares with later on."""
+        return {"file": self.name, "bytes": self.bytes, "times": self.times, "sha256": self.sha256}
+
+    def hash(self) -> str:
+        """The sha256 of the content; reads the file unless it has been read already."""
+        if self.sha256 is None:
+            with self.open() as file:
+                while file.read(1 << 20):
+                    pass
+        return self.sha256
+
+    def open(self) -> BinaryIO:
+        """The content, as bytes."""
+        try:
+            return io.BufferedReader(_FixedFile(self, self._raw()), 1 << 17)
+        except OSError as error:
+            raise InputError(f"{self.name}: {error.strerror}") from error
+
+    def _raw(self) -> BinaryIO:
+        return open(self.path, "rb", buffering=0)
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[BinaryIO]:
+        """The content, decompressed as the file's name says."""
+        path = os.fspath(self.path).lower()
+        with self.open() as file:
+            if path.endswith(".gz"):
+                yield gzip.GzipFile(fileobj=file)
+            elif path.endswith(".zst"):
+                yield io.BufferedReader(_Unzstd(file))
+            else:
+                yield file
+
+
+class StandardInput(Input):
+    """What standard input holds, copied to a file without a name in `folder`, which is gone when this process is."""
+
+    def __init__(self, folder: Path, kind: str):
+        if sys.stdin is None:
+            raise InputError("--input -: there is no standard input")
+        self.path, self.kind, self.name = "-", kind, "standard input"
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this object)
+        shutil.copyfileobj(sys.stdin.buffer, self._file, 1 << 20)
+        self._file.flush()
+        self.bytes, self.times, self.sha256, self.has_grown = self._file.tell(), [], None, False
+
+    def _raw(self) -> BinaryIO:
+        self._file.seek(0)
+        return os.fdopen(os.dup(self._file.fileno()), "rb", buffering=0)
+
+
+class _FixedFile(io.RawIOBase):
+    """The first bytes of a file, as many as its Input says, and checked at the end to be those of the last reading."""
+
+    def __init__(self, source: Input, file: BinaryIO):
+        self._source, self._file, self._left, self._digest = source, file, source.bytes, hashlib.sha256()
+        if not self._left:
+            self._finish()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if not self._left:
+            return 0
+        part = memoryview(buffer)[: self._left]
+        n = self._file.readinto(part)
+        if not n:
+            raise InputError(f"{self._source.name} became shorter while it was read: prepare it when it is at rest")
+        self._digest.update(part[:n])
+        self._left -= n
+        if not self._left:
+            self._finish()
+        return n
+
+    def _finish(self) -> None:
+        source, found = self._source, self._digest.hexdigest()
+        source.has_grown = os.fstat(self._file.fileno()).st_size > source.bytes
+        if found != (source.sha256 or found):
+            raise InputError(f"{source.name} changed while it was read: prepare it when it is at rest")
+        source.sha256 = found
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Unzstd(io.RawIOBase):
+    """The content of a zstd file of one or more frames. EOFError if the last one is cut off."""
+
+    def __init__(self, file: BinaryIO):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
+        self._file, self._new_frame, self._damage = (
+            file,
+            zstandard.ZstdDecompressor().decompressobj,
+            zstandard.ZstdError,
+        )
+        self._frame, self._packed, self._content = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._content:
+            self._packed = self._packed or self._file.read(1 << 13)
+            if not self._packed:
+                if self._frame:
+                    raise EOFError
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._content = memoryview(self._frame.decompress(self._packed))
+            except self._damage as error:
+                raise zlib.error(str(error)) from error
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        n = min(len(buffer), len(self._content))
+        buffer[:n] = self._content[:n]
+        self._content = self._content[n:]
+        return n
+
+
+def changed(before: list[dict], inputs: list[Input]) -> str:
+    """What differs between the files that a corpus was made from and those there are now; "" if nothing does.
+
+    Files are compared by size and times, and only where these leave it open by their content.
+    """
+    known, now = {record["file"]: record for record in before}, {file.name for file in inputs}
+    for name in known:
+        if name not in now:
+            return f"{name} is gone"
+    for file in inputs:
+        record = known.get(file.name)
+        if record is None:
+            return f"{file.name} is new"
+        if record["bytes"] != file.bytes:
+            return f"{file.name} has changed: {file.bytes:,} bytes, not {record['bytes']:,}"
+        if (record["times"] != file.times or not file.times) and record["sha256"] != file.hash():
+            return f"{file.name} has changed"
+    return ""
+
+
+# --- which files ------------------------------------------------------------------------------------------------------
+
+
+def matches(pattern: str) -> list[str]:
+    """The paths that a name, a folder or a glob pattern means. What is there under this name is meant, not a pattern."""
+    if os.path.isdir(pattern):
+        return sorted(path for path in _expand(pattern, ["**"]) if not os.path.isdir(path))
+    if os.path.islink(pattern) and not os.path.exists(pattern):
+        raise InputError(
+            f"--input {printable(pattern)}: a link to {printable(os.readlink(pattern))}, which is not there"
+        )
+    if os.path.lexists(pattern):
+        return [pattern]
+    found = sorted({*_expand("", [*Path(pattern).parts])})
+    if files := [path for path in found if not os.path.isdir(path)]:
+        return files
+    if found:
+        raise InputError(f"--input {printable(pattern)}: only folders match; name a folder to read all that is in it")
+    raise InputError(f"--input {printable(pattern)}: no such file")
+
+
+def _expand(prefix: str, parts: list[str]) -> Iterator[str]:
+    """What glob finds below `prefix`; but a part with brackets is a name first, and ** enters a folder only once."""
+    if not parts:
+        yield prefix
+        return
+    part, *rest = parts
+    if part == "**":
+        for folder in _folders(prefix):
+            yield from _expand(folder, rest or ["*"])
+    elif os.path.lexists(path := os.path.join(prefix, part)):
+        yield from _expand(path, rest)
+    elif glob.has_magic(part) and os.path.isdir(prefix or "."):
+        for name in fnmatch.filter(os.listdir(prefix or "."), part):
+            if part.startswith(".") or not name.startswith("."):
+                yield from _expand(os.path.join(prefix, name), rest)
+
+
+def _folders(folder: str) -> Iterator[str]:
+    """A folder and all those below it, without hidden ones; each once, whatever links lead to it."""
+    waiting, seen = [folder], set()
+    while waiting:
+        folder = waiting.pop()
+        if os.path.isdir(folder or ".") and (real := os.path.realpath(folder)) not in seen:
+            seen.add(real)
+            yield folder
+            waiting += [os.path.join(folder, name) for name in os.listdir(folder or ".") if not name.startswith(".")]
+
+
+def identity(path: str) -> object:
+    """The same for all paths and hard links that lead to one file."""
+    found = os.stat(path)  # file systems without inodes have no hard links
+    return (found.st_dev, found.st_ino) if found.st_nlink > 1 else os.path.realpath(path)

@@ -1,0 +1,130 @@
+"""Data sets of the Hugging Face hub as documents."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data.files import Input, printable, say
+from data.sources import BadRow, Document, Source, row, text_document
+from minidisp import InputError
+
+STATE_EVERY = 1000  # rows
+
+
+class _Fetched(NamedTuple):
+    """What a file of fetched rows holds. Its lines: the source, then texts, bad rows, now and then where the stream is."""
+
+    rows: int = 0
+    texts: int = 0
+    state: dict | None = None  # of the stream, after state_rows of them
+    state_rows: int = 0
+    ended: bool = False
+
+    @classmethod
+    def of(cls, copy: Path, source: str, skip: bool) -> "_Fetched":
+        """Cut the file back to where fetching can go on, which is its start if it is of another source."""
+        found, kept, bad = cls(), 0, False
+        with open(copy, "a+b") as file:
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):  # torn when the process was killed
+                    break
+                value = json.loads(line)
+                if not kept and value != {"source": source}:
+                    break
+                kept += len(line)
+                if isinstance(value, str):
+                    found = found._replace(rows=found.rows + 1, texts=found.texts + 1)
+                elif "bad" in value:
+                    found, bad = found._replace(rows=found.rows + 1), True
+                elif "state" in value:
+                    found = found._replace(state=value["state"], state_rows=found.rows)
+                found = found._replace(ended="end" in value)
+            if bad and not skip:  # the rows that were left out are wanted now, or an error
+                found, kept = cls(), 0
+            file.truncate(kept)
+            if not kept:
+                file.write(json.dumps({"source": source}).encode() + b"\n")
+        return found
+
+
+def hugging_face(spec: str, column: str, split: str = "train") -> Source:
+    """A split of a data set NAME or NAME:CONFIG of the Hugging Face hub, one document per row.
+
+    Its `fetch` streams the rows into a file, and goes on where an earlier call for the same file was cut off.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("--hf needs the optional package datasets: pip install 'minidisp[datasets]'") from error
+    name, _, config = spec.partition(":")
+    description = printable(
+        f"Hugging Face dataset {spec}, column {column}" + (f", split {split}" if split != "train" else "")
+    )
+
+    def stream_after(done: _Fetched) -> tuple[object, Iterable[dict]]:
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        if done.state is not None:  # otherwise all rows before are read again
+            stream.load_state_dict(done.state)
+        rest = done.rows - done.state_rows
+        return stream, itertools.islice(stream, rest, None) if rest else stream
+
+    def fetch(copy: Path, limit: int, skip: bool) -> Source:
+        """Bring `limit` documents, or all for 0, to the file `copy`. skip: bad rows are left out."""
+        done = _Fetched.of(copy, description, skip)
+        rows, texts = done.rows, done.texts
+        if rows:
+            say(f"--hf {spec}: going on after {rows:,} rows")
+        progress = tqdm(desc="downloading", unit="doc", initial=rows, leave=False, disable=None)
+        with open(copy, "a", encoding="utf-8") as file, progress:
+
+            def write(value: object) -> None:
+                file.write(json.dumps(value) + "\n")
+
+            try:
+                if not done.ended and not 0 < limit <= texts:
+                    stream, records = stream_after(done)
+                    for record in records:
+                        item = row(record, column, "--hf-column", f"--hf {spec}, row {rows + 1}")
+                        if isinstance(item, BadRow) and not skip:
+                            raise item
+                        write({"bad": item.reason} if isinstance(item, BadRow) else "".join(item.blocks))
+                        rows, texts = rows + 1, texts + isinstance(item, Document)
+                        progress.update()
+                        if rows % STATE_EVERY == 0:
+                            if hasattr(stream, "state_dict"):
+                                write({"state": stream.state_dict()})
+                            file.flush()
+                        if 0 < limit <= texts:
+                            break
+                    else:
+                        write({"end": True})
+            except InputError:
+                raise
+            except Exception as error:  # of datasets, of its hub client, of a dozen file formats
+                reason = str(error).partition("\n")[0]
+                kept = f"; {rows:,} rows are kept: type the same command again to go on" if rows else ""
+                raise InputError(f"--hf {spec}: {type(error).__name__}: {reason}{kept}") from error
+            finally:
+                if not rows:
+                    copy.unlink()
+
+        if not rows:
+            raise InputError(f"--hf {spec}: split {split} has no rows")
+
+        def documents() -> Iterator[Document | BadRow]:
+            with open(copy, "rb") as lines:
+                for number, line in enumerate(lines):
+                    value, where = json.loads(line), f"--hf {spec}, document {number}"
+                    if isinstance(value, str):
+                        yield text_document(where, value)
+                    elif "bad" in value:
+                        yield BadRow(value["bad"], where)
+
+        return Source(description, documents, [Input(copy)])
+
+    return Source(description, lambda: iter(()), None, fetch)

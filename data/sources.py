@@ -1,0 +1,307 @@
+"""Any input as documents: text files, files of rows, and standard input.
+
+A reader yields documents, and a BadRow in the place of what cannot be used: whoever reads decides what becomes of it.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from data.files import DAMAGE, Input, StandardInput, identity, matches, printable, say
+from minidisp import InputError
+
+BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
+MAX_ROW_BYTES = 1 << 28  # of a line of .jsonl and a row of .json: it is held in memory
+KINDS = {
+    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"
+}  # fmt: skip
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+ENDINGS = f"only {' '.join(KINDS)} files are read, also as .gz and .zst"
+BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    name: str  # for messages: a file, or a line of one
+    blocks: Iterable[str]  # the text, in consecutive parts
+
+
+class BadRow(InputError):
+    """A row, or a file, that cannot be used. `reason` is one of a few, for the counts; the message says it in full."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Source(NamedTuple):
+    description: str  # kept in meta.json; another one is another corpus
+    documents: Callable[[], Iterator[Document | BadRow]]  # from the start at each call
+    inputs: list[Input] | None = None  # the files that it reads; None: not known before it is read
+    fetch: "Callable[[Path, int, bool], Source] | None" = None  # see hugging_face: what is expensive is read once
+
+
+# --- readers, one for each kind of file -------------------------------------------------------------------------------
+
+
+def damaged(file: Input, where: str) -> BadRow:
+    kind = next((kind for ending, kind in PACKED.items() if file.name.lower().endswith(ending)), file.kind)
+    return BadRow(f"damaged {kind}", f"{file.name}: damaged {kind} file, after {where}")
+
+
+def blocks_of(file: TextIO) -> Iterator[str]:
+    """The text of an open file in blocks that end where a line ends, unless a line is very long."""
+    while block := file.read(BLOCK_CHARS):
+        yield block + file.readline(BLOCK_CHARS)
+
+
+def text_document(name: str, text: str) -> Document:
+    return Document(name, blocks_of(io.StringIO(text, newline="")))
+
+
+def text_blocks(file: Input) -> Iterator[str]:
+    """The text of a UTF-8 file, unchanged but for a byte-order mark at its start, in blocks. BadRow if it is no text."""
+    lines = 1
+    try:
+        # Bytes that are no UTF-8 become half surrogate pairs, which no UTF-8 text has: that tells where they are.
+        with (
+            file.unpacked() as unpacked,
+            io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text,
+        ):
+            for block in blocks_of(text):
+                try:
+                    block.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    if not (file.has_grown and len(block) - error.start < 4 and not text.read(1)):
+                        raise _no_text(file, block, lines, error.start) from error
+                    block = block[: error.start]  # the end of a character that is still being written
+                if "\0" in block:
+                    raise _no_text(file, block, lines, block.index("\0"))
+                yield block
+                lines += block.count("\n")
+    except DAMAGE as error:
+        raise damaged(file, f"line {lines}") from error
+
+
+def _no_text(file: Input, block: str, lines: int, at: int) -> BadRow:
+    line = lines + block.count("\n", 0, at)
+    start = block[:2].encode("utf-8", "surrogateescape")[:2] if lines == 1 else b""
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        return BadRow("UTF-16", f"{file.name}: UTF-16 text, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+    if start == b"\x1f\x8b":
+        return BadRow("binary", f"{file.name}: a gzip file without .gz at the end of its name")
+    if block[at] == "\0":
+        return BadRow("binary", f"{file.name}: a binary file (it has NUL bytes, the first in line {line}), not text")
+    return BadRow("not UTF-8", f"{file.name}: not UTF-8 text, in line {line}; convert it, or leave it out")
+
+
+def text_file(path: str | Path) -> Iterator[Document]:
+    """The document that a UTF-8 file is."""
+    yield Document(printable(path), text_blocks(Input(path)))
+
+
+def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
+    """The document of record[field], or of the record itself if that is a text."""
+    text = record
+    if isinstance(record, dict):
+        if field not in record:
+            fields = ", ".join(map(str, record)) or "none at all"
+            return BadRow("no such field", f"{where}: no field {field!r} but {fields}; see {flag}")
+        text = record[field]
+    elif not isinstance(record, str):
+        return BadRow("not an object", f"{where}: not a JSON object")
+    if not isinstance(text, str):
+        reason = "null" if text is None else "not a text"
+        return BadRow(reason, f"{where}: field {field!r} is not a text but {json.dumps(text, default=str)[:40]}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud83d"
+        fault = f"half a surrogate pair at character {error.start}"
+        return BadRow("half a surrogate pair", f"{where}: field {field!r} has {fault}")
+    return text_document(where, text)
+
+
+def text_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
+    yield Document(file.name, text_blocks(file))
+
+
+def jsonl_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
+    """One document per line of JSON; blank lines are skipped."""
+    number = 0
+    try:
+        with file.unpacked() as lines:
+            while line := lines.readline(MAX_ROW_BYTES):
+                number += 1
+                item = _jsonl_row(line.removeprefix(BOM) if number == 1 else line, field, file.name, number)
+                while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):  # the rest of a line that is too long
+                    line = lines.readline(MAX_ROW_BYTES)
+                if item and not (isinstance(item, BadRow) and file.has_grown and not line.endswith(b"\n")):
+                    yield item  # else blank, or a last line that is still being written
+    except DAMAGE:
+        yield damaged(file, f"line {number}")
+
+
+def _jsonl_row(line: bytes, field: str, name: str, number: int) -> Document | BadRow | None:
+    where = f"{name}, line {number}"
+    if not line.strip():
+        return None
+    if len(line) == MAX_ROW_BYTES:
+        return BadRow("too long", f"{where}: longer than {MAX_ROW_BYTES:,} bytes")
+    try:
+        return row(json.loads(line.decode("utf-8")), field, "--field", where)
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"{name}: not UTF-8 text ({error.reason}), in line {number}")
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", f"{where}: not JSON ({error})")
+
+
+def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
+    """One document per element of a JSON array, or per value if there is a sequence of them; read piece by piece."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    number, at, buffer, array = 0, 0, "", None
+    try:
+        with file.unpacked() as unpacked, io.TextIOWrapper(unpacked, "utf-8-sig", newline="") as text:
+            while True:
+                at = blank.match(buffer, at).end()
+                where = f"{file.name}, row {number + 1}"
+                if array is None and at < len(buffer):
+                    array = buffer[at] == "["
+                    at += array
+                    continue
+                if array and buffer.startswith("]", at):
+                    return
+                try:
+                    value, end = decode(buffer, at)
+                    if end == len(buffer) and buffer[-1] not in '}]"':
+                        raise ValueError("it may go on")
+                except (ValueError, RecursionError) as error:  # not JSON, or not all of it
+                    buffer, at = buffer[at:], 0
+                    more = text.read(max(BLOCK_CHARS, len(buffer))) if len(buffer) < MAX_ROW_BYTES else ""
+                    if not more:
+                        if buffer or array:
+                            yield BadRow("not JSON", f"{where}: not JSON ({error})")
+                        return
+                    buffer += more
+                    continue
+                number, at = number + 1, end
+                yield row(value, field, "--field", where)
+    except UnicodeDecodeError as error:
+        yield BadRow("not UTF-8", f"{file.name}: not UTF-8 text ({error.reason}), after row {number}")
+    except DAMAGE:
+        yield damaged(file, f"row {number}")
+
+
+def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
+    """One document per row of a Parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(
+            "a .parquet file needs the optional package pyarrow: pip install 'minidisp[parquet]'"
+        ) from error
+    number = 0
+    file.hash()
+    try:
+        with open(file.path, "rb") as opened, pyarrow.parquet.ParquetFile(opened) as table:
+            if field not in (names := table.schema_arrow.names):
+                message = f"{file.name}: no column {field!r} but {', '.join(names)}; see --field"
+                yield BadRow("no such field", message)
+                return
+            for batch in table.iter_batches(batch_size=1000, columns=[field]):
+                for value in batch.column(0):
+                    number += 1
+                    where = f"{file.name}, row {number}"
+                    try:
+                        yield row({field: value.as_py()}, field, "--field", where)
+                    except UnicodeDecodeError as error:
+                        yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
+    except (pyarrow.ArrowException, OSError):
+        yield damaged(file, f"row {number}")
+
+
+READERS = {"text": text_rows, "jsonl": jsonl_rows, "json": json_rows, "parquet": parquet_rows}
+
+
+# --- all together -----------------------------------------------------------------------------------------------------
+
+
+def kind_of(path: str) -> str:
+    """How to read a file, by its name: a key of READERS, or "" where the name does not say."""
+    name = path.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    kind = KINDS.get(os.path.splitext(name)[1], "")
+    return "" if kind == "parquet" and path.lower().endswith((*PACKED,)) else kind  # it is compressed inside
+
+
+def input_files(
+    patterns: list[str], field: str = "text", kind: str = "", skip: bool = False, folder: Path | None = None
+) -> Source:
+    """The files that names, folders and glob patterns mean, in this order and sorted within each, every file once.
+
+    kind: how to read them, a key of READERS; "" = as their names say, and text for standard input, which is written -.
+    skip: a text file that turns out to be none gives a BadRow and no document, so it is read to its end beforehand.
+    folder: where standard input is copied to, as it is read more than once; by default the system's place for that.
+    """
+    inputs, left_out = _inputs(patterns, kind, folder)
+    for reason, names in sorted(left_out.items()):
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        say(f"left out, {reason}: {', '.join(names[:5])}{more}")
+
+    def documents() -> Iterator[Document | BadRow]:
+        for file in inputs:
+            if skip and file.kind == "text" and (bad := _fault(file)):
+                yield bad
+            else:
+                yield from READERS[file.kind](file, field)
+
+    has_rows = any(file.kind != "text" for file in inputs)
+    description = " ".join("standard input" if pattern == "-" else printable(pattern) for pattern in patterns)
+    return Source(description + (f", field {field}" if has_rows else ""), documents, inputs)
+
+
+def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[Input], dict[str, list[str]]]:
+    """The files, and the names of those that are left out, by reason."""
+    inputs: list[Input] = []
+    read_as: dict[object, str] = {}  # the name that a file is read under
+    left_out: dict[str, list[str]] = {}
+    for pattern in dict.fromkeys(map(os.path.expanduser, patterns)):
+        if pattern == "-":
+            inputs.append(StandardInput(folder, kind or "text"))
+            continue
+        found = False
+        for path in matches(pattern):
+            name, file_kind = printable(path), kind or kind_of(path)
+            if path != pattern and not os.path.isfile(path):
+                reason = "no regular file" if os.path.exists(path) else "a link that leads nowhere"
+                left_out.setdefault(reason, []).append(name)
+                continue
+            if not file_kind and not os.path.isdir(pattern):
+                raise InputError(f"{name}: {ENDINGS}; see --format")
+            if not file_kind:
+                left_out.setdefault("of another kind", []).append(name)
+                continue
+            found, file_id = True, identity(path)
+            if file_id not in read_as:
+                read_as[file_id] = name
+                inputs.append(Input(path, file_kind))
+            elif read_as[file_id] != name:
+                left_out.setdefault("the same file as another", []).append(f"{name} ({read_as[file_id]})")
+        if not found:
+            why = "; ".join(f"{names[0]} is {reason}" for reason, names in left_out.items()) or "it is empty"
+            raise InputError(f"--input {printable(pattern)}: nothing to read there: {why} ({ENDINGS}; see --format)")
+    return inputs, left_out
+
+
+def _fault(file: Input) -> BadRow | None:
+    """Why a text file is no text."""
+    try:
+        for _ in text_blocks(file):
+            pass
+    except BadRow as bad:
+        return bad
+    return None
