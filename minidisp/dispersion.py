@@ -254,6 +254,7 @@ class DispersionLoss(nn.Module):
         ops.check_name(impl)
         self.impl = impl
         self.calls = 0
+        self._drawn: tuple = (None, {})  # the positions of the newest step: what they depend on, and a copy per device
 
     def prepare(self, device_type: str, dtype: torch.dtype = torch.float32) -> str:
         """Find or build what this loss will run with on hidden states of that kind, and say in a few words what it is.
@@ -277,15 +278,31 @@ class DispersionLoss(nn.Module):
         if 0 < self.tokens < states[0].shape[1]:
             # numpy's generator cannot be traced, and a traced counter would mean compiling anew each call. Not a
             # decorator: that would load the compiler, two seconds of it, with every import of this file.
-            drawn = torch.compiler.disable(self._draw_positions)(states[0].shape[1], layers, step)
-            states = [z.index_select(1, positions.to(z.device)) for z, positions in zip(states, drawn, strict=True)]
+            positions = torch.compiler.disable(self._positions)(states[0].shape[1], layers, step, states)
+            states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()
 
-    def _draw_positions(self, T: int, layers: list[int], step: int | None) -> list[Tensor]:
+    def _positions(self, T: int, layers: list[int], step: int | None, states: list[Tensor]) -> list[Tensor]:
+        """The random positions of each layer, (tokens,) int64, on the device of its states.
+
+        Those of one step are drawn once, and copied once to a device for all layers: its micro-batches share them.
+        """
         if step is None:
             step = self.calls
             self.calls += 1
+        key = (T, tuple(layers), step, self.tokens, self.seed)
+        if self._drawn[0] != key:
+            self._drawn = key, {torch.device("cpu"): torch.stack(self._draw_positions(T, layers, step))}
+        copies = self._drawn[1]
+        for device in {z.device for z in states} - copies.keys():
+            drawn = copies[torch.device("cpu")]
+            # From pinned memory the copy does not wait for what the GPU has still to do.
+            drawn = drawn.pin_memory() if device.type == "cuda" else drawn
+            copies[device] = drawn.to(device, non_blocking=device.type == "cuda")
+        return [copies[z.device][i] for i, z in enumerate(states)]
+
+    def _draw_positions(self, T: int, layers: list[int], step: int) -> list[Tensor]:
         generators = [np.random.default_rng((self.seed, step, layer)) for layer in layers]
         return [torch.from_numpy(np.sort(rng.choice(T, self.tokens, replace=False))) for rng in generators]
 

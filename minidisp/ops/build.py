@@ -242,7 +242,9 @@ def _build(folder: Path) -> str:
     script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
     script.chmod(0o700)
     path = os.pathsep.join([str(folder), str(Path(ninja()).parent), os.environ.get("PATH", os.defpath)])
-    environment = child_environment(CXX=script.name, PATH=path, TORCH_NO_COMPILER_WRAPPER="1")
+    environment = child_environment(CXX=script.name, PATH=path)
+    # Nothing is put before it that it does not say, and that it works is seen from what it makes.
+    environment.update(TORCH_NO_COMPILER_WRAPPER="1", TORCH_DONT_CHECK_COMPILER_ABI="1")
     if not shutil.which(environment.get("CC", "")):
         environment.pop("CC", None)  # given to nvcc as the path of one program, too
     if builds_cuda() and not torch.cuda.is_available():
