@@ -1,4 +1,4 @@
-"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference in float32."""
+"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference."""
 
 import functools
 import math
@@ -547,7 +547,7 @@ def test_a_failed_build_is_remembered_and_stops_nothing(tmp_path):
 @on_linux
 @pytest.mark.parametrize("good", [True, False])
 def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
-    """As on a machine with a GPU and the extension built for it; the child process is a script that counts its calls."""
+    """As on a machine with a GPU and the extension built for it; the child process is a script that counts calls."""
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\necho errors 1e-01\nexit {0 if good else 1}\n")
     child.chmod(0o755)

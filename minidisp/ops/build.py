@@ -1,9 +1,9 @@
 """The extension, csrc/ compiled: where it lies, how it is found, and how it is built on first use.
 
-It is looked for in this order: built ahead by `pip install --no-build-isolation -e .`, in the folder of the package; built
-before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are a C++
-compiler and ninja. A failed build is remembered. Nothing here raises where training can go on without the extension: what
-comes back says why there is none.
+It is looked for in this order: built ahead by `pip install --no-build-isolation -e .`, in the folder of the package;
+built before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are a
+C++ compiler and ninja. A failed build is remembered. find() and find_or_build() never raise, as training goes on without
+the extension: what they return says why there is none.
 """
 
 import contextlib
@@ -76,9 +76,9 @@ def file_stem() -> str:
 
 
 def compiler() -> list[str]:
-    """The command that compiles C++: CXX, a program or a program with arguments ("ccache g++"), or the first one in the path.
+    """The command that compiles C++: CXX, a program that may have arguments ("ccache g++"), else one from the path.
 
-    Empty if there is none, or none that CXX names.
+    Empty if there is none, or if there is not the one that CXX names.
     """
     wanted = os.environ.get("CXX", "").strip()
     if not wanted:
