@@ -1,6 +1,7 @@
 """Builds the extension ahead: pip install --no-build-isolation -e . (csrc/ops.cpp says what it contains).
 
-Without torch, or without a compiler, only the Python part is installed; minidisp/ops/ then builds on first use, or streams.
+Without torch, or without a compiler, only the Python part is installed; minidisp/ops/ then builds on first use, or
+streams.
 MINIDISP_BUILD=0 leaves the extension out, MINIDISP_BUILD=1 makes its failure an error.
 """
 

@@ -1,14 +1,16 @@
-"""How fast the dispersion loss is: forward and backward, plain, compiled by torch.compile, streamed and fused.
+"""How fast the dispersion loss is, forward and backward: plain, compiled by torch.compile, streamed and fused.
 
-    python bench/dispersion.py [--threads 1] [--variant angular_spread] [--shapes 16x128x256,...] [--device cpu] [--no-compile]
+    python bench/dispersion.py --threads 1
+    python bench/dispersion.py --variant l2_repel --shapes 16x128x256,4x1024x768 --device cuda --no-compile
 
-Before anything is timed, every form is verified against float64. Then all are timed in turn, round after round in one process,
-since machines are shared and clocks move; ratios are those of medians. GFLOP/s count 3 T^2 C per sequence (the products over
-half of the pairs, forward and backward), whatever a form really computes, and are compared with a product of square matrices
-timed in the same rounds. "block" is forward and backward of a GPT-2 style block at the same shape: the share is what
-the fused loss on the block's output adds to it. "2 threads" says how many times as fast two threads are as one, timed in the same
-rounds (--threads 1 only). The peak memory is what each form needs beyond z and its gradient, and comes
-from a child process (CPU) or the allocator (CUDA). A table, then one JSON line.
+Before anything is timed, every form is verified against float64. Then all are timed in turn, round after round in one
+process, since machines are shared and clocks move; ratios are those of medians.
+GFLOP/s count 3 T^2 C per sequence (the products over half of the pairs, forward and backward), whatever a form really
+computes, and are compared with a product of square matrices timed in the same rounds. "block" is forward and backward of a
+GPT-2 style block at the same shape: the share is what the fused loss on the block's output adds to it. "2 threads" says
+how many times as fast two threads are as one, timed in the same rounds (--threads 1 only). The peak memory is what each
+form needs beyond z and its gradient, and comes from a child process (CPU) or the allocator (CUDA). A table, then one JSON
+line.
 """
 
 import argparse
@@ -28,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minidisp import ops
+from minidisp import InputError, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
+from minidisp.runtime.cli import Parser, exit_code
 
 SHAPES = "16x128x256,8x256x384,4x1024x768,2x2048x768,1x1024x768"
 
@@ -106,7 +109,7 @@ def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: s
 
 
 def resident_peak_kib() -> int:
-    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
+    """Of this process since it started (Linux). Not getrusage's, in which the parent's own peak is handed down."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
@@ -171,33 +174,49 @@ def measure(shape: tuple[int, int, int], args) -> dict:
     }
 
 
+def read_shapes(text: str) -> list[tuple[int, int, int]]:
+    try:
+        shapes = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    except ValueError:
+        shapes = []
+    if not shapes or not all(len(shape) == 3 and min(shape) >= 1 and min(shape[1:]) >= 2 for shape in shapes):
+        raise argparse.ArgumentTypeError(f"{text!r} are no shapes (B, T, C) such as 16x128x256,4x1024x768")
+    return shapes
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", choices=ops.STREAMED_VARIANTS, default="angular_spread")
-    parser.add_argument("--shapes", default=SHAPES, help="B x T x C, such as 4x1024x768, separated by commas")
+    parser.add_argument(
+        "--shapes", type=read_shapes, default=SHAPES, help="B x T x C, such as 4x1024x768, separated by commas"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing per shape")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here")
+    if args.threads < 1:
+        raise InputError(f"--threads must be at least 1, not {args.threads}")
     torch.set_num_threads(args.threads)
-    shapes = [tuple(int(n) for n in text.split("x")) for text in args.shapes.split(",")]
     if args.peak_of:
-        print_peak(args.peak_of, args.variant, shapes[0])
+        print_peak(args.peak_of, args.variant, args.shapes[0])
         return
 
     where = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
     print(f"{args.variant} on {where}, torch {torch.__version__}; {DispersionLoss(args.variant).prepare(args.device)}")
-    print("forward and backward in ms, and in brackets how many times the first of fused and streamed is as fast\n")
     print(
-        "| (B, T, C) | eager | torch.compile | streamed | fused | 2 threads | GFLOP/s | of the matrix product | of a block | MiB |"
+        "forward and backward in ms; in brackets, how many times as fast fused is (streamed, where there is no fused)\n"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("(B, T, C)", "eager", "torch.compile", "streamed", "fused", "2 threads", "GFLOP/s",
+               "of the matrix product", "of a block", "MiB")  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     results = []
-    for shape in shapes:
+    for shape in args.shapes:
         result = measure(shape, args)
         results.append(result)
         ms, best = result["median_ms"], result["best"]
@@ -208,11 +227,9 @@ def main() -> None:
         memory = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_mem_mib"].items())
         speedup = result["speedup_2_threads"]
         rate, peak = result["gflops"][best], result["gemm_gflops"]
-        print(
-            f"| {', '.join(map(str, shape))} | {' | '.join(cells)} | {f'{speedup:.2f}x' if speedup else '-'} | {rate:.0f} | {rate / peak:.0%} | "
-            f"{result['share_of_block']:.1%} | {memory} |",
-            flush=True,
-        )
+        cells += [f"{speedup:.2f}x" if speedup else "-", f"{rate:.0f}", f"{rate / peak:.0%}"]
+        cells += [f"{result['share_of_block']:.1%}", memory]
+        print(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
@@ -220,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("bench/dispersion.py", main))

@@ -39,7 +39,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from minidisp import ops  # noqa: E402
 from minidisp.config import Config, from_dict  # noqa: E402
 from minidisp.data import Batches, Dataset  # noqa: E402
 from minidisp.dispersion import DispersionLoss  # noqa: E402
@@ -133,13 +132,12 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
     if any(not name.startswith("nanoGPT") for name in names):
         compiled = torch.compile(model, dynamic=False)
         optimizers = build_optimizers(model, config)
-        impl = ops.resolve("auto", args.device)
         for name in names:
             if name.startswith("nanoGPT"):
                 continue
             forward = compiled if "compiled" in name else model
             chosen[name] = Form(name, model.parameters(), lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:], optimizers, batches,
-                                config, args, DispersionLoss(impl=impl) if "dispersion" in name else None)  # fmt: skip
+                                config, args, DispersionLoss() if "dispersion" in name else None)  # fmt: skip
     if any(name.startswith("nanoGPT") for name in names):
         peer = import_peer(Path(args.against), config).to(args.device)
         state = {key if key.startswith("lm_head") else f"transformer.{key}": w for key, w in model.state_dict().items()}
@@ -406,7 +404,8 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
     print(
-        f"{where}, {args.dtype}, torch {torch.__version__}; dispersion {DISPERSION}, all layers and tokens: {ops.explain(args.device)}\n"
+        f"{where}, {args.dtype}, torch {torch.__version__}; dispersion {DISPERSION}, all layers and tokens: "
+        f"{DispersionLoss().prepare(args.device)}\n"
     )
     print(
         f"| model | form | ms/step | tokens/s | speed | {' | '.join(PARTS)} | GFLOP/s | of the matrix product | peak MiB |"

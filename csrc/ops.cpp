@@ -1,5 +1,5 @@
-// The schema of the operator, once for all devices. A file per device registers what computes it (dispersion_cpu.cpp), and
-// minidisp/ops/ its fake and its gradient.
+// The schema of the operator, once for all devices. A file per device registers what computes it (dispersion_cpu.cpp),
+// and minidisp/ops/__init__.py its shapes without data (for torch.compile) and its gradient.
 
 #include <torch/library.h>
 

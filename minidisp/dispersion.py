@@ -3,10 +3,11 @@
     loss = cross_entropy + weight * dispersion_loss(z)                                  # one layer
     loss = cross_entropy + weight * DispersionLoss()(hidden_states)                     # a whole model
 
-The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant is
-a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
+The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant
+is a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
 - float64 stays float64, every other dtype is computed in float32, also under autocast: bfloat16 rounds the cosine
-  1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch asks.)
+  1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch
+  asks.)
 - Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
 - The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss, left out here.
 
@@ -45,8 +46,9 @@ def _unit(z: Tensor, eps: float) -> Tensor:
 def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
     """The angle between tokens i and j in half turns: arccos(c_ij) / pi, (B, T, T).
 
-    arccos is infinitely steep at +-1, so it is taken of the clamped cosine. The gradient is straight-through: it, too, is
-    that of arccos at the clamped cosine, but passed on outside the band, or parallel tokens would never be pushed apart.
+    arccos is infinitely steep at +-1, so it is taken of the clamped cosine. The gradient is straight-through: it, too,
+    is that of arccos at the clamped cosine, but passed on outside the band, or parallel tokens would never be pushed
+    apart.
     """
     u = _unit(z, eps)
     cosine = u @ u.mT
@@ -57,8 +59,8 @@ def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
 def _squared_distances(z: Tensor) -> Tensor:
     """||z_i - z_j||^2, (B, T, T).
 
-    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j cancels for tokens that are close compared with their norms, and those carry the loss.
-    Hence float64, where the device has it, and the mean token moved to the origin, which changes no distance.
+    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j cancels for tokens that are close compared with their norms, and those carry the
+    loss. Hence float64, where the device has it, and the mean token moved to the origin, which changes no distance.
     """
     wide = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
     wide = wide - wide.mean(dim=1, keepdim=True).detach()
@@ -91,7 +93,7 @@ def angular_spread(z: Tensor, tau: float = 1.0, clamp: float = 0.25, eps: float 
 
 @full_precision
 def orthogonalization(z: Tensor, clamp: float = 0.25, eps: float = 1e-2) -> Tensor:
-    """mean_{i!=j} max(0, 1/2 - D_ij)^2, D_ij as in angular_spread: only angles below 90 degrees count. From 0 to 1/4."""
+    """mean_{i!=j} max(0, 1/2 - D_ij)^2, D_ij as in angular_spread: only angles below 90 degrees count. 0 to 1/4."""
     return _pair_mean((0.5 - _angles(z, clamp, eps)).relu().square())
 
 
@@ -110,7 +112,7 @@ def l2_repel(z: Tensor, tau: float = 1.0) -> Tensor:
 def decorrelation(z: Tensor) -> Tensor:
     """mean_{i!=j} R_ij^2, R_ij the correlation of tokens i and j over their features. From 0 to 1.
 
-    The paper standardises each token (unbiased std) and divides Z Z^T by C - 1, which is the cosine of the centred tokens.
+    The paper standardises each token (unbiased std) and divides Z Z^T by C - 1: the cosine of the centred tokens.
     A token with all features equal correlates with nothing and gets no gradient.
     """
     centred = z - z.mean(dim=-1, keepdim=True)
@@ -134,8 +136,8 @@ def perplexity_entropy(z: Tensor, tau: float = 1.0) -> Tensor:
 def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
     """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
 
-    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So this
-    is exactly the mean of the cosines that angular_spread sees; and where all of them exceed its clamp, the gradient of
+    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So
+    this is exactly the mean of the cosines that angular_spread sees; and where all of them exceed its clamp, the gradient of
     angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
     """
     B, T, _ = z.shape
@@ -174,12 +176,12 @@ def dispersion_loss(
 ) -> Tensor:
     """The dispersion loss of one layer.
 
-    z: hidden states, (B, T, C), T >= 2, any floating dtype; C >= 2 for all variants but l2_repel and perplexity_entropy.
+    z: hidden states, (B, T, C), any floating dtype. T >= 2; C >= 2, or 1 for l2_repel and perplexity_entropy.
     variant: a name in VARIANTS; each uses those of the options that its function has and ignores the others.
     tau: temperature, > 0. clamp: cosines are held in [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >= 0.
-    impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but keeps no
-    T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but float64; what it
-    lacks is streamed. "auto" takes fused where the extension is, builds it on first use where it can, and else streamed.
+    impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but keeps
+    no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but float64;
+    what it lacks is streamed. "auto" is fused where there is the extension, or it can be built, now; else streamed.
     mean_cosine has no pairs and is the same under every name.
     Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
     """
@@ -200,8 +202,8 @@ def dispersion_loss(
 def select_layers(layers: str, n_layer: int) -> list[int]:
     """Turn "all", "last", "early_half", "late_half" or "1,3,5" into ascending layer numbers in 1..n_layer.
 
-    Layer l is the output of block l; 0, the embeddings, is never chosen. early_half is the first floor(n_layer / 2) layers,
-    late_half the others. Raises ValueError if the text is none of these or chooses no layer.
+    Layer l is the output of block l; 0, the embeddings, is never chosen. early_half is the first floor(n_layer / 2)
+    layers, late_half the others. Raises ValueError if the text is none of these or chooses no layer.
     """
     half = n_layer // 2
     named = {
@@ -226,8 +228,8 @@ class DispersionLoss(nn.Module):
 
     layers: see select_layers. variant, tau, clamp, eps: see dispersion_loss.
     tokens: 0 takes every token. N > 0 takes, where T > N, a random set of N positions, one per layer and shared by the
-    batch, from a generator of its own: the set depends on (seed, step, layer) and nothing else, so the micro-batches of an
-    optimiser step share it, a resumed run needs no state, and the global random numbers are what they were.
+    batch, from a generator of its own: the set depends on (seed, step, layer) and nothing else. So the micro-batches of
+    an optimiser step share it, a resumed run needs no state, and the global random numbers are what they were.
     impl: see dispersion_loss.
     Raises ValueError for options that cannot be used.
     """
@@ -254,13 +256,14 @@ class DispersionLoss(nn.Module):
         ops.check_name(impl)
         self.impl = impl
         self.calls = 0
+        self._drawn: tuple = (None, {})  # the positions of the newest step: what they depend on, and a copy per device
 
     def prepare(self, device_type: str, dtype: torch.dtype = torch.float32) -> str:
         """Find or build what this loss will run with on hidden states of that kind, and say in a few words what it is.
 
-        device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used; where it
-        is called by nobody, forward does the same, once. Raises InputError if impl is fused and there is no extension.
-        Returns such as "fused", "fused, built now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found".
+        device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used. Without
+        this call, the first forward does the same. Raises InputError if impl is fused and there is no extension.
+        Returns "fused", "fused, built now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found", ...
         """
         if self.variant in CLOSED_FORM:
             return "closed form"
@@ -277,15 +280,31 @@ class DispersionLoss(nn.Module):
         if 0 < self.tokens < states[0].shape[1]:
             # numpy's generator cannot be traced, and a traced counter would mean compiling anew each call. Not a
             # decorator: that would load the compiler, two seconds of it, with every import of this file.
-            drawn = torch.compiler.disable(self._draw_positions)(states[0].shape[1], layers, step)
-            states = [z.index_select(1, positions.to(z.device)) for z, positions in zip(states, drawn, strict=True)]
+            positions = torch.compiler.disable(self._positions)(states[0].shape[1], layers, step, states)
+            states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()
 
-    def _draw_positions(self, T: int, layers: list[int], step: int | None) -> list[Tensor]:
+    def _positions(self, T: int, layers: list[int], step: int | None, states: list[Tensor]) -> list[Tensor]:
+        """The random positions of each layer, (tokens,) int64, on the device of its states.
+
+        Those of one step are drawn once, and copied once to a device for all layers: its micro-batches share them.
+        """
         if step is None:
             step = self.calls
             self.calls += 1
+        key = (T, tuple(layers), step, self.tokens, self.seed)
+        if self._drawn[0] != key:
+            self._drawn = key, {torch.device("cpu"): torch.stack(self._draw_positions(T, layers, step))}
+        copies = self._drawn[1]
+        for device in {z.device for z in states} - copies.keys():
+            drawn = copies[torch.device("cpu")]
+            # From pinned memory the copy does not wait for what the GPU has still to do.
+            drawn = drawn.pin_memory() if device.type == "cuda" else drawn
+            copies[device] = drawn.to(device, non_blocking=device.type == "cuda")
+        return [copies[z.device][i] for i, z in enumerate(states)]
+
+    def _draw_positions(self, T: int, layers: list[int], step: int) -> list[Tensor]:
         generators = [np.random.default_rng((self.seed, step, layer)) for layer in layers]
         return [torch.from_numpy(np.sort(rng.choice(T, self.tokens, replace=False))) for rng in generators]
 

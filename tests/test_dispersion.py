@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidisp import dispersion
 from minidisp.dispersion import VARIANTS, select_layers
@@ -421,6 +422,39 @@ def test_every_position_is_drawn_equally_often():
         counts[module._draw_positions(20, [1], step)[0]] += 1
     deviation = math.sqrt(draws * 0.25 * 0.75)
     assert np.abs(counts - draws * 0.25).max() < 4 * deviation
+
+
+@pytest.mark.parametrize(("tokens", "step"), [(7, 3), (19, 0), (2, 10**6)])
+def test_positions_are_what_numpy_draws_for_the_layer(tokens, step):
+    module = DispersionLoss(tokens=tokens, seed=5)
+    for layer, taken in list(enumerate(positions(module, step)))[1:]:
+        drawn = np.random.default_rng((5, step, layer)).choice(20, tokens, replace=False)
+        assert taken == sorted(drawn.tolist())
+
+
+def test_positions_are_copied_to_a_device_once_per_step_for_all_layers():
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and args[0].dtype == torch.int64
+            return function(*args, **(kwargs or {}))
+
+    module = DispersionLoss(tokens=7)
+    elsewhere = [z.detach().to("meta") for z in states()]
+    for step, micro_batches in ((0, 3), (1, 2)):
+        with Copies() as copies:
+            for _ in range(micro_batches):
+                taken = module._positions(20, [1, 2, 3, 4], step, elsewhere[1:])
+                assert {where.device.type for where in taken} == {"meta"}
+        assert copies.count == 1
+    with Copies() as copies:
+        for _ in range(2):
+            module._positions(20, [1, 2, 3, 4], None, elsewhere[1:])
+    assert copies.count == 2
+    two_devices = [*elsewhere[:3], *states()[3:]]
+    taken = module._positions(20, [1, 2, 3, 4], 1, two_devices[1:])
+    assert [where.device.type for where in taken] == ["meta", "meta", "cpu", "cpu"]
 
 
 def test_without_a_step_every_call_draws_anew():

@@ -1,7 +1,10 @@
-"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference in float32."""
+"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference."""
 
+import functools
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from test_dispersion import CASES, randn
 
-from minidisp import dispersion, ops
+from minidisp import InputError, dispersion, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
 from minidisp.ops import build
 from minidisp.ops.__main__ import self_test
@@ -303,6 +306,213 @@ def test_names():
     assert dispersion.DispersionLoss(impl="streamed")([CASES["random"]] * 2).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("impl", "variant", "dtype", "device", "chosen", "words"),
+    [
+        ("auto", "l2_repel", torch.float16, "cuda", "fused", "fused"),
+        ("auto", "angular_spread", torch.float32, "cpu", "fused", "fused"),
+        ("fused", "decorrelation", torch.bfloat16, "cpu", "fused", "fused"),
+        ("streamed", "angular_spread", torch.float32, "cpu", "streamed", "streamed in PyTorch"),
+        ("reference", "angular_spread", torch.float32, "cuda", "reference", "plain PyTorch"),
+        ("auto", "orthogonalization", torch.float32, "mps", "streamed", "streamed in PyTorch: .*not run on mps"),
+        ("fused", "angular_spread", torch.float32, "xpu", "streamed", "streamed in PyTorch: .*not run on xpu"),
+        ("auto", "angular_spread", torch.float64, "cpu", "streamed", "streamed in PyTorch: .*no float64"),
+        (
+            "auto",
+            "perplexity_entropy",
+            torch.float32,
+            "cpu",
+            "streamed",
+            "streamed in PyTorch: .*no perplexity_entropy",
+        ),
+        ("fused", "perplexity_entropy", torch.float32, "cuda", "streamed", "streamed .*no perplexity_entropy"),
+        ("auto", "mean_cosine", torch.float32, "cpu", "reference", "closed form"),
+        ("fused", "mean_cosine", torch.float32, "mps", "reference", "closed form"),
+    ],
+)
+def test_what_is_said_is_what_runs_and_only_that_is_built(impl, variant, dtype, device, chosen, words, monkeypatch):
+    """Per variant, dtype and device; the search for the extension and the operators themselves are watched."""
+    searched, ran = [], []
+    monkeypatch.setattr(
+        build, "find_or_build", lambda device: searched.append(device) or build.Extension("x", "built ahead")
+    )
+    monkeypatch.setattr(ops, "register_fused", lambda: None)
+    monkeypatch.setattr(ops, "check_cuda", lambda: "")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(ops, "dispersion", lambda chosen, z, *_: ran.append(chosen) or z.sum())
+    assert ops.choose(impl, variant, dtype, device)[0] == chosen
+    assert not searched
+    module = DispersionLoss(variant, impl=impl)
+    assert re.fullmatch(words, module.prepare(device, dtype))
+    if device == "cpu":
+        module([torch.ones(1, 3, 4, dtype=dtype)] * 2)
+        assert ran == ([chosen] if chosen != "reference" else [])
+    assert set(searched) == ({device} if chosen == "fused" else set())
+
+
+@pytest.mark.parametrize(
+    ("extension", "words"),
+    [
+        (build.Extension(None, "no C++ compiler was found"), "streamed in PyTorch: no C++ compiler was found"),
+        (build.Extension(None, "why", "; and more"), "streamed in PyTorch: why; and more"),
+        (build.Extension("/x/y.so", "built before"), "fused"),
+        (build.Extension("/x/y.so", "built now in 14 s", "; a note"), "fused, built now in 14 s (/x/y.so); a note"),
+    ],
+)
+def test_the_path_is_said_when_it_has_just_been_built(extension, words, monkeypatch):
+    monkeypatch.setattr(build, "find_or_build", lambda device: extension)
+    monkeypatch.setattr(ops, "register_fused", lambda: None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    assert DispersionLoss().prepare("cpu") == words
+    if extension.path is None:
+        with pytest.raises(InputError, match=extension.about.replace("+", r"\+")):
+            DispersionLoss(impl="fused").prepare("cpu")
+        with pytest.raises(InputError, match="fused"):
+            DispersionLoss(impl="fused")([torch.ones(1, 3, 4)] * 2)
+
+
+# Finding and building
+
+
+@pytest.fixture
+def unbuilt(tmp_path, monkeypatch):
+    """As in a process that has not looked for the extension yet, where nothing has been built."""
+    for function in (build.find, build.find_or_build):
+        monkeypatch.setattr(build, function.__name__, functools.cache(function.__wrapped__))
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"loads {path}"))
+    monkeypatch.setattr(build, "_build", lambda folder: pytest.fail("builds"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("MINIDISP_FUSED", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def program(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux")
+
+
+@on_linux
+def test_the_compiler_is_a_command(tmp_path, monkeypatch):
+    first, spaced = program(tmp_path / "a" / "ccache"), program(tmp_path / "with spaces" / "g++ 13")
+    monkeypatch.setenv("PATH", str(tmp_path / "a"))
+    for value, command in {
+        "": [],
+        "ccache": [first],
+        "ccache g++ -m64": [first, "g++", "-m64"],
+        spaced: [spaced],
+        f"'{spaced}' -m64 '-DX=a b'": [spaced, "-m64", "-DX=a b"],
+        f"  {first}  ": [first],
+        "g++-99": [],
+        "g++-99 -m64": [],
+        "ccache 'g++": [],
+    }.items():
+        monkeypatch.setenv("CXX", value)
+        assert build.compiler() == command
+        assert bool(build.missing_tool()) == (not command)
+        assert value.strip() in build.missing_tool() or command
+    monkeypatch.delenv("CXX")
+    for name in ("clang++", "g++", "c++"):  # the last one added is the first one taken
+        path = program(tmp_path / "a" / name)
+        assert build.compiler() == [path]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "a/g++ -m64")
+    assert build.compiler() == [str(tmp_path / "a" / "g++"), "-m64"]  # ninja starts it elsewhere
+
+
+@on_linux
+def test_each_compiler_has_a_cache_of_its_own(unbuilt, tmp_path, monkeypatch):
+    program(tmp_path / "bin" / "ccache"), program(tmp_path / "bin" / "g++")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    folders = []
+    for value in ("", "ccache g++", "g++ -m64", "ccache g++ -m64"):
+        monkeypatch.setenv("CXX", value)
+        folders += [build.cache_folder(), build.cache_folder()]
+    (tmp_path / "bin" / "g++").write_text("#!/bin/sh\n# a newer one\n")
+    folders += [build.cache_folder()] * 2
+    assert len(set(folders)) == 5
+
+
+@on_linux
+@pytest.mark.parametrize("tool", ["c++", "ninja"])
+def test_without_a_tool_one_line_says_which(unbuilt, tool, tmp_path, monkeypatch):
+    for name in {"c++", "ninja"} - {tool}:
+        program(tmp_path / "bin" / name)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere" / "python"))
+    assert re.fullmatch(
+        f"streamed in PyTorch: .*{re.escape(tool)}.* was not found.*|.*no C.. compiler was found", describe("cpu")
+    )
+    with pytest.raises(InputError):
+        select("fused", "cpu")
+    assert not (tmp_path / "cache").exists()
+
+
+@on_linux
+def test_without_a_folder_to_build_in_one_line_says_what_to_set(unbuilt, tmp_path, monkeypatch):
+    import pwd
+
+    (tmp_path / "cache").touch()  # a file: read-only folders are none to root
+    assert re.fullmatch("streamed in PyTorch: .*cache.*: Not a directory; set TORCH_EXTENSIONS_DIR.*", describe("cpu"))
+    build.find.cache_clear(), build.find_or_build.cache_clear()
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert re.fullmatch("streamed in PyTorch: there is no home folder .*; set TORCH_EXTENSIONS_DIR.*", describe("cpu"))
+    with pytest.raises(InputError, match="no home folder"):
+        select("fused", "cpu")
+
+
+@on_linux
+@pytest.mark.parametrize("how", ["writable by all", "writable by the group", "of another user"])
+@pytest.mark.parametrize("built", [True, False])
+def test_what_others_could_have_put_there_is_not_run(unbuilt, how, built, monkeypatch):
+    folder = build.make_cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if built:
+        (folder / build.BINARY).touch()
+        (folder / "done").touch()
+    if how == "of another user":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        folder.chmod(0o707 if how == "writable by all" else 0o770)
+    assert re.fullmatch(
+        "streamed in PyTorch: other users can write into .*; set TORCH_EXTENSIONS_DIR.*", describe("cpu")
+    )
+
+
+@on_linux
+def test_a_damaged_binary_stops_nothing(unbuilt, monkeypatch):
+    folder = build.make_cache_folder()
+    (folder / "done").touch()
+
+    def refuse(path):
+        raise OSError(f"{path}: file too short\nand more")
+
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    assert re.fullmatch("streamed in PyTorch: .* does not load: .*file too short", describe("cpu"))
+
+
+@on_linux
+def test_one_built_before_is_found_without_a_tool_or_a_lock(unbuilt, monkeypatch):
+    folder = build.make_cache_folder()
+    (folder / "done").touch()
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(build, "locked", lambda path: pytest.fail("writes"))
+    assert build.find_or_build("cpu") == build.Extension(folder / build.BINARY, "built before")
+    assert loaded == [str(folder / build.BINARY)]
+
+
 def run_child(tmp_path, **environment):
     script = (
         "import torch; from minidisp import ops; arguments = 'auto', 'angular_spread', torch.float32, 'cpu'; "
@@ -313,27 +523,31 @@ def run_child(tmp_path, **environment):
     return result.stdout.splitlines(), result.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux")
+@on_linux
 def test_a_failed_build_is_remembered_and_stops_nothing(tmp_path):
     if FUSED and build.find().about == "built ahead":
         pytest.skip("the extension built ahead needs no compiler")
-    fake = tmp_path / "broken-c++"
-    fake.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    fake = tmp_path / "my tools" / "broken-c++"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho this compiler is broken, called with $1 >&2\nexit 1\n")
     fake.chmod(0o755)
-    first, message = run_child(tmp_path / "cache", CXX=str(fake))
+    command = shlex.join([str(fake), "-m64"])
+    first, message = run_child(tmp_path / "the cache", CXX=command)
     assert first[0] == "streamed"
     assert "build.log" in first[1]
     assert message.count("compiling the extension") == 1
-    second, message = run_child(tmp_path / "cache", CXX=str(fake))
+    (log,) = tmp_path.glob("the cache/*/build.log")
+    assert "this compiler is broken, called with -m64" in log.read_text()
+    second, message = run_child(tmp_path / "the cache", CXX=command)
     assert second[0] == "streamed"
     assert "delete it to try again" in second[1]
     assert "compiling" not in message
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux")
+@on_linux
 @pytest.mark.parametrize("good", [True, False])
 def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
-    """As on a machine with a GPU and the extension built for it; the child process is a script that counts its calls."""
+    """As on a machine with a GPU and the extension built for it; the child process is a script that counts calls."""
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\necho errors 1e-01\nexit {0 if good else 1}\n")
     child.chmod(0o755)

@@ -3,9 +3,10 @@
     minidisp::dispersion           fused: C++ in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
     minidisp::dispersion_streamed  streamed: plain PyTorch (streamed.py), on any device; those and perplexity_entropy
 
-Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass over the
-pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T matrix is kept.
-float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in the computing dtype.
+Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass over
+the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T matrix is
+kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in the
+computing dtype.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
 depends on it. On a GPU the kernels are checked once, before they are first used. `python -m minidisp.ops` shows it all.
@@ -44,7 +45,8 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss: Tensor, _):
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
-            "the fused and streamed dispersion losses have no second derivative: for create_graph=True use impl='reference'"
+            "the fused and streamed dispersion losses have no second derivative: "
+            "for create_graph=True use impl='reference'"
         )
     (grad,) = ctx.saved_tensors
     # Multiplied in float32 and then rounded, so that float16 profits from the scale of a gradient scaler.
@@ -80,9 +82,9 @@ def check_name(impl: str) -> None:
 
 
 def choose(impl: str, variant: str, dtype: torch.dtype, device_type: str, missing: str = "") -> tuple[str, str]:
-    """What computes a loss, "fused", "streamed" or "reference", and why it is not a faster one; "" if that was asked for.
+    """What computes a loss, "fused", "streamed" or "reference", and why not a faster one; "" if it was asked for.
 
-    impl: a name in IMPLEMENTATIONS. dtype, device_type: of z. missing: why the extension is not there; "" if it is.
+    Nothing is looked for or built. impl: a name in IMPLEMENTATIONS. dtype, device_type: of z. missing: why the extension is not there; "" if it is.
     """
     check_name(impl)
     if impl == "reference":
@@ -127,7 +129,7 @@ def describe(impl: str, variant: str, dtype: torch.dtype, device_type: str) -> s
 
 
 def find_or_build(device_type: str) -> str:
-    """Find the extension or build it, now at the latest. Returns why it cannot be used on a kind of device; "" if it can."""
+    """Find the extension or build it, now at the latest. Returns "", or why a kind of device cannot use it."""
     found = build.find_or_build(device_type)
     if not found.path:
         return found.about + found.note

@@ -1,6 +1,8 @@
-"""python -m minidisp.ops: which implementation of the dispersion loss runs here, why, and whether it computes what it should.
+"""Which implementation of the dispersion loss runs here, why, and whether it computes what it should.
 
-Exit code 0, or 1 if a self-test failed.
+    python -m minidisp.ops
+
+Builds the extension, if need be. Exit code 0, or 1 if a self-test failed.
 """
 
 import math
@@ -15,6 +17,7 @@ import torch
 from minidisp import ops
 from minidisp.dispersion import VARIANTS, DispersionLoss, dispersion_loss
 from minidisp.ops import build
+from minidisp.runtime.cli import make_printable
 
 # The largest error that passes: of the loss, and of the gradient relative to its norm, which z's own type rounds.
 SELF_TEST_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -76,14 +79,18 @@ def diagnosis() -> tuple[str, bool]:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["compile"]:  # in a process of its own; build.py starts it
+    make_printable()
+    if sys.argv[1:2] == ["compile"]:  # in a process of its own, which build.py starts
         build.compile_into(Path(sys.argv[2]))
         return 0
-    if sys.argv[1:2] == ["check"]:  # the CUDA kernels, likewise
+    if sys.argv[1:2] == ["check"]:  # the CUDA kernels; likewise, ops.check_cuda
         torch.cuda.set_device(sys.argv[2])
         build.find()
         ops.register_fused()
         text, good = self_test("fused", sys.argv[2])
+    elif sys.argv[1:]:
+        print(__doc__)
+        return 0 if sys.argv[1] in ("-h", "--help") else 2
     else:
         text, good = diagnosis()
     print(text)

@@ -1,9 +1,9 @@
 """The extension, csrc/ compiled: where it lies, how it is found, and how it is built on first use.
 
-It is looked for in this order: built ahead by `pip install --no-build-isolation -e .`, in the folder of the package; built
-before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are a C++
-compiler and ninja. A failed build is remembered. Nothing here raises where training can go on without the extension: what
-comes back says why there is none.
+It is looked for in this order: built ahead by `pip install --no-build-isolation -e .`, in the folder of the package;
+built before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are a
+C++ compiler and ninja. A failed build is remembered. find() and find_or_build() never raise, as training goes on without
+the extension: what they return says why there is none.
 """
 
 import contextlib
@@ -76,9 +76,9 @@ def file_stem() -> str:
 
 
 def compiler() -> list[str]:
-    """The command that compiles C++: CXX, a program or a program with arguments ("ccache g++"), or the first one in the path.
+    """The command that compiles C++: CXX, a program that may have arguments ("ccache g++"), else one from the path.
 
-    Empty if there is none, or none that CXX names.
+    Empty if there is none, or if there is not the one that CXX names.
     """
     wanted = os.environ.get("CXX", "").strip()
     if not wanted:
@@ -242,7 +242,9 @@ def _build(folder: Path) -> str:
     script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
     script.chmod(0o700)
     path = os.pathsep.join([str(folder), str(Path(ninja()).parent), os.environ.get("PATH", os.defpath)])
-    environment = child_environment(CXX=script.name, PATH=path, TORCH_NO_COMPILER_WRAPPER="1")
+    environment = child_environment(CXX=script.name, PATH=path)
+    # Nothing is put before it that it does not say, and that it works is seen from what it makes.
+    environment.update(TORCH_NO_COMPILER_WRAPPER="1", TORCH_DONT_CHECK_COMPILER_ABI="1")
     if not shutil.which(environment.get("CC", "")):
         environment.pop("CC", None)  # given to nvcc as the path of one program, too
     if builds_cuda() and not torch.cuda.is_available():
