@@ -20,6 +20,7 @@ its first step done, its evaluation at step 0 included, compile off. A table, th
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -44,6 +45,7 @@ from minidisp.data import Batches, Dataset  # noqa: E402
 from minidisp.dispersion import DispersionLoss  # noqa: E402
 from minidisp.model import GPT  # noqa: E402
 from minidisp.optim import build_optimizers  # noqa: E402
+from train import Forward, objective  # noqa: E402
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
 MODELS = {
@@ -85,9 +87,9 @@ class Clock:
 class Form:
     """One way of taking a training step."""
 
-    def __init__(self, name, parameters, forward, optimizers, batches, config: Config, args, dispersion=None):
+    def __init__(self, name, parameters, forward, optimizers, batches, config: Config, args, terms=()):
         self.name, self.parameters, self.forward, self.optimizers = name, list(parameters), forward, optimizers
-        self.batches, self.config, self.device, self.dispersion = batches, config, args.device, dispersion
+        self.batches, self.config, self.device, self.terms = batches, config, args.device, terms
         self.dtype = getattr(torch, args.dtype)
         self.step_number = 0
         self.clock = Clock(args)
@@ -104,10 +106,9 @@ class Form:
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             ce, hidden_states = self.forward(x, y)
         self.clock.mark("forward")
-        loss = ce
-        if self.dispersion:
-            loss = ce + DISPERSION * self.dispersion(hidden_states, self.step_number)
-        del hidden_states
+        forward = Forward(x, ce, hidden_states, self.step_number)
+        loss = sum(term.weight * term.value(forward) for term in self.terms) if self.terms else ce
+        del forward, hidden_states
         self.clock.mark("dispersion")
         loss.backward()
         self.clock.mark("backward")
@@ -132,12 +133,17 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
     if any(not name.startswith("nanoGPT") for name in names):
         compiled = torch.compile(model, dynamic=False)
         optimizers = build_optimizers(model, config)
+        dispersion = DispersionLoss()
+        if any("dispersion" in name for name in names):
+            dispersion.prepare(args.device)
         for name in names:
             if name.startswith("nanoGPT"):
                 continue
+            weight = DISPERSION if "dispersion" in name else 0.0
+            terms = objective(dataclasses.replace(config, dispersion=weight), model, dispersion, None, "")
             forward = compiled if "compiled" in name else model
             chosen[name] = Form(name, model.parameters(), lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:], optimizers, batches,
-                                config, args, DispersionLoss() if "dispersion" in name else None)  # fmt: skip
+                                config, args, terms)  # fmt: skip
     if any(name.startswith("nanoGPT") for name in names):
         peer = import_peer(Path(args.against), config).to(args.device)
         state = {key if key.startswith("lm_head") else f"transformer.{key}": w for key, w in model.state_dict().items()}
@@ -258,7 +264,7 @@ def first_step_s(config: Config, folder: Path, args) -> float:
 
 def flops_per_step(config: Config) -> float:
     C, T = config.n_embd, config.block_size
-    weights = config.n_layer * (4 * C * C + 2 * C * config.mlp_width) + C * config.vocab_size
+    weights = config.n_layer * (4 * C * C + 2 * C * config.mlp_dim) + C * config.vocab_size
     return (6 * weights + 6 * config.n_layer * T * C) * config.batch_size * T
 
 

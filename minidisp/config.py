@@ -1,19 +1,21 @@
 """One frozen dataclass holds every setting of a run; it becomes the command line, config.json, and comes back.
 
-A field declared with `flag(default, help)` is the flag of the same name in kebab-case. Presets are plain
-dictionaries of fields, applied before the other flags.
+A field declared with `flag(default, help)` is the flag of the same name in kebab-case, in the group of --help where it stands
+(GROUPS); what --resume may change stands beside it. Presets are plain dictionaries of fields, applied before the other flags.
 """
 
 import argparse
 import dataclasses
 import math
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from minidisp import InputError, is_plain, ops, parse_json, read_bytes
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.model import GPTConfig, flag
+from minidisp.optim import OPTIMIZERS, SCHEDULES
 from minidisp.runtime.cli import Parser
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
@@ -52,85 +54,107 @@ class Config(GPTConfig):
     """Everything that a training run depends on. Raises InputError naming the flag on values that make no sense."""
 
     # run
-    preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it")
+    preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="free")
     recipe: Literal[tuple(RECIPES)] = flag(
         "gpt2", "how to train: gpt2, the plain one that comparisons start from; fast: more learnt per minute"
     )
-    out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>")
+    out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>", resume="free")
     seed: int = flag(0, "seed of the initialisation, the data order and dropout")
-    resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped")
-    overwrite: bool = flag(False, "replace the run in --out")
+    resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="free")
+    overwrite: bool = flag(False, "replace the run in --out", resume="free")
     # data
-    data: str = flag("pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use")
-    init_from: str = flag("", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)")
+    data: str = flag(
+        "pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use", resume="free"
+    )
+    init_from: str = flag(
+        "", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)", resume="free"
+    )
     # dispersion
-    dispersion: float = flag(0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1")
-    dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss")
-    dispersion_layers: str = flag("all", "all, last, early_half, late_half, or numbers from 1 such as 1,3,5")
-    dispersion_tau: float = flag(1.0, "temperature; angle / pi for angular_spread, squared distance for the others")
-    dispersion_clamp: float = flag(0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through")
-    dispersion_tokens: int = flag(0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256")
+    dispersion: float = flag(0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1", resume="said")
+    dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss", resume="said")
+    dispersion_layers: str = flag(
+        "all", "all, last, early_half, late_half, or numbers from 1 such as 1,3,5", resume="said"
+    )
+    dispersion_tau: float = flag(
+        1.0, "temperature; angle / pi for angular_spread, squared distance for the others", resume="said"
+    )
+    dispersion_clamp: float = flag(
+        0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through", resume="said"
+    )
+    dispersion_tokens: int = flag(
+        0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256", resume="said"
+    )
     dispersion_impl: Literal[ops.IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
-                                                         "reference: plain; auto: fused where it is, else streamed")  # fmt: skip
+                                                         "reference: plain; auto: fused where it is, else streamed", resume="free")  # fmt: skip
     # other counter-measures
     noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "
-                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3")  # fmt: skip
+                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3", resume="said")  # fmt: skip
     active_forgetting: int = flag(0, "steps between resets of the token embeddings, and so of a tied output layer, and of their optimiser "
-                                  "state; none in the last such interval; 0 = off, the paper uses 1000")  # fmt: skip
+                                  "state; none in the last such interval; 0 = off, the paper uses 1000", resume="said")  # fmt: skip
     distill: str = flag(
-        "", "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well"
+        "",
+        "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well",
+        resume="free",
     )
-    distill_weight: float = flag(1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy")
-    distill_temperature: float = flag(2.0, "what the logits of both are divided by")
+    distill_weight: float = flag(
+        1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy", resume="said"
+    )
+    distill_temperature: float = flag(2.0, "what the logits of both are divided by", resume="said")
     # optimisation
-    max_steps: int = flag(400, "optimiser steps")
-    batch_size: int = flag(8, "sequences per micro-step")
-    grad_accum: int = flag(1, "micro-steps per optimiser step")
-    optimizer: Literal["adamw", "muon"] = flag(
+    max_steps: int = flag(400, "optimiser steps", resume="said")
+    batch_size: int = flag(8, "sequences per micro-step", resume="free")
+    grad_accum: int = flag(1, "micro-steps per optimiser step", resume="free")
+    optimizer: Literal[tuple(OPTIMIZERS)] = flag(
         "adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest"
     )
-    lr: float = flag(3e-3, "peak learning rate")
-    min_lr: float | None = flag(None, "learning rate at the end; default lr / 10")
-    warmup_steps: int = flag(40, "steps of linear warm-up")
-    schedule: Literal["cosine", "wsd", "constant"] = flag(
-        "cosine", "after warm-up; wsd: constant, last fifth linear down"
+    lr: float = flag(3e-3, "peak learning rate", resume="said")
+    min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", resume="said")
+    warmup_steps: int = flag(40, "steps of linear warm-up", resume="said")
+    schedule: Literal[tuple(SCHEDULES)] = flag(
+        "cosine", "after warm-up; wsd: constant, last fifth linear down", resume="said"
     )
-    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only")
-    beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)")
-    beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95")
-    grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping")
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
+    beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)", resume="said")
+    beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95", resume="said")
+    grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping", resume="said")
     # system
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu", resume="free")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of matrix products; auto: bfloat16 on cuda, else float32"
+        "auto", "of matrix products; auto: bfloat16 on cuda, else float32", resume="said"
     )
-    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice")
-    shard: bool = flag(False, "under torchrun, split weights and optimiser states over the processes (FSDP2)")
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda", resume="free")
+    threads: int = flag(0, "CPU threads; 0 = torch's choice", resume="free")
+    shard: bool = flag(
+        False, "under torchrun, split weights and optimiser states over the processes (FSDP2)", resume="free"
+    )
     # logging
-    eval_every: int = flag(100, "steps between evaluations; there is always one at step 0 and one at the end")
-    eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all")
-    log_every: int = flag(10, "steps between lines of metrics.jsonl")
-    save_every: int = flag(200, "steps between checkpoints; there is always one at the end")
-    keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt")
-    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too")
-    wandb: bool = flag(False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder")
+    eval_every: int = flag(
+        100, "steps between evaluations; there is always one at step 0 and one at the end", resume="free"
+    )
+    eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all", resume="said")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", resume="free")
+    save_every: int = flag(200, "steps between checkpoints; there is always one at the end", resume="free")
+    keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt", resume="free")
+    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too", resume="free")
+    wandb: bool = flag(
+        False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder", resume="free"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         for name, value in vars(self).items():
             if type(value) is int and name != "seed" and value > MOST:
-                raise InputError(f"--{_kebab(name)} is {_shown(value)}, but must be at most {MOST}")
+                raise InputError(f"--{kebab(name)} is {_shown(value)}, but must be at most {MOST}")
             if type(value) is float and not math.isfinite(value):
-                raise InputError(f"--{_kebab(name)} is {value}, but must be a finite number")
+                raise InputError(f"--{kebab(name)} is {value}, but must be a finite number")
             if type(value) is str and (len(value) > MOST_CHARACTERS or not is_plain(value)):
-                raise InputError(f"--{_kebab(name)} is {value!a:.60}: too long, or with control characters")
+                raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, or with control characters")
         for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
-                raise InputError(f"--{_kebab(name)} is {getattr(self, name)}, but must be at least {low}")
+                raise InputError(f"--{kebab(name)} is {getattr(self, name)}, but must be at least {low}")
         for name, (low, high) in _BETWEEN.items():
             if not low < getattr(self, name) < high:  # NaN fails, too
-                raise InputError(f"--{_kebab(name)} is {getattr(self, name)}, but must be above {low} and below {high}")
+                raise InputError(f"--{kebab(name)} is {getattr(self, name)}, but must be above {low} and below {high}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise InputError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}: change one of them")
         if self.seed >= 2**32:
@@ -152,7 +176,7 @@ class Config(GPTConfig):
         else:
             for name in ("distill_weight", "distill_temperature"):
                 if getattr(self, name) != getattr(Config, name):
-                    raise InputError(f"--{_kebab(name)} does nothing without a teacher: add --distill RUN")
+                    raise InputError(f"--{kebab(name)} does nothing without a teacher: add --distill RUN")
         if self.dispersion:
             if self.dispersion_tokens == 1:
                 raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
@@ -191,45 +215,58 @@ _BETWEEN = {
 }  # fmt: skip
 
 
-def _kebab(name: str) -> str:
+def kebab(name: str) -> str:
+    """The name of a field as that of its flag."""
     return name.replace("_", "-")
 
 
+# The groups of --help, each by its first field.
+GROUPS = {
+    "run": "preset", "data": "data", "model": "arch", "dispersion": "dispersion", "other counter-measures": "noisy_embedding",
+    "optimisation": "max_steps", "system": "device", "logging": "eval_every",
+}  # fmt: skip
+
+# What these settings are called elsewhere, for whoever types it.
+ELSEWHERE = {
+    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "max_iters": "max_steps", "steps": "max_steps",
+    "iterations": "max_steps", "num_steps": "max_steps", "epochs": "max_steps", "num_train_epochs": "max_steps",
+    "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule",
+    "gradient_accumulation_steps": "grad_accum", "accumulate": "grad_accum", "micro_batch_size": "batch_size",
+    "device_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "max_grad_norm": "grad_clip", "clip": "grad_clip",
+    "context_length": "block_size", "seq_len": "block_size", "sequence_length": "block_size", "max_seq_len": "block_size",
+    "n_layers": "n_layer", "num_layers": "n_layer", "depth": "n_layer", "n_heads": "n_head", "num_heads": "n_head",
+    "d_model": "n_embd", "hidden_size": "n_embd", "width": "n_embd", "n_kv_heads": "n_kv_head", "d_ff": "mlp_dim",
+    "intermediate_size": "mlp_dim", "out_dir": "out", "output_dir": "out", "output": "out", "run": "out", "name": "out",
+    "dataset": "data", "corpus": "data", "eval_interval": "eval_every", "eval_iters": "eval_tokens", "log_interval": "log_every",
+    "save_interval": "save_every", "always_save_checkpoint": "save_every", "wandb_log": "wandb", "lambda": "dispersion",
+    "dispersion_lambda": "dispersion", "dispersion_weight": "dispersion", "tau": "dispersion_tau", "variant": "dispersion_variant",
+    "layers": "dispersion_layers", "precision": "dtype", "teacher": "distill", "neftune_noise_alpha": "noisy_embedding",
+    "model": "preset", "size": "preset", "resume_from_checkpoint": "resume", "resume_from": "resume", "checkpoint": "init_from",
+    "num_threads": "threads", "fsdp": "shard", "adam_beta1": "beta1", "adam_beta2": "beta2",
+}  # fmt: skip
+
+
 def flags() -> list[dataclasses.Field]:
-    """The fields of Config that have a flag, the run's before the model's."""
+    """The fields of Config that have a flag, in the order of --help: the model's behind the data's."""
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     n_model = len([f for f in dataclasses.fields(GPTConfig) if "help" in f.metadata])
-    return fields[n_model:] + fields[:n_model]
+    model, own = fields[:n_model], fields[n_model:]
+    start = [f.name for f in own].index(GROUPS["dispersion"])
+    return own[:start] + model + own[start:]
 
 
-def parse(argv: list[str] | None = None, prog: str = "train.py", begin_if_missing: bool = False) -> Config:
+def parse(
+    argv: list[str] | None = None,
+    prog: str = "train.py",
+    begin_if_missing: bool = False,
+    architecture_of: Callable[[str], GPTConfig] | None = None,
+) -> Config:
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
     begin_if_missing: where there is no run for --resume to go on with, a new one begins.
+    architecture_of: the model that --init-from names. Its architecture is taken over; a flag that says otherwise is refused.
     """
-    parser = Parser(
-        prog=prog,
-        description="Train a small language model, with or without the dispersion loss (arXiv 2602.00217).",
-        epilog="examples:  python train.py --dispersion 0.1\n"
-        "           python train.py --data shakespeare --n-layer 4 --n-embd 128 --n-head 4 --block-size 64\n"
-        "           python train.py --config runs/pystdlib-tiny-d0.1-s0/config.json --seed 1 --out runs/again",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="start from a saved config.json; other flags win over it")
-    for field in flags():
-        kind, default = field.type, "" if field.default in ("", None) else f" (default {field.default})"
-        options: dict = {"help": field.metadata["help"].replace("%", "%%") + default}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        else:
-            options["type"] = _base_type(kind)
-            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[options["type"]]
-        parser.add_argument(f"--{_kebab(field.name)}", **options)
-    given = vars(parser.parse_args(argv))
+    given = vars(_parser(prog).parse_args(argv))
     base = {}
     if given.get("resume") and given.get("init_from"):
         raise InputError("--resume goes on with a run's own weights: leave out --init-from")
@@ -239,17 +276,76 @@ def parse(argv: list[str] | None = None, prog: str = "train.py", begin_if_missin
         # Only what names the run, and what contradicts --resume: the other flags make sense with the saved ones alone.
         wanted = ("out", "data", "preset", "dispersion", "seed", "resume", "overwrite", "init_from")
         run_dir = from_dict({name: given[name] for name in wanted if name in given}).run_dir
-        if begin_if_missing and not (run_dir / "config.json").exists():
+        if (run_dir / "config.json").exists():
+            base = {**_read_saved(run_dir / "config.json"), "out": str(run_dir)}
+        elif begin_if_missing:
             given["resume"] = False
         else:
-            base = {**_read_saved(run_dir / "config.json"), "out": str(run_dir)}
+            raise InputError(
+                f"--resume: there is no run in {run_dir} (it has no config.json); name its folder with --out, or leave --resume out"
+            )
     if not base and "preset" not in given:
         given["preset"] = "tiny"
     if base and given.get("recipe", base.get("recipe", "gpt2")) != base.get("recipe", "gpt2"):
         raise InputError(
             f"--recipe {given['recipe']} cannot replace the recipe of a saved run: give its flags anew, without its config"
         )
-    return from_dict({**base, **PRESETS.get(given.get("preset"), {}), **RECIPES.get(given.get("recipe"), {}), **given})
+    typed = {**PRESETS.get(given.get("preset"), {}), **RECIPES.get(given.get("recipe"), {}), **given}
+    if architecture_of and typed.get("init_from"):
+        base = {**base, **_taken_over(architecture_of(typed["init_from"]), typed)}
+    return from_dict({**base, **typed})
+
+
+def _parser(prog: str) -> Parser:
+    """The flags of train.py, in groups."""
+    parser = Parser(
+        prog=prog,
+        usage=f"python {prog} [--flag value ...]",
+        description="Train a small language model, with or without the dispersion loss (arXiv 2602.00217).",
+        epilog="examples:  python train.py --dispersion 0.1\n"
+        "           python train.py --data shakespeare --n-layer 4 --n-embd 128 --n-head 4 --block-size 64\n"
+        "           python train.py --config runs/pystdlib-tiny-d0.1-s0/config.json --seed 1 --out runs/again",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        elsewhere={kebab(theirs): kebab(ours) for theirs, ours in ELSEWHERE.items()},
+    )
+    group_at = {first: group for group, first in GROUPS.items()}
+    for field in flags():
+        if field.name in group_at:
+            add = parser.add_argument_group(group_at[field.name]).add_argument
+        kind, default = field.type, "" if field.default in ("", None, False) else f" (default {field.default})"
+        options: dict = {"help": field.metadata["help"].replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+            default = " (default on)" if field.default else ""
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options["type"] = _base_type(kind)
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[options["type"]]
+        options["help"] += default
+        add(f"--{kebab(field.name)}", **options)
+        if field.name == "out":
+            add("--config", metavar="FILE", help="start from a saved config.json; other flags win over it")
+    return parser
+
+
+def _taken_over(source: GPTConfig, typed: dict) -> dict:
+    """The architecture of the model that --init-from names, as fields; InputError where a flag says otherwise.
+
+    Dropout is no part of it, and the context may be shorter: it is what was typed, or else at most the default.
+    """
+    values = to_dict(source)
+    for name in ("dropout", "vocab_size"):
+        del values[name]
+    values["block_size"] = typed.get("block_size", min(source.block_size, GPTConfig.block_size))
+    for name, value in values.items():
+        if name in typed and typed[name] not in (value, getattr(source, name)):
+            raise InputError(
+                f"--init-from {typed['init_from']} has {name} {getattr(source, name)}, not {typed[name]}: leave out --{kebab(name)}"
+            )
+    return values
 
 
 def _read_saved(path: Path) -> dict:
@@ -307,9 +403,15 @@ def _shown(value: object) -> str:
     return f"of type {type(value).__name__}"
 
 
-def to_dict(config: Config) -> dict:
-    """The fields as a dictionary that JSON can hold and `from_dict` reads back."""
-    return dataclasses.asdict(config)
+def to_dict(config: GPTConfig) -> dict:
+    """The fields as a dictionary that JSON can hold and `from_dict` reads back.
+
+    Where the usual choice is in force, its field is 0, so that whoever changes n_embd in it gets what is usual then.
+    """
+    usual = {name: 0 for name, value in config.usual().items() if getattr(config, name) == value}
+    usual |= {"bias": True} if config.arch != "gpt2" else {}
+    values = {**dataclasses.asdict(config), **usual}
+    return {**values, "norm_eps": float(values["norm_eps"])}
 
 
 def read_json(path: Path) -> dict:

@@ -303,6 +303,12 @@ class Batches:
         return offset + self._T * rng.permutation(self._n)
 
 
+def micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Sequences start..stop-1 in parts of at most `size`: (the first one, how many)."""
+    for first in range(start, stop, size):
+        yield first, min(size, stop - first)
+
+
 def eval_windows(split: Split, block_size: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """The fixed validation set of training: windows spread evenly over the split, in its order, without overlap.
 

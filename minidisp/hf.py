@@ -350,7 +350,7 @@ def _layout(model: GPT) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]
             theirs = [f"layers.{layer}.{part}" for part in QWEN3[module]]
         else:
             theirs = QWEN3[module]
-        head_rows = [heads * config.head_width for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        head_rows = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
         rows = {1: [len(parameter)], 2: [len(parameter) // 2] * 2, 3: head_rows}[len(theirs)]
         prefix = "" if module == "lm_head" else PREFIX[config.arch]
         shapes = [(n, *parameter.shape[1:]) for n in rows]
@@ -457,32 +457,32 @@ def to_config(config: GPTConfig, vocabulary: Tokenizer) -> dict:
         "dtype": "float32",
     }
     if config.arch == "gpt2":
-        if config.kv_heads != config.n_head:
+        if config.n_kv_head != config.n_head:
             raise InputError(f"--n-kv-head {config.n_kv_head}: GPT-2 models of transformers share no heads")
-        if config.n_head * config.head_width != config.n_embd:
+        if config.n_head * config.head_dim != config.n_embd:
             raise InputError(f"--head-dim {config.head_dim}: it is n_embd / n_head in GPT-2 models of transformers")
         return common | {
             "architectures": ["GPT2LMHeadModel"],
             "n_layer": config.n_layer,
             "n_head": config.n_head,
             "n_embd": config.n_embd,
-            "n_inner": config.mlp_width,
+            "n_inner": config.mlp_dim,
             "n_positions": config.block_size,
             "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": config.norm_epsilon,
+            "layer_norm_epsilon": config.norm_eps,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         }
     return common | {
         "architectures": ["Qwen3ForCausalLM"],
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
         "hidden_size": config.n_embd,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.block_size,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
+        "rms_norm_eps": config.norm_eps,
         "attention_bias": config.attention_bias,
         "rope_theta": config.rope_theta,  # for transformers 4
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

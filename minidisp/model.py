@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidisp import InputError
+from minidisp.loss import compute_dtype, cross_entropy
 
-# From this vocabulary on the loss is computed in chunks of tokens; for 256 bytes it would not pay.
-CHUNKED_LOSS_MIN_VOCAB = 1024
-
-IGNORE = -1  # a target that is not counted in the loss
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 
 
-def flag(default, help: str):
-    """A dataclass field that is also a command-line flag: its default, and its help text with the unit."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help: str, resume: Literal["refused", "said", "free"] = "refused"):
+    """A dataclass field that is also a command-line flag: its default, and its help text with the unit.
+
+    resume: whether --resume may change it. "free": it changes nothing, or rounding only. "said": training goes another way
+    from there, which is said. "refused": it would no longer be the same run.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "resume": resume})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class GPTConfig:
     head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head")
     mlp_dim: int = flag(0, "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to 64s")
     block_size: int = flag(256, "context length in tokens")
-    dropout: float = flag(0.0, "dropout probability in [0, 1)")
+    dropout: float = flag(0.0, "dropout probability in [0, 1)", resume="said")
     bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only)")
     attention_bias: bool = flag(False, "biases in the attention's linear layers (qwen3 only)")
     gelu: Literal["erf", "tanh"] = flag(
@@ -75,11 +76,10 @@ class GPTConfig:
             raise InputError(
                 f"--n-head {self.n_head} is not a multiple of --n-kv-head {self.n_kv_head}: change one of them"
             )
-        if self.arch == "qwen3" and self.head_width % 2:
-            raise InputError(
-                f"rotary positions need an even --head-dim, not {self.head_width}: change --n-head or --head-dim"
-            )
-        if self.arch == "qwen3" and self.block_size * self.head_width > 1 << 28:
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.arch == "qwen3" and head_dim % 2:
+            raise InputError(f"rotary positions need an even --head-dim, not {head_dim}: change --n-head or --head-dim")
+        if self.arch == "qwen3" and self.block_size * head_dim > 1 << 28:
             raise InputError(f"--block-size {self.block_size} needs over 1 GiB of memory for its rotations: lower it")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
@@ -90,48 +90,39 @@ class GPTConfig:
         if self.attention_bias and self.arch == "gpt2":
             raise InputError("--attention-bias goes with --arch qwen3: gpt2 has --bias for all its linear layers")
 
-    # The widths in force, where 0 stands for the usual choice.
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.n_embd // self.n_head
+        # From here on every field holds what is in force, also where 0 stood for the usual choice.
+        for name, value in self.usual().items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "bias", self.bias and self.arch == "gpt2")
 
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
-
-    @property
-    def mlp_width(self) -> int:
-        if self.mlp_dim:
-            return self.mlp_dim
-        return 4 * self.n_embd if not self.gated else 64 * math.ceil(self.n_embd * 8 / 3 / 64)
+    def usual(self) -> dict[str, float]:
+        """What 0 stands for, of the fields that may be left to the others."""
+        mlp_dim = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.gated else 4 * self.n_embd
+        norm_eps = 1e-5 if self.arch == "gpt2" else 1e-6
+        return {
+            "n_kv_head": self.n_head,
+            "head_dim": self.n_embd // self.n_head,
+            "mlp_dim": mlp_dim,
+            "norm_eps": norm_eps,
+        }
 
     @property
     def gated(self) -> bool:
+        """Whether the MLP is a SwiGLU."""
         return self.arch == "qwen3" and self.mlp == "arch"
 
     @property
-    def norm_epsilon(self) -> float:
-        return self.norm_eps or (1e-5 if self.arch == "gpt2" else 1e-6)
-
-    @property
-    def use_bias(self) -> bool:
-        return self.bias and self.arch == "gpt2"
-
-    @property
-    def use_attention_bias(self) -> bool:
-        return self.use_bias or self.attention_bias
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers GPT.num_params() counts, known before any of them takes memory."""
-        C, width, kv_width = self.n_embd, self.n_head * self.head_width, self.kv_heads * self.head_width
+    def parameter_count(self) -> int:
+        """What GPT.num_params() counts, known before any of them takes memory."""
+        C, width, kv_width = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         gpt2 = self.arch == "gpt2"
-        outputs = (width + 2 * kv_width, C, (2 if self.gated else 1) * self.mlp_width, C)
-        inputs = (C, width, C, self.mlp_width)
-        norm = C * (2 if self.use_bias else 1)
-        biases = (self.use_attention_bias,) * 2 + (self.use_bias,) * 2
+        outputs = (width + 2 * kv_width, C, (2 if self.gated else 1) * self.mlp_dim, C)
+        inputs = (C, width, C, self.mlp_dim)
+        norm = C * (2 if self.bias else 1)
+        biases = (self.bias or self.attention_bias,) * 2 + (self.bias,) * 2
         block = sum((i + bias) * o for i, o, bias in zip(inputs, outputs, biases, strict=True)) + 2 * norm
-        block += 0 if gpt2 else 2 * self.head_width  # of queries and keys
+        block += 0 if gpt2 else 2 * self.head_dim  # of queries and keys
         tables = self.vocab_size * (1 if self.tied else 2) + (self.block_size if gpt2 else 0)
         return tables * C + self.n_layer * block + norm
 
@@ -152,8 +143,8 @@ class Output(NamedTuple):
 def norm(config: GPTConfig, width: int) -> nn.Module:
     """LayerNorm or RMSNorm over the last dimension."""
     if config.arch == "gpt2":
-        return nn.LayerNorm(width, eps=config.norm_epsilon, bias=config.bias)
-    return nn.RMSNorm(width, eps=config.norm_epsilon)
+        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(width, eps=config.norm_eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,16 +159,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all blocks for up to `size` tokens, so that generating costs one token a step.
 
-    A pair of tensors (B, kv_heads, size, D) per block, filled up to `length`.
+    A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, batch_size, config.kv_heads, size, config.head_width)
+        shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
         self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.size, self.length = size, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, kv_heads, T, D) behind what block `layer` has; returns all keys and values so far."""
+        """Store k and v (B, n_kv_head, T, D) behind what block `layer` has; returns all keys and values so far."""
         end = self.length + k.shape[2]
         self.blocks[layer][0, :, :, self.length : end] = k
         self.blocks[layer][1, :, :, self.length : end] = v
@@ -190,19 +181,19 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
-        self.n_head, self.kv_heads, self.head_width = config.n_head, config.kv_heads, config.head_width
-        width = config.n_head * config.head_width
-        kv_width, bias = config.kv_heads * config.head_width, config.use_attention_bias
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        width = config.n_head * config.head_dim
+        kv_width, bias = config.n_kv_head * config.head_dim, config.bias or config.attention_bias
         self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=bias)
         if config.arch == "qwen3":
-            self.q_norm, self.k_norm = norm(config, config.head_width), norm(config, config.head_width)
+            self.q_norm, self.k_norm = norm(config, config.head_dim), norm(config, config.head_dim)
         self.rotary = config.arch == "qwen3"
 
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, self.n_head + 2 * self.kv_heads, self.head_width)
-        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        heads = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if self.rotary:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -216,9 +207,9 @@ class Attention(nn.Module):
             v,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=T > 1,  # a single new token sees everything in the cache
-            enable_gqa=self.kv_heads != self.n_head,
+            enable_gqa=self.n_kv_head != self.n_head,
         )
-        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_width)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
         return F.dropout(self.c_proj(y), self.dropout, self.training) if self.dropout else self.c_proj(y)
 
 
@@ -229,8 +220,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.relu2, self.dropout = config.gated, config.mlp == "relu2", config.dropout
         self.gelu = "tanh" if config.gelu == "tanh" else "none"
-        self.c_fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_width, bias=config.use_bias)
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.use_bias)
+        self.c_fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
@@ -260,79 +251,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, in chunks of tokens: the logits of all never exist at once.
-
-    LinearCrossEntropy.apply(x, weight, targets): x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not
-    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). The gradients are taken on the way,
-    while a chunk's logits are there, and backward only scales them; so there is one backward per forward. Products are in
-    autocast's dtype or that of x, sums over tokens and over the vocabulary in that of the result.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        wide = torch.promote_types(dtype, torch.float32)
-        want_x, want_weight, _ = ctx.needs_input_grad
-        ctx.dtypes = x.dtype, weight.dtype
-        x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
-        counted = targets != IGNORE
-        targets = torch.where(counted, targets, 0)
-        size = min(loss_chunk(x), len(x))
-        x_grad = torch.empty_like(x) if want_x else None
-        weight_grad = torch.empty_like(weight, dtype=wide) if want_weight else None
-        # Buffers for all chunks: new memory of this size would come from the system, page by page, each time.
-        buffer = x.new_empty(size, len(weight), dtype=wide)
-        halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
-        weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
-        total = buffer.new_zeros(())
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
-            z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
-            product = z if halves is None else halves[: len(x_rows)]
-            z.copy_(torch.mm(x_rows, weight.T, out=product))
-            z -= z.amax(1, keepdim=True)
-            at_target = z.gather(1, target)
-            exp_sum = z.exp_().sum(1, keepdim=True)
-            total += torch.where(count, exp_sum.log() - at_target, 0).sum()
-            if want_x or want_weight:
-                z *= count / exp_sum
-                grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
-            if want_x:
-                torch.mm(grad, weight, out=x_grad[rows])
-            if want_weight and dtype == wide:
-                weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
-            elif want_weight:
-                torch.mm(grad.T, x_rows, out=weight_product)
-                weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
-        number = counted.sum()
-        ctx.save_for_backward(x_grad, weight_grad, number)
-        return total / number
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor):
-        x_grad, weight_grad, number = ctx.saved_tensors
-        scale = upstream / number
-        if x_grad is not None:
-            x_grad = x_grad.to(ctx.dtypes[0]) * scale
-        if weight_grad is not None:  # in place: it may be the largest tensor there is
-            weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1])
-        return x_grad, weight_grad, None
-
-
-def loss_chunk(x: Tensor) -> int:
-    """Tokens whose logits exist at once: few on a CPU, for its caches, and enough to keep anything else busy."""
-    return 512 if x.device.type == "cpu" else 2048
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-
-
 class GPT(nn.Module):
     """A causal language model. Parameters are drawn from torch's global generator: seed it first."""
 
@@ -343,7 +261,7 @@ class GPT(nn.Module):
         if config.arch == "gpt2":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_width, 2) / config.head_width)
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
             angles = torch.outer(torch.arange(config.block_size), frequencies).repeat(1, 2)  # (block_size, D)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
@@ -413,21 +331,7 @@ class GPT(nn.Module):
         return x, tuple(hidden_states) if return_hidden_states else None
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        x, flat = x.flatten(0, 1), targets.flatten()
-
-        def plain(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.lm_head(x)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
-
-        # torch.compile fuses the plain form by itself and would stop at the chunked one.
-        if self.config.vocab_size < CHUNKED_LOSS_MIN_VOCAB or torch.compiler.is_compiling():
-            loss = plain(x, flat)
-        elif reduction == "mean":
-            loss = LinearCrossEntropy.apply(x, self.lm_head.weight, flat)
-        else:
-            size = loss_chunk(x)
-            loss = torch.cat([plain(*rows) for rows in zip(x.split(size), flat.split(size), strict=True)])
+        loss = cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
     def generate(

@@ -1,64 +1,106 @@
-"""Optimisers and learning-rate schedules."""
+"""Optimisers and learning-rate schedules: a name and its function stand in one dictionary each, OPTIMIZERS and SCHEDULES.
 
+Flags, checks and messages follow from them. To add one, write its function and put it into the dictionary.
+"""
+
+from __future__ import annotations  # config.py, to the right of this file, takes its choices from here
+
+import gc
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minidisp.config import Config
+if TYPE_CHECKING:
+    from minidisp.config import Config
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv 1711.05101) for everything, with decoupled weight decay on matrices only."""
+    return [_adamw(model.parameters(), config)]
+
+
+def muon(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices and AdamW for the rest (Keller Jordan; arXiv 2502.16982 for the size of its step).
+
+    Both have the same learning rate, since Muon's update is scaled to the root mean square of AdamW's.
+    """
+    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    optimizer = torch.optim.Muon(
+        matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [_adamw((p for p in model.parameters() if id(p) not in taken), config), optimizer]
+
+
+def _adamw(parameters, config: Config) -> torch.optim.AdamW:
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+
+
+# name: (model, config) -> the optimisers that take a step together, each parameter in one of them
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """The optimisers of a run; they share the learning rate, which the trainer sets before every step."""
+    gc.disable()  # AdamW loads torch's compiler: looking for garbage in what it brings would take half a second
+    optimizers = OPTIMIZERS[config.optimizer](model, config)
+    gc.enable()
+    return optimizers
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 WSD_DECAY = 0.2  # share of the steps in which warmup-stable-decay goes down
 
 
-def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
-
-    Weight decay is decoupled and on matrices only: biases and norm weights are left alone.
-    Muon (Keller Jordan; arXiv 2502.16982 for the scale of its step) uses the same learning rate as AdamW, since
-    its update is scaled to the same root mean square.
-    """
-    named = list(model.named_parameters())
-    muon = [p for name, p in named if config.optimizer == "muon" and name.startswith("h.") and p.ndim == 2]
-    taken = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            fused=named[0][1].device.type in ("cpu", "cuda", "mps"),
-        )
-    ]
-    if muon:
-        optimizers.append(
-            torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return optimizers
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """The learning rate of optimiser step `step` = 0, 1, ..., max_steps - 1.
-
-    Linear warm-up to lr; then a half cosine down to final_lr (arXiv 1608.03983), or lr until the last fifth and a
-    straight line down to final_lr (warmup-stable-decay, arXiv 2404.06395), or lr to the end.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return config.lr
-    start = config.warmup_steps
-    if config.schedule == "wsd":
-        start = max(start, round((1 - WSD_DECAY) * config.max_steps))
-    progress = min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
-    share = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+def cosine(step: int, config: Config) -> float:
+    """Half a cosine down to final_lr (arXiv 1608.03983)."""
+    share = 0.5 * (1 + math.cos(math.pi * _progress(step, config.warmup_steps, config)))
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
-def step_where(finite: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+def wsd(step: int, config: Config) -> float:
+    """lr until the last fifth, then a straight line down to final_lr (warmup-stable-decay, arXiv 2404.06395)."""
+    start = max(config.warmup_steps, round((1 - WSD_DECAY) * config.max_steps))
+    share = 1 - _progress(step, start, config)
+    return config.final_lr + share * (config.lr - config.final_lr)
+
+
+def constant(step: int, config: Config) -> float:
+    """lr to the end."""
+    return config.lr
+
+
+def _progress(step: int, start: int, config: Config) -> float:
+    """How much of the way from step `start` to the end is done, from 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
+
+
+# name: (step, config) -> the learning rate after warm-up
+SCHEDULES = {"cosine": cosine, "wsd": wsd, "constant": constant}
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of optimiser step `step` = 0, 1, ..., max_steps - 1: linear warm-up to lr, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    return SCHEDULES[config.schedule](step, config)
+
+
+# --- a step that may be left out --------------------------------------------------------------------------------------
+
+
+def step_where(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     """Let all optimizers step if `finite`, a bool scalar; if not, all weights and states stay as they are.
 
     On CUDA the decision is taken on the device, so that nothing waits for it. A fused AdamW can do that by itself; what
@@ -72,7 +114,7 @@ def step_where(finite: torch.Tensor, optimizers: list[torch.optim.Optimizer]) ->
     step_where_on_device(finite, optimizers)
 
 
-def step_where_on_device(finite: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+def step_where_on_device(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     """step_where without reading `finite`."""
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):

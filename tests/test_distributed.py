@@ -14,6 +14,8 @@ import minidisp
 import train
 from minidisp import InputError, report
 from minidisp.runtime import checkpoint
+from minidisp.runtime.guard import half_of
+from minidisp.runtime.processes import World
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent
@@ -23,12 +25,12 @@ TIMES = {"tokens_per_second", "seconds"}
 SEVERAL_RUNS = """
 import json, sys
 from contextlib import ExitStack
-import minidisp.model
+import minidisp.loss
 import train
 from minidisp import InputError, report
 from tests.conftest import small_config
 
-minidisp.model.CHUNKED_LOSS_MIN_VOCAB = 0  # the chunked loss here, the plain one alone: as if the vocabulary were large
+minidisp.loss.CHUNKED_MIN_VOCAB = 0  # the chunked loss here, the plain one alone: as if the vocabulary were large
 report.draw_run = lambda *_: []
 corpus, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 with ExitStack() as at_exit:
@@ -207,9 +209,9 @@ def test_all_skip_the_same_steps_and_give_up_together(runs):
 def test_out_of_memory_in_one_of_several_says_what_to_lower():
     """It cannot take its step again, in halves: the others wait in the middle of theirs."""
     with pytest.raises(InputError, match=r"step 3: process 1 is out of memory: lower --batch-size.* --shard"):
-        train.half_of(4, MemoryError(), "step 3", train.World(rank=1, size=2))
+        half_of(4, MemoryError(), "step 3", World(rank=1, size=2))
     with pytest.raises(InputError, match="with one sequence at a time"):
-        train.half_of(1, MemoryError(), "step 3", train.World(rank=1, size=2))
+        half_of(1, MemoryError(), "step 3", World(rank=1, size=2))
 
 
 def wait_until(what, process: subprocess.Popen, seconds: float = 60) -> None:

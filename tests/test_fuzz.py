@@ -14,6 +14,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from minidisp import InputError, report, tokenizer
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import HEADER, MAGIC, SPLITS, Dataset
 from minidisp.model import GPT
-from minidisp.optim import build_optimizers
 from minidisp.runtime import checkpoint
+from minidisp.runtime.run_folder import changed_settings, rewind_metrics
 from tests.conftest import small_config, small_flags
 from tests.test_data import write_corpus
 
@@ -250,7 +251,7 @@ def test_config(request, tmp_path):
     def use():
         config = parse(["--config", str(path)])
         assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
-        assert config.parameters > 0
+        assert config.parameter_count > 0
         print(config.run_dir)
 
     def check_bytes(edits):
@@ -279,12 +280,12 @@ def test_metrics(request, run, tmp_path):
         metrics = report.read_metrics(path)
         evals = [line for line in metrics if "val_loss" in line]
         if evals:
-            numbers = train.evaluations(evals)
+            numbers = report.summarise(tmp_path, 1, 1, 1.0, 0)
             assert math.isfinite(numbers["best"]["val_loss"])
             np.array([line["mean_cosine_by_layer"] for line in evals[:1]], dtype=float)
             np.array([line["histogram_by_layer"] for line in evals[:1]], dtype=float)
         with open(path, "ab+", buffering=0) as file:
-            train.rewind_metrics(file, 6)
+            rewind_metrics(file, 6)
         assert path.read_bytes() in (b"", path.read_bytes()[: path.stat().st_size])
         assert all(line["step"] <= 6 for line in report.read_metrics(path))
 
@@ -338,19 +339,22 @@ def use_checkpoint(small_run, corpus, tmp_path):
     """Do what --resume and eval.py do with ckpt_last.pt in tmp_path."""
     path, dataset = tmp_path / checkpoint.LAST, Dataset(corpus)
     shutil.copy(small_run / "tokenizer.model", tmp_path)
-    config = dataclasses.replace(from_dict(checkpoint.read(small_run / checkpoint.LAST)["config"]), resume=True)
-    optimizers = build_optimizers(GPT(config), config)
-    cpu = torch.device("cpu")
+    saved = from_dict(checkpoint.read(small_run / checkpoint.LAST)["config"])
+    config = dataclasses.replace(saved, resume=True)
+    with ExitStack() as at_exit:
+        trainer = train.Trainer(
+            dataclasses.replace(saved, out=str(tmp_path / "another"), overwrite=True), train.ALONE, at_exit
+        )
     rng = torch.get_rng_state()
 
     def resume():
         state, found = checkpoint.read_to_resume(tmp_path, print)
-        train.check_same_run(state, config, dataset, None, found)
+        changed_settings(state, config, dataset, None, found)
         model = GPT(config)
         checkpoint.load_weights(model, state, found)
-        guard, scaler = train.Guard(cpu, 10), torch.amp.GradScaler("cpu", enabled=True)
-        train.restore(state, found, config, optimizers, scaler, guard, cpu)
-        for optimizer in optimizers:
+        trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
+        trainer.load_state(state, found)
+        for optimizer in trainer.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = torch.zeros_like(p)
             optimizer.step()

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
-from minidisp.model import GPT, GPTConfig, LinearCrossEntropy, sample
+from minidisp.loss import LinearCrossEntropy
+from minidisp.model import GPT, GPTConfig, sample
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 KINDS = {
@@ -36,7 +37,7 @@ def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndar
     """Logits (T, V) and hidden states of one sequence, written out from the papers with loops over heads and positions."""
     config = model.config
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    T, D = len(idx), config.head_width
+    T, D = len(idx), config.head_dim
 
     def affine(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
@@ -67,11 +68,11 @@ def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndar
         qkv = affine(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
         heads = []
         for head in range(config.n_head):
-            group = head // (config.n_head // config.kv_heads)
+            group = head // (config.n_head // config.n_kv_head)
             q = qkv[:, head * D : (head + 1) * D]
             k = qkv[:, (config.n_head + group) * D : (config.n_head + group + 1) * D]
             v = qkv[
-                :, (config.n_head + config.kv_heads + group) * D : (config.n_head + config.kv_heads + group + 1) * D
+                :, (config.n_head + config.n_kv_head + group) * D : (config.n_head + config.n_kv_head + group + 1) * D
             ]
             if config.arch == "qwen3":
                 q, k = rope(norm(q, f"{name}.attn.q_norm")), rope(norm(k, f"{name}.attn.k_norm"))
@@ -113,7 +114,7 @@ def test_forward_agrees_with_numpy(model):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """The chunked loss takes 7 tokens at a time, so that a few dozen make several chunks and a shorter last one."""
-    monkeypatch.setattr("minidisp.model.loss_chunk", lambda x: 7)
+    monkeypatch.setattr("minidisp.loss.chunk_tokens", lambda x: 7)
 
 
 @pytest.mark.parametrize("vocab_size", [50, 2000])  # the plain loss, and the one that works in chunks
@@ -246,7 +247,7 @@ def test_parameters_are_counted_before_they_are_there(arch):
     options += [{"bias": False}] if arch == "gpt2" else [{"attention_bias": True}]
     for fields in options:
         config = GPTConfig(**SMALL, arch=arch, **fields)
-        assert config.parameters == GPT(config).num_params(), fields
+        assert config.parameter_count == GPT(config).num_params(), fields
 
 
 def test_own_presets_are_small():

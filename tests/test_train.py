@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from minidisp import InputError, load, optim, report
 from minidisp.config import Config, from_dict, parse, to_dict
 from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
-from minidisp.model import GPT, GPTConfig
+from minidisp.model import GPT, GPTConfig, flag
 from minidisp.optim import build_optimizers, learning_rate
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, device
+from minidisp.runtime.guard import first_bad_tensor
+from minidisp.runtime.run_folder import changed_settings
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent
@@ -426,48 +429,62 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-CHANGES = {
-    "preset": "mini", "out": "elsewhere", "seed": 1, "resume": True, "overwrite": True, "data": "elsewhere", "init_from": "x",
-    "dispersion": 0.5, "dispersion_variant": "l2_repel", "dispersion_layers": "last", "dispersion_tau": 2.0, "dispersion_clamp": 0.1,
-    "dispersion_tokens": 4, "dispersion_impl": "reference", "max_steps": 99, "batch_size": 2, "grad_accum": 4, "optimizer": "muon",
-    "lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 9, "schedule": "wsd", "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.8, "grad_clip": 2.0,
-    "device": "cuda", "dtype": "bfloat16", "compile": "on", "threads": 3, "eval_every": 5, "eval_tokens": 999, "log_every": 7,
-    "save_every": 8, "keep": 3, "noisy_embedding": 1.0, "active_forgetting": 3, "distill": "x", "distill_weight": 2.0,
-    "distill_temperature": 3.0, "tensorboard": True, "wandb": True, "shard": True, "arch": "qwen3", "n_layer": 3, "n_head": 4, "n_kv_head": 1, "n_embd": 64, "head_dim": 8, "mlp_dim": 64,
-    "block_size": 16, "dropout": 0.2, "bias": False, "gelu": "tanh", "tied": False, "rope_theta": 5.0, "vocab_size": 300,
-    "norm_eps": 1e-3, "attention_bias": True, "mlp": "relu2", "zero_init": True, "recipe": "fast",
-}  # fmt: skip
 FIXED = {
     "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
     "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "batch_size",
     "grad_accum",
 }  # fmt: skip
 
+# Values that another one cannot be derived for: most strings, and where the other settings allow little.
+CHANGES = {
+    "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "preset": "mini", "recipe": "fast",
+    "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
+    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3,
+}  # fmt: skip
+
+
+def another(field: dataclasses.Field, value):
+    """A value that this one could be changed to."""
+    if field.name in CHANGES:
+        return CHANGES[field.name]
+    if get_origin(field.type) is Literal:
+        return next(choice for choice in get_args(field.type) if choice != value)
+    assert type(value) in (bool, int, float), f"{field.name}: put a value that differs from {value!r} into CHANGES"
+    return not value if type(value) is bool else value + 1
+
+
+def test_a_new_flag_is_refused_on_resume_unless_it_says_otherwise():
+    assert flag(0, "help").metadata["resume"] == "refused"
+
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
 def test_what_resume_refuses_allows_and_says(corpus, run, name):
-    """A setting that is new and in no list is refused."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    may_change = {name: field.metadata.get("resume", "refused") for name, field in fields.items()}
+    assert {name for name, may in may_change.items() if may == "refused"} - FIXED == set(), (
+        "is it right that it may not change?"
+    )
     path, dataset = run / checkpoint.LAST, Dataset(corpus)
     state = checkpoint.read(path)
     if name.startswith("distill_"):  # which make no sense without a teacher
         state["config"]["distill"] = "x"
     if name == "attention_bias":  # which gpt2 has not
         state["config"]["arch"] = "qwen3"
-    config = dataclasses.replace(from_dict(state["config"]), **{name: CHANGES[name]})
+    config = dataclasses.replace(from_dict(state["config"]), **{name: another(fields[name], state["config"][name])})
     assert getattr(config, name) != state["config"][name]
     if name in FIXED:
         with pytest.raises(InputError, match=name):
-            train.check_same_run(state, config, dataset, None, path)
+            changed_settings(state, config, dataset, None, path)
     else:
-        said = train.check_same_run(state, config, dataset, None, path)
-        assert [words.split()[0] for words in said] == ([name] if name in train.CHANGED_ALOUD else [])
-        assert name in train.CHANGED_ALOUD | train.FREE_TO_CHANGE
+        said = changed_settings(state, config, dataset, None, path)
+        assert [words.split()[0] for words in said] == ([name] if may_change[name] == "said" else [])
+        assert may_change[name] in ("said", "free")
 
 
 def test_resume_may_split_the_batch_otherwise(corpus, run):
     state = checkpoint.read(run / checkpoint.LAST)
     config = dataclasses.replace(from_dict(state["config"]), batch_size=1, grad_accum=4)
-    assert train.check_same_run(state, config, Dataset(corpus), None, run) == []
+    assert changed_settings(state, config, Dataset(corpus), None, run) == []
 
 
 def test_resume_refuses_other_data_and_another_tokenizer_by_name(corpus, bpe_corpus, run, tmp_path, capsys):
@@ -534,7 +551,7 @@ def test_config_json_tells_what_it_ran_on(corpus, run):
 
 
 def test_without_git_it_trains_all_the_same(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
     train.main(small_config(corpus, tmp_path / "run", max_steps=1))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"] is None
 
@@ -711,9 +728,14 @@ def test_the_first_bad_tensor_is_named(corpus, what, expected):
     model, dispersion = go_bad(what)
     config = small_config(corpus, Path("unused"), dispersion=0.1)
     batches = Batches(Dataset(corpus).split("train"), 8, 0)
-    assert train.first_bad_tensor(model, dispersion, None, None, batches, 3, 2, config, torch.device("cpu")).startswith(
-        expected
-    )
+    terms = train.objective(config, model, dispersion, None, "")
+
+    def forward(first: int) -> train.Forward:
+        x, y = (torch.from_numpy(tokens) for tokens in batches.batch(first, 2))
+        return train.Forward(x, *model(x, y, return_hidden_states=True)[1:], step=3)
+
+    passes = ((1 / 2, forward(first)) for first in (3 * 4, 3 * 4 + 2))
+    assert first_bad_tensor(model, terms, passes).startswith(expected)
 
 
 # --- too little memory ----------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
 
 from minidisp.report.figures import CYCLE, cannot_draw, draw_comparison, draw_differences, draw_run, draw_study
 from minidisp.report.page import html_page
+from minidisp.report.progress import Progress
+from minidisp.report.summary import introduction, summarise, summary_table
 from minidisp.report.tables import (
     FURTHER,
     Table,
@@ -22,7 +24,7 @@ from minidisp.report.trackers import loggers
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 
 __all__ = [
-    "CYCLE", "FURTHER", "Table", "cannot_draw", "condensation_table", "draw_comparison", "draw_differences", "draw_run", "draw_study",
-    "further_table", "html_page", "layer_table", "loggers", "metrics_lines", "number", "pairs_table", "read_metrics", "score_table", "settings_table",
-    "table", "writing_table",
+    "CYCLE", "FURTHER", "Progress", "Table", "cannot_draw", "condensation_table", "draw_comparison", "draw_differences", "draw_run",
+    "draw_study", "further_table", "html_page", "introduction", "layer_table", "loggers", "metrics_lines", "number", "pairs_table",
+    "read_metrics", "score_table", "settings_table", "summarise", "summary_table", "table", "writing_table",
 ]  # fmt: skip

@@ -5,14 +5,15 @@ one pickle that describes the structure, and the numbers of every tensor as they
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -158,19 +159,19 @@ def save(run: Path, state: dict, step: int, keep: int) -> None:
             old.unlink()
 
 
-def whole(value, keep: bool = True):
+def gathered(value, keep: bool = True):
     """A tensor, or those in a dictionary or list, in one piece and on the CPU where it is sharded; others as they are.
 
     All processes must call it alike; with keep=False, one takes part in the gathering and keeps None.
     """
-    return _whole(value, keep, {})
+    return _gathered(value, keep, {})
 
 
-def _whole(value, keep: bool, seen: dict):
+def _gathered(value, keep: bool, seen: dict):
     if isinstance(value, dict):
-        return {key: _whole(part, keep, seen) for key, part in value.items()}
+        return {key: _gathered(part, keep, seen) for key, part in value.items()}
     if isinstance(value, list):
-        return [_whole(part, keep, seen) for part in value]
+        return [_gathered(part, keep, seen) for part in value]
     if not hasattr(value, "full_tensor"):
         return value
     if id(value) not in seen:
@@ -309,6 +310,10 @@ def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path
                 raise InputError(
                     f"{path} is not a checkpoint that training can go on from: it lacks more than the weights"
                 )
+            if not 0 <= state["seconds"] < math.inf or math.isnan(state["best_val_loss"]):
+                raise InputError(f"{path} is damaged: its seconds or its best_val_loss")
+            if not isinstance(state.get("rng_of_others", []), list):
+                raise InputError(f"{path} is damaged: its random numbers of other processes")
         except InputError as error:
             damaged = damaged or error
             continue
@@ -327,6 +332,27 @@ _TO_RESUME = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is inside reads values out of a checkpoint: if one is missing or of a wrong kind, that is an InputError naming the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{path} is damaged, or was saved by other code: it lacks {error}") from None
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list, path: Path) -> None:
+    """Give the optimizers of a run the states that a checkpoint holds; see load_optimizer."""
+    if len(saved) != len(optimizers):
+        raise InputError(f"{path} does not fit: it has the state of {len(saved)} optimizers")
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        load_optimizer(optimizer, state, path)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
     """Give an optimizer the state that a checkpoint holds, and nothing else: its settings are those of the run.
 
@@ -334,33 +360,49 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
     """
     fresh = optimizer.state_dict()
     members = [group["params"] for group in fresh["param_groups"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     try:
         state = saved["state"]
         groups = [group["params"] for group in saved["param_groups"]]
         # Types first: to compare a tensor with a list is an error of its own.
         fits = all(type(group) is list and all(type(index) is int for index in group) for group in groups)
-        fits = fits and groups == members
-        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-        wanted = _OPTIMIZER_STATE[type(optimizer)]
+        fits = fits and groups == members and all(type(index) is int for index in state)
         for index, values in state.items():
-            fits = fits and type(index) is int and values.keys() == wanted
+            shapes = _state_shapes(optimizer, parameters[index])
+            fits = fits and values.keys() == shapes.keys()
             for name, value in values.items():
-                shape = () if name == "step" else parameters[index].shape
-                fits = fits and isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == shape
+                fits = fits and isinstance(value, torch.Tensor) and value.shape == shapes[name]
+                fits = fits and value.is_floating_point()
     except (KeyError, TypeError, AttributeError, IndexError):
         fits = False
     if not fits:
         raise InputError(f"{path} does not fit: it is not the state of {type(optimizer).__name__} for this model")
     state = {
         index: {
-            name: value if name == "step" else sharded_like(parameters[index], value) for name, value in values.items()
+            name: sharded_like(parameters[index], value) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
         }
         for index, values in state.items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
 
 
-_OPTIMIZER_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+def _state_shapes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """What an optimizer keeps for a parameter, and in which shapes: as it does for a small one, in a step of a copy of it.
+
+    So nobody has to write down what a new optimizer keeps. Sizes of the small parameter stand for those of the real one.
+    """
+    sizes = dict(zip((2, 3, 5, 7, 11), parameter.shape, strict=False))
+    small = torch.zeros(tuple(sizes), dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    small.grad = torch.zeros_like(small)
+    probe = copy.copy(optimizer)
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**optimizer.param_groups[0], "params": [small]}]
+    probe.step()
+    return {
+        name: tuple(sizes.get(size, size) for size in value.shape) if isinstance(value, torch.Tensor) else None
+        for name, value in probe.state[small].items()
+    }
 
 
 def find(run: str | Path) -> Path:
@@ -397,8 +439,10 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     tensors = [tensor for name, tensor in state["model"].items() if not (config.tied and name == "lm_head.weight")]
-    if sum(tensor.numel() for tensor in tensors) != config.parameters:  # before the model takes its memory
-        raise InputError(f"{path} does not fit the model that its config describes: {config.parameters:,} parameters")
+    if sum(tensor.numel() for tensor in tensors) != config.parameter_count:  # before the model takes its memory
+        raise InputError(
+            f"{path} does not fit the model that its config describes: {config.parameter_count:,} parameters"
+        )
     model = GPT(config).to(device)
     load_weights(model, state, path)
     vocabulary = tokenizer.load(path.parent / "tokenizer.model")

@@ -10,13 +10,22 @@ from minidisp import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors of one line, with the nearest flag for a misspelt one."""
+    """An argument parser whose errors are InputErrors of one line, with the nearest flag for a misspelt one.
+
+    elsewhere: flags of other programs, in kebab-case without the dashes, and what they are called here.
+    """
+
+    def __init__(self, *args, elsewhere: dict[str, str] | None = None, **options):
+        super().__init__(*args, **options)
+        self.elsewhere = elsewhere or {}
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             word = message.split(": ", 1)[1].split()[0]
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+            if (name := word.split("=")[0].lstrip("-").replace("_", "-")) in self.elsewhere:
+                near = [f"--{self.elsewhere[name]}"]
             message = f"unknown argument {word}" + (f", did you mean {near[0]}?" if near else "")
         raise InputError(f"{message} (python {self.prog} --help lists the flags)")
 

@@ -1,8 +1,39 @@
-"""The device that a run computes on."""
+"""The device that a run computes on: which one, in which dtype, with how much memory, and what to note down about it."""
 
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
 import torch
 
+import minidisp
 from minidisp import InputError
+from minidisp.config import Config
+from minidisp.data import Dataset
+from minidisp.runtime.processes import World
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def set_up(config: Config, world: World) -> tuple[torch.device, torch.dtype, torch.autocast | nullcontext]:
+    """What a run shall use: the device, the dtype of matrix products, and the context in which they have it.
+
+    The context can be entered again and again. Sets torch's threads and its precision, too.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device, world.local_rank)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    dtype = pick_dtype(config.dtype, device)
+    return device, dtype, nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -23,3 +54,148 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             raise InputError(f"torchrun started more processes than the {gpus} GPUs here: --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
     return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: what is named, or bfloat16 on CUDA (float16 on older cards) and float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    # Older cards compute bfloat16 in software, which counts as support only if asked that way.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def compiles(wanted: str, device: torch.device) -> bool:
+    """Whether to torch.compile the model: "on", "off", or "auto", which means on a GPU that can.
+
+    Raises InputError if "on" is asked for and there is no compiler; without one, "auto" goes on without, and says so.
+    """
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    lacking = None
+    names = shlex.split(os.environ.get("CXX" if device.type == "cpu" else "CC", ""))[:1] or [
+        "c++",
+        "g++",
+        "clang++",
+        "gcc",
+        "cl",
+    ]
+    if not any(shutil.which(name) for name in names):
+        lacking = f"no C++ compiler ({names[0]}) is in the path"
+    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        lacking = "the package triton is not there"
+    if lacking and wanted == "on":
+        raise InputError(f"--compile on: {lacking}: install it, or leave the flag out")
+    if lacking:
+        print(f"not compiled: {lacking}", file=sys.stderr)
+    return not lacking
+
+
+BFLOAT16_PAYS = 192  # channels: on a CPU 0.7 times as fast as float32 with 64 of them, 1.0 with 128, 1.5 with 192
+
+
+def bfloat16_pays(n_embd: int) -> bool:
+    """Whether this processor has instructions for bfloat16 (x86: AVX512-BF16 or AMX), and the model is wide enough.
+
+    It is not chosen by itself, so that a run has the same numbers, but for rounding, on every CPU.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot tell, none
+    return n_embd >= BFLOAT16_PAYS and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def describe_use(config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, world: World) -> str:
+    """What a run computes on and how, in words."""
+    words = f"{device_name(device)}, {str(dtype).removeprefix('torch.')}"
+    if config.dtype == "auto" and device.type == "cpu" and bfloat16_pays(config.n_embd):
+        words += " (faster here: --dtype bfloat16)"
+    words += f", compile {'on' if compiled else 'off'}"
+    if world.launched:
+        words += f", {world.size} processes" + (", sharded" if config.shard else "")
+    return words
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the card, or the number of threads."""
+    return (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy int64 tokens to the device; on CUDA through pinned memory, so that the copy overlaps with computing."""
+    tensor = torch.from_numpy(tokens)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def fetched(values: dict) -> dict:
+    """The values with their tensors, scalars, as floats. The device is waited for once."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    numbers = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
+    return {**values, **dict(zip(tensors, numbers, strict=True))}
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of the device, or None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows; unknown to this system
+        return None
+
+
+def get_rng_state(device: torch.device) -> dict:
+    """State of torch's global generators, which only dropout draws from during training."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Set torch's global generators to what get_rng_state returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def describe_environment(dataset: Dataset, device: torch.device, processes: int) -> dict:
+    """What a run ran on: versions, the state of the code, hardware, data. Kept in config.json."""
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    memory = memory_bytes(torch.device("cpu"))
+    return {
+        "minidisp": minidisp.__version__,
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),  # whether the code differs from the commit
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "processes": processes,
+        "device_memory_gib": round((memory_bytes(device) or 0) / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round((memory or 0) / 2**30, 1),
+        "data_hash": dataset.hash,
+        "tokenizer_sha256": dataset.tokenizer.hash,
+        "shards_sha256": {
+            name: [shard["sha256"] for shard in split["shards"]] for name, split in dataset.meta["splits"].items()
+        },
+    }
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about the code, or None where there is no git or no repository."""
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_model() -> str | None:
+    """The processor's name, or None where it cannot be told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,117 @@
+"""What is compared with the dispersion loss: noisy embeddings, active forgetting, and distillation from a larger model."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from minidisp import InputError
+from minidisp.config import Config
+from minidisp.data import Dataset, sha256_of
+from minidisp.runtime import checkpoint
+
+
+def generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator whose numbers depend on the device's kind and the key alone, and not on torch's global one."""
+    return torch.Generator(device).manual_seed(derived_seed(*key))
+
+
+def derived_seed(*key: int) -> int:
+    """A seed for torch that depends on the key alone."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+# Second part of the keys, after the run's seed.
+NOISE, FORGETTING, RANK = 1, 2, 3
+
+
+class EmbeddingNoise:
+    """NEFTune (arXiv 2310.05914): uniform noise on the token embeddings in training mode, at most alpha / sqrt(T C).
+
+    It hangs on the embedding as a forward hook, so the model need not know. The noise of a sequence depends on the seed
+    and the sequence's index in the run alone: resuming needs no state, and dropout draws what it would without noise.
+    """
+
+    def __init__(self, wte: nn.Embedding, config: Config):
+        self.weight, self.seed = wte.weight, config.seed
+        self.shape = (config.block_size, config.n_embd)
+        self.bound = config.noisy_embedding / math.sqrt(config.block_size * config.n_embd)
+        self.noise: Tensor | None = None
+        wte.register_forward_hook(self)
+
+    def draw(self, first: int, count: int) -> None:
+        """Set the noise for sequences first..first+count-1 of the run, (count, T, C)."""
+        device = self.weight.device
+        self.noise = torch.empty(count, *self.shape, device=device)
+        for row, k in zip(self.noise, range(first, first + count), strict=True):
+            row.uniform_(-self.bound, self.bound, generator=generator(device, self.seed, NOISE, k))
+
+    def __call__(self, module: nn.Module, inputs: tuple, embeddings: Tensor) -> Tensor:
+        return embeddings + self.noise if module.training else embeddings
+
+
+def forgets_before(step: int, config: Config) -> bool:
+    """Whether the token embeddings are reset before this step: every K steps, while at least K are left to learn them."""
+    K = config.active_forgetting
+    return K > 0 and step > 0 and step % K == 0 and step + K <= config.max_steps
+
+
+@torch.no_grad()
+def forget(weight: Tensor, optimizers: list[torch.optim.Optimizer], seed: int, step: int) -> None:
+    """Active forgetting (arXiv 2307.01163): draw the token embeddings anew, N(0, 0.02), and clear their optimiser state.
+
+    Tied to them, the output layer is the same matrix and begins anew, too. Position embeddings stay. What is drawn depends
+    on (seed, step) alone.
+    """
+    fresh = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    fresh.normal_(std=0.02, generator=generator(weight.device, seed, FORGETTING, step))
+    weight.copy_(checkpoint.sharded_like(weight, fresh))
+    for optimizer in optimizers:
+        optimizer.state.pop(weight, None)  # moments and step count: the next update begins them again
+
+
+class Teacher:
+    """Knowledge distillation (arXiv 1503.02531) from the model of another run, in eval mode and without gradients.
+
+    Raises InputError if the run has another tokenizer than the data, or a shorter context than the student.
+    """
+
+    CHUNK = 512  # tokens whose logits exist at once, those of student and teacher
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device):
+        self.model, vocabulary, saved = checkpoint.load_run(config.distill, device)
+        self.model.requires_grad_(False)
+        self.temperature = config.distill_temperature
+        self.hash = sha256_of(checkpoint.find(config.distill))
+        if vocabulary.hash != dataset.tokenizer.hash:
+            raise InputError(
+                f"--distill {config.distill} has another tokenizer than {dataset.folder}: train a teacher on the same data"
+            )
+        if saved.block_size < config.block_size:
+            raise InputError(f"--distill {config.distill} has a context of {saved.block_size} tokens: give --block-size {saved.block_size} "
+                             f"or less, not {config.block_size}")  # fmt: skip
+
+    def divergence(self, idx: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Mean over the tokens of temperature^2 KL(teacher || student) in nats, of softmax(logits / temperature).
+
+        The factor keeps the gradient's size when the temperature changes. idx: (B, T) tokens; x: the student's hidden
+        states after the final norm, (B, T, C); weight: its output layer, (V, C). Returns a float32 scalar (float64 if x is).
+        The logits are computed chunk by chunk, and again in the backward pass, so those of all tokens never exist at once.
+        """
+        with torch.no_grad():
+            target, _ = self.model._backbone(idx)
+        total = 0.0
+        for rows in zip(x.flatten(0, 1).split(self.CHUNK), target.flatten(0, 1).split(self.CHUNK), strict=True):
+            total = total + recompute(self._chunk, *rows, weight, use_reentrant=False, preserve_rng_state=False)
+        return self.temperature**2 * total / idx.numel()
+
+    def _chunk(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """KL summed over some tokens; x: (N, C) of the student, target: (N, C') of the teacher."""
+        logits = F.linear(x, weight), self.model.lm_head(target)
+        student, teacher = (
+            F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / self.temperature, dim=-1) for z in logits
+        )
+        return F.kl_div(student, teacher, reduction="sum", log_target=True)

@@ -1,0 +1,133 @@
+"""The cross-entropy of the output layer: the plain form, and beside it a fast one for large vocabularies.
+
+Whoever changes one changes the other: with another loss in `plain` alone (label smoothing, say), small vocabularies would
+learn it and large ones would not. `refuse_unlike_forms` compares the two before training; CHUNKED_MIN_VOCAB = None leaves the fast one out.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidisp import InputError
+
+IGNORE = -1  # a target that is not counted
+CHUNKED_MIN_VOCAB: int | None = 1024  # from this vocabulary on in chunks of tokens; for 256 bytes it would not pay
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+    """Cross-entropy of the logits x @ weight.T.
+
+    x: hidden states after the final norm, (N, C). weight: of the output layer, (V, C). targets: (N,) int64, IGNORE is not
+    counted. Returns the mean over the counted tokens, a scalar, or with reduction="none" the loss of each, (N,), 0 where
+    it is not counted; in nats, in float32 (float64 if x is).
+    """
+    # torch.compile fuses the plain form by itself and would stop at the chunked one.
+    if CHUNKED_MIN_VOCAB is None or len(weight) < CHUNKED_MIN_VOCAB or torch.compiler.is_compiling():
+        return plain(x, weight, targets, reduction)
+    if reduction == "mean":
+        return LinearCrossEntropy.apply(x, weight, targets)
+    size = chunk_tokens(x)
+    pieces = zip(x.split(size), targets.split(size), strict=True)
+    return torch.cat([plain(x, weight, targets, reduction) for x, targets in pieces])
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """cross_entropy as one reads it: all logits exist at once. Change this one, and LinearCrossEntropy with it."""
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x @ weight.T, in chunks of tokens: the logits of all never exist at once.
+
+    LinearCrossEntropy.apply(x, weight, targets): x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not
+    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). The gradients are taken on the way,
+    while a chunk's logits are there, and backward only scales them; so there is one backward per forward. Products are in
+    autocast's dtype or that of x, sums over tokens and over the vocabulary in that of the result.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        wide = torch.promote_types(dtype, torch.float32)
+        want_x, want_weight, _ = ctx.needs_input_grad
+        ctx.dtypes = x.dtype, weight.dtype
+        x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
+        counted = targets != IGNORE
+        targets = torch.where(counted, targets, 0)
+        size = min(chunk_tokens(x), len(x))
+        x_grad = torch.empty_like(x) if want_x else None
+        weight_grad = torch.empty_like(weight, dtype=wide) if want_weight else None
+        # Buffers for all chunks: new memory of this size would come from the system, page by page, each time.
+        buffer = x.new_empty(size, len(weight), dtype=wide)
+        halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
+        weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
+        total = buffer.new_zeros(())
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
+            z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
+            product = z if halves is None else halves[: len(x_rows)]
+            z.copy_(torch.mm(x_rows, weight.T, out=product))
+            z -= z.amax(1, keepdim=True)
+            at_target = z.gather(1, target)
+            exp_sum = z.exp_().sum(1, keepdim=True)
+            total += torch.where(count, exp_sum.log() - at_target, 0).sum()
+            if want_x or want_weight:
+                z *= count / exp_sum
+                grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
+            if want_x:
+                torch.mm(grad, weight, out=x_grad[rows])
+            if want_weight and dtype == wide:
+                weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
+            elif want_weight:
+                torch.mm(grad.T, x_rows, out=weight_product)
+                weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
+        number = counted.sum()
+        ctx.save_for_backward(x_grad, weight_grad, number)
+        return total / number
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor):
+        x_grad, weight_grad, number = ctx.saved_tensors
+        scale = upstream / number
+        if x_grad is not None:
+            x_grad = x_grad.to(ctx.dtypes[0]) * scale
+        if weight_grad is not None:  # in place: it may be the largest tensor there is
+            weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1])
+        return x_grad, weight_grad, None
+
+
+def chunk_tokens(x: Tensor) -> int:
+    """Tokens whose logits exist at once: few on a CPU, for its caches, and enough to keep anything else busy."""
+    return 512 if x.device.type == "cpu" else 2048
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def refuse_unlike_forms() -> None:
+    """Raise InputError if the plain and the chunked form differ, on a few numbers in float64: one of them was changed alone."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    weight = torch.randn(9, 4, dtype=torch.float64, generator=generator)
+    targets = torch.tensor([3, 0, IGNORE, 8, 5, 5])
+    found = []
+    for form in (plain, LinearCrossEntropy.apply):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = form(*inputs, targets)
+            loss.backward()
+        found.append([loss.detach(), *(value.grad for value in inputs)])
+    if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True)):
+        raise InputError(
+            "the plain and the chunked cross-entropy of minidisp/loss.py differ, so that large vocabularies would learn "
+            "something else: change both, or set CHUNKED_MIN_VOCAB = None"
+        )

@@ -1,0 +1,81 @@
+"""The first and the last lines of a training: what is in use, and the run in a dozen numbers (summary.json)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import minidisp
+from minidisp.config import Config
+from minidisp.data import Dataset
+from minidisp.optim import learning_rate
+from minidisp.report.figures import cannot_draw
+from minidisp.report.tables import number, table
+from minidisp.runtime.metrics_log import read_metrics
+
+MOMENTS = ("first", "best", "last")
+SCORES = (
+    "step",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "mean_cosine_by_layer",
+    "spearman",
+    "kendall",
+    "last_half_mean",
+)
+ROWS = {
+    "validation loss (nats/token)": "val_loss", "perplexity": "perplexity", "bits per byte": "bits_per_byte",
+    "mean cosine, last half of layers": "last_half_mean", "Spearman, cosine against depth": "spearman",
+}  # fmt: skip
+
+
+def introduction(config: Config, dataset: Dataset, parameters: int, terms: Sequence, where: str) -> str:
+    """The first lines of a run. terms: those of the objective; where: the device and how it is used."""
+    tokens = dataset.split("train").tokens
+    steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule"
+    if 0 < config.max_steps <= config.warmup_steps:
+        top = learning_rate(config.max_steps - 1, config)
+        steps += f" (all of it warm-up: the rate gets to {top:.2g} of {config.lr:g}; lower --warmup-steps {config.warmup_steps})"
+    objective = " + ".join(f"{term.weight:g} x {term.details}".removeprefix("1 x ") for term in terms)
+    if config.noisy_embedding:
+        objective += f"; noise of up to {config.noisy_embedding:g} / sqrt(T C) on the token embeddings"
+    if config.active_forgetting:
+        tied = ", which are the output layer, too," if config.tied else ""
+        objective += f"; token embeddings{tied} reset every {config.active_forgetting:,} steps"
+    lines = [
+        f"minidisp {minidisp.__version__}  {config.run_dir}",
+        f"data    {dataset.meta['name']}: {tokens:,} training tokens, vocabulary {config.vocab_size:,}",
+        f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: {parameters:,} parameters",
+        f"steps   {steps}",
+        f"loss    {objective}",
+        f"device  {where}",
+    ]
+    if reason := cannot_draw():
+        lines.append(reason)
+    return "\n".join(lines) + "\n"
+
+
+def summarise(run: Path, parameters: int, tokens: int, seconds: float, skipped: int) -> dict:
+    """Where the run began, where it ended, and what it cost; the scores of the first, the best and the last evaluation."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line]
+    chosen = (lines[0], min(lines, key=lambda line: line["val_loss"]), lines[-1])
+    return {
+        "run": str(run),
+        "parameters": parameters,
+        "tokens": tokens,
+        "seconds": seconds,
+        "skipped": skipped,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        **{when: {key: line[key] for key in SCORES} for when, line in zip(MOMENTS, chosen, strict=True)},
+    }
+
+
+def summary_table(summary: dict) -> str:
+    """What `summarise` returns, for a person."""
+    rows = [[label, *(number(summary[when][key]) for when in MOMENTS)] for label, key in ROWS.items()]
+    headers = ["", *(f"{when} (step {summary[when]['step']:,})" for when in MOMENTS)]
+    speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""
+    speed += f", {summary['skipped']} updates skipped" if summary["skipped"] else ""
+    return (
+        table(headers, rows)
+        + f"\n\n{summary['parameters']:,} parameters, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s{speed}"
+    )

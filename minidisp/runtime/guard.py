@@ -1,0 +1,144 @@
+"""Guards of a run: numbers that are not finite, and memory that does not suffice."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minidisp import InputError
+from minidisp.config import MOST, Config
+from minidisp.model import GPT
+from minidisp.runtime.checkpoint import gathered
+from minidisp.runtime.device import memory_bytes
+from minidisp.runtime.processes import World
+
+# A step whose loss or gradient is not finite changes no weight. So many of them in a row, or in total, end the run.
+MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED_IN_A_ROW_FLOAT16 = 30  # whose gradient scale starts at 2^16 and comes down by half per skipped step
+MAX_SKIPPED = 20  # and one per hundred steps
+
+
+class Diverged(RuntimeError):
+    """Too many steps gave numbers that are not finite."""
+
+
+class Guard:
+    """Counts the steps whose loss or gradient is not finite, on the device: nobody waits for it until `fetch`.
+
+    total, in_a_row, longest and last_skipped (the index of the last such step) are what the last `fetch` has seen.
+    """
+
+    def __init__(self, device: torch.device, float16: bool):
+        # total, in a row, longest row, index of the last
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._most_in_a_row = MAX_SKIPPED_IN_A_ROW_FLOAT16 if float16 else MAX_SKIPPED_IN_A_ROW
+        self.total, self.in_a_row, self.longest, self.last_skipped = 0, 0, 0, 0
+
+    def count(self, finite: Tensor, step: int) -> None:
+        """finite: a bool scalar on the device; step: the index of the step."""
+        total, in_a_row, longest, last = self._counts.unbind()
+        row = (in_a_row + 1) * ~finite
+        self._counts = torch.stack(
+            [total + ~finite, row, torch.maximum(longest, row), torch.where(finite, last, torch.full_like(last, step))]
+        )
+
+    def fetch(self, step: int) -> None:
+        """Wait for the device, fetch the counts, and say what has been skipped since the last time."""
+        before = self.total
+        self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
+        if self.total > before:
+            times = "" if self.total == before + 1 else f" {self.total - before} times"
+            tqdm.write(
+                f"up to step {step}, a loss or gradient was not finite and the update skipped{times}: {self.total} in all"
+            )
+
+    def hopeless(self, step: int) -> bool:
+        """Whether too many of the first `step` steps were skipped to go on."""
+        return self.longest >= self._most_in_a_row or self.total > MAX_SKIPPED + step // 100
+
+    def state(self) -> dict[str, int]:
+        return dict(zip(("total", "in_a_row", "longest", "last_skipped"), self._counts.tolist(), strict=True))
+
+    def load_state(self, state: dict[str, int]) -> None:
+        if state.keys() != self.state().keys() or not all(type(n) is int and 0 <= n <= MOST for n in state.values()):
+            raise ValueError("its count of skipped steps")
+        self._counts = torch.tensor([state[name] for name in self.state()], device=self._counts.device)
+        self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor, in one piece or sharded, are finite."""
+    return bool(torch.isfinite(gathered(tensor)).all())
+
+
+def first_bad_tensor(model: GPT, terms: Sequence, forwards: Iterator[tuple]) -> str:
+    """Which tensor stops being finite first in a step, in words: found by taking the step again, without an update.
+
+    terms: those of the objective. forwards: per micro-batch, its share of the step and what the terms are computed from; the
+    forward passes happen when it is asked for the next one.
+    """
+    for name, p in model.named_parameters():
+        if not is_finite(p):
+            return f"the weights {name} went bad first"
+    model.zero_grad(set_to_none=True)
+    for share, forward in forwards:
+        for layer, z in enumerate(forward.hidden_states):
+            if not is_finite(z):
+                return f"the hidden state of layer {layer} went bad first" if layer else "the embeddings went bad first"
+        with torch.no_grad():  # one sequence at a time: logits are large
+            if not all(is_finite(model.lm_head(sequence)) for sequence in forward.hidden_states[-1]):
+                return "the logits went bad first"
+        objective = 0.0
+        for term in terms:
+            value = term.value(forward)
+            if not is_finite(value):
+                return f"the {term.title} went bad first"
+            objective = objective + term.weight * value
+        with torch.autocast(value.device.type, enabled=False):
+            (objective * share).backward()
+    for name, p in reversed(list(model.named_parameters())):  # the way that gradients come
+        if p.grad is not None and not is_finite(p.grad):
+            return f"the gradient of {name} went bad first"
+    return "no tensor is bad when the step is taken again"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception of its own for it; elsewhere, there is only the message."""
+    signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def half_of(batch: int, error: BaseException, where: str, world: World) -> int:
+    """Half as many sequences at a time, rounded up, after running out of memory; any other error is raised again.
+
+    Raises InputError if it was one sequence already, or where other processes wait in the middle of their step.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if world.size > 1 and batch > 1:
+        raise InputError(
+            f"{where}: process {world.rank} is out of memory: lower --batch-size, and raise --grad-accum as much, which "
+            "keeps the batch; --shard needs less memory, too"
+        ) from None
+    if batch == 1:
+        raise InputError(
+            f"{where}: out of memory with one sequence at a time: lower --block-size or the size of the model "
+            "(--n-layer, --n-embd), or the loss's share with --dispersion-tokens 256"
+        ) from None
+    half = (batch + 1) // 2
+    tqdm.write(
+        f"{where}: out of memory; again with {half} sequences at a time instead of {batch}, the same batch in all"
+    )
+    return half
+
+
+def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
+    """Raise InputError if the model's own numbers exceed the memory, before they fill it."""
+    needed = 16 * config.parameter_count / shards  # weights, gradients, two moments, in float32
+    there = memory_bytes(device)
+    if there and needed > there:
+        raise InputError(
+            f"out of memory: {config.parameter_count:,} parameters take {needed / 2**30:,.0f} GiB with their gradients and "
+            f"moments, and {device.type} has {there / 2**30:,.0f}: lower --n-layer or --n-embd"
+        )

@@ -1,0 +1,211 @@
+"""Several processes that train one run together: who they are, what they agree on, and how gradients and weights are shared."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidisp import InputError
+from minidisp.model import GPT
+
+PATIENCE = timedelta(minutes=10)  # of a process with another one that does not answer
+
+# What other launchers than torchrun set by themselves, and do not mean as an address: (their number of processes, how to go on).
+OTHER_LAUNCHERS = {
+    "SLURM_NTASKS": "srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID python train.py ...' with "
+    "MASTER_ADDR set to the first host, or one torchrun per host",
+    "OMPI_COMM_WORLD_SIZE": "mpirun bash -c 'RANK=$OMPI_COMM_WORLD_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE "
+    "LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK python train.py ...' with MASTER_ADDR set to the first host, or one torchrun per host",
+}
+
+
+def is_launched() -> bool:
+    """Whether this process was started as one of several, by torchrun or by whoever sets the same variables.
+
+    Raises InputError where the variables are there in part only, or are those of another launcher alone.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if os.environ.get("WORLD_SIZE", "1") != "1" or ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
+        for name in ("RANK", "WORLD_SIZE"):
+            if not os.environ.get(name, "").isdecimal():
+                raise InputError(
+                    f"{name} is {os.environ.get(name, 'not set')}, but several processes need RANK, WORLD_SIZE and MASTER_ADDR "
+                    "(and LOCAL_RANK with several GPUs): set them all, or use torchrun"
+                )
+        if int(os.environ["WORLD_SIZE"]) > 1 and not os.environ.get("MASTER_ADDR"):
+            raise InputError("WORLD_SIZE is set and MASTER_ADDR is not: name the host of the process with RANK 0")
+        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+            raise InputError(f"RANK is {os.environ['RANK']}, but must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
+        return int(os.environ["WORLD_SIZE"]) > 1
+    for name, how in OTHER_LAUNCHERS.items():
+        # A batch script of SLURM has the same variables as its tasks, but for the number of the step.
+        in_a_step = name != "SLURM_NTASKS" or "SLURM_STEP_ID" in os.environ
+        if in_a_step and os.environ.get(name, "1") not in ("", "1"):
+            raise InputError(
+                f"{os.environ[name]} processes were started, and each would train alone in one folder: {how}"
+            )
+    return False
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and which one this is; by default, one that is alone.
+
+    Every process must come to the same calls of mean, max, barrier, gather and main_first, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int | None = None  # among those on this machine: which GPU; None if nobody launched it
+    store: Any = None  # where the processes leave each other messages; None if nobody launched them
+
+    @classmethod
+    def join(cls, at_exit: ExitStack) -> "World":
+        """The world that the environment describes. What others than the main process print is not shown."""
+        if not is_launched():
+            return cls()
+        import torch.distributed as dist
+
+        os.environ.setdefault("MASTER_PORT", "29500")
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun starts lost processes again with the same store, in which the addresses of dead ones still stand.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # NCCL for what lies on GPUs, gloo for what the processes agree on meanwhile.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        at_exit.callback(dist.destroy_process_group)
+        local = os.environ.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
+        world = cls(rank, size, int(local), store)
+        if not world.main:
+            nowhere = at_exit.enter_context(open(os.devnull, "w"))  # noqa: SIM115, closed at exit
+            at_exit.enter_context(redirect_stdout(nowhere))
+        return world
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @property
+    def launched(self) -> bool:
+        """Whether it was started as one of several (of which there may be one)."""
+        return self.store is not None
+
+    def share_of(self, sequences: int) -> int:
+        """How many of a step's sequences are this process's. Raises InputError if they cannot be shared evenly."""
+        if sequences % self.size:
+            raise InputError(
+                f"batch_size x grad_accum is {sequences} sequences per step, which {self.size} processes cannot share evenly: "
+                "change one of them"
+            )
+        return sequences // self.size
+
+    def mean(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The means over the processes of those values that are tensors (scalars): all others are the same everywhere."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        stacked = torch.stack([values[name].float() for name in names])
+        dist.all_reduce(stacked)
+        return {**values, **dict(zip(names, (stacked / self.size).unbind(), strict=True))}
+
+    def max(self, number: int) -> int:
+        """The largest of the processes' numbers. They meet on the CPU: no device is waited for."""
+        if self.size == 1:
+            return number
+        import torch.distributed as dist
+
+        largest = torch.tensor(int(number))
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.max(0)
+
+    def gather(self, value: object) -> list:
+        """The processes' values, by rank, in the main process; elsewhere an empty list."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.size if self.main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def main_first(self, what: str, work: Callable[[], Any]) -> Any:
+        """work() in the main process, then in the others, which find done what it left on the disk; however long it takes."""
+        if not self.launched:
+            return work()
+        if not self.main:
+            self.store.wait([what], timedelta(days=7))
+        done = work()
+        if self.main:
+            self.store.set(what, "done")
+        return done
+
+    def first_to_speak(self) -> bool:
+        """Whether no process has ended with a message yet: what comes after the first one only follows from it."""
+        import torch.distributed as dist
+
+        try:
+            return not self.launched or self.store.add("messages", 1) == 1
+        except dist.DistError:  # the process that kept the store is gone, and has spoken
+            return False
+
+
+ALONE = World()
+
+
+def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """Split the weights, and with them gradients and optimiser states, over the processes (FSDP2): each block, then the rest.
+
+    dtype: of matrix products. Raises InputError for float16, whose gradient scale is not sharded.
+    """
+    if dtype == torch.float16:
+        raise InputError("--shard --dtype float16: the gradient scale is not sharded; take bfloat16 or float32")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    for block in model.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model with the same weights in all processes, those of the main one, and gradients averaged over them (DDP)."""
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.require_forward_param_sync = False  # of buffers, which never change
+    return wrapped
+
+
+def set_gradient_sync(trained: nn.Module, model: GPT, on: bool) -> None:
+    """Say whether the next backward pass ends with the mean of the gradients over the processes, or only adds its own."""
+    if isinstance(trained, nn.parallel.DistributedDataParallel):
+        trained.require_backward_grad_sync = on
+    else:
+        model.set_requires_gradient_sync(on)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a process failed because it could not reach another one. NCCL has an exception for it, gloo only words."""
+    import torch.distributed as dist
+
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out",
+        "timed out",
+        "Connection refused",
+    )
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -1,0 +1,182 @@
+"""The folder of a run: who may write in it, what it begins or goes on with, and what is written there.
+
+config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt, tokenizer.model,
+summary.json, figures/. One process writes; of several that train together, the main one.
+"""
+
+import dataclasses
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from minidisp import InputError, read_bytes, report
+from minidisp.config import Config, from_dict, to_dict
+from minidisp.data import Dataset
+from minidisp.runtime import checkpoint
+from minidisp.runtime.device import describe_environment
+from minidisp.runtime.launch import warn
+from minidisp.runtime.metrics_log import metrics_lines, read_metrics
+from minidisp.runtime.processes import World
+
+
+class RunFolder:
+    """The folder of one run, from the check that it may be used to the last file. Raises InputError if it may not."""
+
+    def __init__(self, config: Config, world: World, at_exit: ExitStack):
+        self.path, self._config, self._world, self._at_exit = config.run_dir, config, world, at_exit
+        self._say = warn if world.main else lambda text: None
+        self._metrics: BinaryIO | None = None
+        self._loggers = report.loggers(config.tensorboard, config.wandb) if world.main else []
+        if world.main:
+            refuse_occupied(self.path, config)
+
+    def read_checkpoint(
+        self, config: Config, dataset: Dataset, teacher_hash: str | None
+    ) -> tuple[dict, Path, list[str]] | None:
+        """What --resume goes on from: the state, its file, and in words what is changed on purpose; None if there is none yet.
+
+        Locks the folder. Raises InputError if the run was another one, or its checkpoints are gone or damaged.
+        """
+        if not config.resume:
+            return None
+        if self._world.main:
+            self._open_metrics()
+        self._world.barrier()
+        if found := checkpoint.read_to_resume(self.path, self._say):
+            state, path = found
+            return state, path, changed_settings(state, config, dataset, teacher_hash, path)
+        last = max((line["step"] for line in read_metrics(self.path / "metrics.jsonl")), default=0)
+        if last > config.save_every:
+            raise InputError(
+                f"--resume: {self.path} got to step {last}, but its checkpoints are gone; --overwrite starts it again"
+            )
+        self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
+        return None
+
+    def begin(self, config: Config, dataset: Dataset, device: torch.device, saved_step: int | None) -> int | None:
+        """Write what stands at the beginning of a run, or cut off what stands behind its checkpoint, at saved_step.
+
+        Returns the step of the last evaluation that is kept, if any; the same in all processes.
+        """
+        environment = describe_environment(dataset, device, self._world.size)
+        self._world.barrier()  # all have read what they need: from here on, files change
+        last_eval = None
+        if self._world.main:
+            if not config.resume:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._open_metrics()
+                refuse_occupied(self.path, config)  # once more, now that nobody else can begin a run there
+                remove_run(self.path)
+            checkpoint.remove_unfinished(self.path)
+            last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
+            for logger in self._loggers:
+                logger.open(self.path, to_dict(config), saved_step or 0)
+            checkpoint.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
+            vocabulary = (dataset.folder / "tokenizer.model").read_bytes()
+            checkpoint.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
+        newest = self._world.max(-1 if last_eval is None else last_eval)
+        return None if newest < 0 else newest
+
+    def _open_metrics(self) -> None:
+        self._metrics = self._at_exit.enter_context(checkpoint.open_log(self.path / "metrics.jsonl", warn))
+
+    def log(self, line: dict) -> None:
+        """A line of metrics.jsonl, which the other loggers get, too."""
+        if self._world.main:
+            checkpoint.append_line(self._metrics, checkpoint.to_json(line))
+            for logger in self._loggers:
+                logger.log(line)
+
+    def save(self, state: dict) -> None:
+        """Write ckpt_last.pt, and with --keep a numbered one. Every process calls it, since each has a share of the state."""
+        state = checkpoint.gathered(state, self._world.main)
+        if self._world.main:
+            os.fsync(self._metrics.fileno())  # a checkpoint never knows of more steps than metrics.jsonl
+            checkpoint.save(self.path, state, state["step"], self._config.keep)
+
+    def save_best(self, state: dict) -> None:
+        """Write ckpt_best.pt; likewise."""
+        state = checkpoint.gathered(state, self._world.main)
+        if self._world.main:
+            checkpoint.write_atomic(self.path / checkpoint.BEST, lambda file: torch.save(state, file))
+
+    def close_loggers(self) -> None:
+        for logger in self._loggers:
+            logger.close()
+
+
+def refuse_occupied(run: Path, config: Config) -> None:
+    """Raise InputError if the folder holds a run that would be lost, or lacks one to go on with."""
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run} is not a folder: give another --out")
+    occupied = (run / "config.json").exists() or any(run.glob("ckpt_*.pt"))
+    if config.resume and not occupied:
+        raise InputError(f"--resume: {run} holds no run to go on with; leave --resume out, or name the run with --out")
+    if occupied and not config.resume and not config.overwrite:
+        raise InputError(
+            f"{run} holds a run already: add --resume to go on, --overwrite to replace it, or another --out"
+        )
+
+
+def remove_run(run: Path) -> None:
+    """Remove the files of an earlier run, and nothing else that may lie in the folder; what makes it one goes last."""
+    for old in (*run.glob("ckpt_*.pt"), *run.glob("figures/*.png"), *run.glob("tensorboard/events.out.tfevents.*")):
+        old.unlink()
+    for name in ("summary.json", "tokenizer.model", "config.json"):
+        (run / name).unlink(missing_ok=True)
+
+
+def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
+    """The settings that differ from a checkpoint's and change the course of training, each in words.
+
+    Raises InputError naming the first that must not differ: the architecture, the data, the tokenizer, the teacher, the
+    seed, the optimiser, and the sequences per step, which decide what has been seen.
+    """
+    try:
+        saved = from_dict(state["config"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if state["tokenizer_hash"] != dataset.tokenizer.hash:
+        raise InputError(f"--resume: {path} was trained with another tokenizer than that of --data {dataset.folder}")
+    if state["data_hash"] != dataset.hash:
+        raise InputError(f"--resume: {path} was trained on other data than --data {dataset.folder} holds now")
+    if saved.batch_size * saved.grad_accum != config.batch_size * config.grad_accum:
+        raise InputError(
+            f"--resume: batch_size x grad_accum is {saved.batch_size} x {saved.grad_accum} in {path}, but "
+            f"{config.batch_size} x {config.grad_accum} is asked for; keep the product, which decides what has been seen"
+        )
+    taught_by = state.get("teacher_hash")
+    if not isinstance(taught_by, str | None) or taught_by != teacher_hash:
+        raise InputError(f"--resume: {path} was not trained with what is now in --distill {config.distill}")
+    changed = []
+    for field in dataclasses.fields(Config):
+        before, now = getattr(saved, field.name), getattr(config, field.name)
+        may_change = field.metadata.get("resume", "refused")  # vocab_size has no flag
+        if before == now or may_change == "free":
+            continue
+        if may_change == "refused":
+            raise InputError(
+                f"--resume: {field.name} is {before} in {path}, but {now} is asked for; leave it as it was"
+            )
+        stretched = field.name == "max_steps" and config.schedule != "constant"
+        words = f" (its {config.schedule} schedule, too)" if stretched else ""
+        changed.append(f"{field.name} {now} instead of {before}{words}")
+    return changed
+
+
+def rewind_metrics(file: BinaryIO, step: int) -> int | None:
+    """Cut off the lines behind `step`, which will be run again, and a torn one; returns the step of the last evaluation.
+
+    In place: were the cut to be interrupted, the next one would do it.
+    """
+    path = Path(file.name)
+    last_eval, keep = None, 0
+    for line, end in metrics_lines(read_bytes(path), path):
+        if line["step"] > step:
+            break
+        last_eval, keep = line["step"] if "val_loss" in line else last_eval, end
+    file.truncate(keep)
+    return last_eval

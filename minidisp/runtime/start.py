@@ -1,0 +1,48 @@
+"""Weights that a new run begins with, from another run or a Hugging Face folder: --init-from."""
+
+import dataclasses
+from pathlib import Path
+
+from minidisp import InputError, hf
+from minidisp.config import Config, from_dict, read_json, to_dict
+from minidisp.data import Dataset
+from minidisp.model import GPT, GPTConfig
+from minidisp.runtime import checkpoint
+
+
+def architecture_of(source: str) -> GPTConfig:
+    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it."""
+    if hf.is_folder(source):
+        return hf.read_config(Path(source))
+    path = checkpoint.find(source)
+    beside = path.parent / "config.json"
+    saved = read_json(beside) if beside.is_file() else checkpoint.read(path)["config"]
+    saved.pop("environment", None)
+    config = from_dict(saved)
+    return GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)})
+
+
+def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
+    """The model named by --init-from, and the config with its architecture; the data must be in its tokens.
+
+    Dropout is the config's, and so may be the context of a Hugging Face model, if it is shorter. Raises InputError if the
+    config names another architecture: what is at its default names none.
+    """
+    if hf.is_folder(config.init_from):
+        source, vocabulary = hf.load(config.init_from, block_size=config.block_size)
+        saved, how = source.config, f"prepare the data with --tokenizer hf:{config.init_from}"
+    else:
+        source, vocabulary, saved = checkpoint.load_run(config.init_from)
+        how = "prepare the data with it: --tokenizer-from"
+    if vocabulary.hash != dataset.tokenizer.hash:
+        raise InputError(f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: {how}")
+    asked, there = to_dict(config), to_dict(saved)
+    architecture = [field for field in dataclasses.fields(GPTConfig) if field.name != "dropout"]
+    for field in architecture:
+        name = field.name
+        if asked[name] not in (field.default, there[name]) and getattr(config, name) != getattr(saved, name):
+            raise InputError(
+                f"--init-from {config.init_from} has {name} {getattr(saved, name)}, not "
+                f"{getattr(config, name)}: give the same model flags"
+            )
+    return source, from_dict({**asked, **{field.name: there[field.name] for field in architecture}})

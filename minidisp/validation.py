@@ -1,0 +1,75 @@
+"""What is measured while a model trains: the loss and the condensation of a fixed set of held-out windows."""
+
+import math
+
+import torch
+
+from minidisp.config import Config
+from minidisp.data import Dataset, eval_windows
+from minidisp.metrics import Condensation, bits_per_byte, perplexity
+from minidisp.model import GPT
+from minidisp.runtime.device import to_device
+from minidisp.runtime.guard import half_of
+from minidisp.runtime.processes import World
+
+CONDENSATION_SEQUENCES = 100  # as in the paper; of up to 512 tokens
+
+
+class Validation:
+    """The fixed validation set of a run: the same windows in every evaluation and for every seed."""
+
+    def __init__(self, dataset: Dataset, config: Config, device: torch.device, world: World):
+        self.x, self.y = eval_windows(dataset.split("val"), config.block_size, config.eval_tokens)
+        self.bytes = sum(len(dataset.tokenizer.token_bytes[token]) for token in self.y.flat)
+        self.device, self.world = device, world
+        self.batch_size = config.batch_size  # windows at a time: fewer where the memory does not suffice
+
+    def scores(self, model: GPT, step: int) -> dict:
+        """val_loss in nats per token, perplexity, bits_per_byte, and the condensation scores of the same windows.
+
+        Only val_loss, if it is not finite. The model's mode is what it was. step: for messages.
+        """
+        while True:
+            try:
+                return self._scores(model)
+            except (RuntimeError, MemoryError) as error:
+                self.batch_size = half_of(self.batch_size, error, f"evaluating at step {step}", self.world)
+
+    @torch.no_grad()
+    def _scores(self, model: GPT) -> dict:
+        was_training = model.training
+        model.eval()
+        nats, condensation = 0.0, Condensation()
+        try:
+            for first in range(0, len(self.x), self.batch_size):
+                x, y = (to_device(tokens[first : first + self.batch_size], self.device) for tokens in (self.x, self.y))
+                _, loss, hidden_states = model(x, y, return_hidden_states=True)
+                nats += loss.item() * y.numel()
+                if not math.isfinite(nats):
+                    return {"val_loss": nats}
+                room = CONDENSATION_SEQUENCES - condensation.sequences
+                if room > 0:
+                    condensation.update([z[:room, :512] for z in hidden_states])
+        finally:
+            model.train(was_training)
+        scores = condensation.result()
+        # The histogram is what the heat map and its history are drawn from; four digits are plenty for a colour.
+        histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]
+        wanted = ("mean_cosine_by_layer", "off_diagonal_mean_by_layer", "spearman", "kendall", "last_half_mean")
+        return {
+            "val_loss": nats / self.y.size,
+            "perplexity": perplexity(nats, self.y.size),
+            "bits_per_byte": bits_per_byte(nats, self.bytes),
+            **{name: scores[name] for name in wanted},
+            "histogram_by_layer": histogram,
+        }
+
+    @torch.no_grad()
+    def is_finite(self, model: GPT) -> bool:
+        """Whether the loss of the first window is."""
+        was_training = model.training
+        model.eval()
+        x, y = (to_device(tokens[:1], self.device) for tokens in (self.x, self.y))
+        loss = model(x, y).loss
+        model.train(was_training)
+        return math.isfinite(loss.item())
