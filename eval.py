@@ -133,7 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     _add_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # a RUN may stand anywhere
     if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
         raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
     if wrong := next((run for run in args.runs if run.endswith(".jsonl")), None):
