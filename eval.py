@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     make_printable()
     args = parse(argv)
     device = pick_device(args.device)
-    pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs else []
-    prompts = read_prompts(args.prompts) if args.prompts else []
+    pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs is not None else []
+    prompts = read_prompts(args.prompts) if args.prompts is not None else []
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
     if args.sampling:
         refuse_broken(subjects)
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.html:
         write_page(args.html, measured_on, subjects, scores, found)
     layers = [] if args.split == "none" or not args.layers else [report.layer_table(s) for s in scores]
-    print(*found.tables, *layers, sep="\n\n")
+    if found.tables:
+        print(*found.tables, *layers, sep="\n\n")
     if found.sentences:
         print("", *found.sentences, sep="\n")
     for path in figures:
@@ -132,7 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     _add_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # a RUN may stand anywhere
     if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
         raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
     if wrong := next((run for run in args.runs if run.endswith(".jsonl")), None):
@@ -144,13 +145,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.split = "none" if args.sample == "-" and not needs_text else "val"
     if args.split == "none" and needs_text:
         raise InputError(f"--{needs_text[0]} goes with held-out text: leave --split none out, or that flag")
-    if args.split == "none" and args.sample is None and not args.prompts and not args.minimal_pairs:
+    if args.split == "none" and args.sample is args.prompts is args.minimal_pairs is None:
         raise InputError("--split none leaves nothing to do: add --sample, --prompts or --minimal-pairs")
     if not args.runs and not (args.hf and (args.data or args.split == "none")):
         raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
     given = {name: value for name in Sampling.__dataclass_fields__ if (value := getattr(args, name)) is not None}
     args.sampling = Sampling(**given)
-    if args.sample is None and not args.prompts:
+    if args.sample is args.prompts is None:
         args.sampling = None
         if alone := next((name for name in given if name != "seed" or not args.texts), None):
             raise InputError(f"--{alone.replace('_', '-')} goes with --sample or --prompts: add one of them")

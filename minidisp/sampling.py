@@ -1,6 +1,7 @@
 """Letting a model go on with a prompt: character by character as it writes, or many prompts at a time."""
 
 import codecs
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,9 +69,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def typed_prompts() -> Iterator[str]:
     """What a person types, line by line, until an empty line or the end of the input (Ctrl-D)."""
-    while True:
+    while sys.stdin is not None:
         try:
-            prompt = input("> ")
+            prompt = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
         except UnicodeDecodeError:

@@ -1,18 +1,24 @@
 """The evaluation: every token once, numbers that agree with each other and with slow, separate computations."""
 
+import io
 import json
 import math
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eval as evaluation  # not the builtin
 from data import prepare
-from minidisp import InputError, load, scoring
-from minidisp.data import Dataset
+from minidisp import InputError, hf, load, sampling, scoring
+from minidisp.data import Dataset, strided_windows
+from minidisp.sampling import Sampling
+from minidisp.tokenizer import ByteTokenizer
 from tests.conftest import small_config, write_text
 from train import main as train_main
 
@@ -172,6 +178,396 @@ def test_a_sample_continues_the_prompt(run, capsys):
 def test_one_checkpoint_file_can_be_named(run):
     scores = evaluation.main([str(run / "ckpt_last.pt"), "--tokens", "100"])
     assert scores[0]["tokens"] == 100
+
+
+class Script:
+    """A model whose samples are written down: what each seed says, token by token."""
+
+    def __init__(self, *tokens_by_seed):
+        self.tokens_by_seed, self.given, self.asked = tokens_by_seed, 0, []
+        self.wte = types.SimpleNamespace(weight=torch.zeros(1))
+
+    def stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+        self.asked.append((idx.tolist(), seed))
+        for token in self.tokens_by_seed[seed][:max_new_tokens]:
+            self.given += 1
+            yield torch.full((len(idx), 1), token)
+            if token == stop_token:
+                return
+
+
+@given(st.text(max_size=12), st.text(min_size=1, max_size=3), st.binary(max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_a_stream_is_whole_characters_that_add_up(text, stop, broken):
+    """Against decoding all at once and cutting then; the text ends in bytes that may be no UTF-8."""
+    vocabulary, bits = ByteTokenizer(), []
+    data = text.encode() + broken
+    whole = data.decode(errors="replace")
+    for end in (None, stop):
+        bits.clear()
+        sample = sampling.stream_sample(Script(data), vocabulary, "x", Sampling(stop=end), 0, bits.append)
+        assert "".join(bits) == sample["continuation"] == (whole.split(stop)[0] if end else whole)
+        assert all("\ufffd" not in bit for bit in bits) or "\ufffd" in whole
+    if stop not in whole:
+        assert sample["new_tokens"] == len(data)
+
+
+def test_a_sample_ends_where_it_should():
+    vocabulary, bits = ByteTokenizer(), []
+    model = Script(b"one\ntwo\n\nthree")
+    sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
+    assert sample["continuation"] == "one\ntwo"
+    assert model.given == sample["new_tokens"] == 9  # nothing is drawn behind it
+    assert bits[:4] == ["o", "n", "e", ""]  # the newline may be the first of two, and waits
+    assert bits[4] == "\nt"
+    model = Script([*b"a", 256, *b"b"])
+    assert sampling.stream_sample(model, vocabulary, "\u00e9", Sampling(), 0, bits.append)["continuation"] == "a"
+    assert model.asked == [([[256, 0xC3, 0xA9]], 0)]
+    assert (
+        sampling.stream_sample(Script(b"abcdef"), vocabulary, "", Sampling(max_new_tokens=3), 0, bits.append)[
+            "new_tokens"
+        ]
+        == 3
+    )
+
+
+def test_prompts_are_answered_together_and_in_their_order():
+    model = Script([*b"x\ny", 256, 7], [*b"zz", 256])
+    found = sampling.sample_all(model, ByteTokenizer(), ["bb", "a", "cc"], Sampling(samples=2, stop="\n"))
+    assert [(s["prompt"], s["seed"], s["continuation"], s["new_tokens"]) for s in found] == [
+        (prompt, seed, text, n) for prompt in ("bb", "a", "cc") for seed, text, n in ((0, "x", 4), (1, "zz", 3))
+    ]
+    assert sorted(len(idx) for idx, _ in model.asked) == [1, 1, 2, 2]
+
+
+def test_one_prompt_many_runs_and_seeds(run, tmp_path, capsys):
+    """The same to the character as generating by hand, in the JSON file and on the screen."""
+    path = tmp_path / "new" / "samples.json"
+    flags = [
+        "--max-new-tokens",
+        "20",
+        "--samples",
+        "2",
+        "--seed",
+        "5",
+        "--top-k",
+        "9",
+        "--top-p",
+        "0.9",
+        "--temperature",
+        "1.5",
+    ]
+    evaluation.main(
+        [str(run), str(run / "ckpt_last.pt"), "--tokens", "100", "--sample", "abc ", "--json", str(path), *flags]
+    )
+    shown = capsys.readouterr().out
+    scores = json.loads(path.read_text())
+    model, vocabulary = load(run / "ckpt_last.pt")
+    for seed in (5, 6):
+        prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode("abc ")]])
+        out = model.generate(prompt, 20, 1.5, 9, 0.9, seed, stop_token=vocabulary.eos_id)[0, 5:]
+        (sample,) = (s for s in scores[1]["samples"] if s["seed"] == seed)
+        assert sample["continuation"] == vocabulary.decode(out.tolist())
+        assert f"--- ckpt_last.pt, seed {seed}\nabc {sample['continuation']}\n" in shown
+    assert [s["seed"] for s in scores[0]["samples"]] == [5, 6]
+    assert re.search(r"^\S+: [\d,]+ tokens in \d+\.\d s, [\d,]+ per second$", shown, re.M)
+
+
+def test_a_file_of_prompts(run, tmp_path, monkeypatch, capsys):
+    """Nothing is evaluated; the likeliest continuation does not depend on which prompts are answered together."""
+    monkeypatch.setattr(scoring, "token_nats", None)
+    prompts, path = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_bytes("\ufeffabc\r\n\n\u00e9 b\nxyz\n".encode())
+    evaluation.main([str(run), "--prompts", str(prompts), "--split", "none", "--json", str(path), "--temperature", "0",
+                     "--max-new-tokens", "15"])  # fmt: skip
+    (scores,) = json.loads(path.read_text())
+    assert [s["prompt"] for s in scores["samples"]] == ["abc", "\u00e9 b", "xyz"]
+    for sample in scores["samples"]:
+        again = sampling.stream_sample(*load(run), sample["prompt"], Sampling(temperature=0, max_new_tokens=15), 0, str)
+        assert sample["continuation"] == again["continuation"]
+    assert "loss" not in scores
+
+
+def test_playing_at_the_terminal(run, monkeypatch, capsys):
+    monkeypatch.setattr(scoring, "token_nats", None)  # nothing is evaluated
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\nde f\n\nnot this\n"))
+    (scores,) = evaluation.main([str(run), "--sample", "-", "--max-new-tokens", "4"])
+    assert [s["prompt"] for s in scores["samples"]] == ["abc", "de f"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc"))  # then Ctrl-D
+    assert len(evaluation.main([str(run), "--sample", "-", "--max-new-tokens", "4"])[0]["samples"]) == 1
+    assert "bits per byte" not in capsys.readouterr().out
+
+
+def test_files_are_there_before_anything_is_printed_or_sampled(run, tmp_path, monkeypatch):
+    """Not even a stdout that takes nothing can lose them."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("no more output")
+
+    monkeypatch.setattr(evaluation, "stream_sample", refuse)
+    files = [tmp_path / "a.json", tmp_path / "new" / "a.html"]
+    flags = [str(run), "--tokens", "300", "--json", str(files[0]), "--html", str(files[1])]
+    with pytest.raises(RuntimeError, match="no more output"):
+        evaluation.main([*flags, "--sample", "x"])
+    assert json.loads(files[0].read_text())[0]["tokens"] == 300
+    assert "Condensation report" in files[1].read_text()
+    for file in files:
+        file.unlink()
+    monkeypatch.setattr("sys.stdout", types.SimpleNamespace(write=refuse, flush=refuse))
+    with pytest.raises(RuntimeError, match="no more output"):
+        evaluation.main(flags)
+    assert all(file.exists() for file in files)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-16"])
+def test_a_sample_on_any_stdout(run, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(
+        evaluation, "stream_sample", lambda *rest: rest[-1]("\u4e2d\U0001f642") or {"new_tokens": 1, "seconds": 1}
+    )
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    evaluation.main([str(run), "--split", "none", "--sample", "\u0436", "--json", str(tmp_path / "r.json")])
+    stdout.flush()
+    written = stdout.buffer.getvalue().decode(encoding)
+    assert ("\u0436\u4e2d\U0001f642" if encoding == "utf-16" else "\\u0436\\u4e2d\\U0001f642") in written
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--sample", "caf\udce9"], "--sample is not UTF-8"),
+        (["--sample", "x", "--stop", "\udce9"], "--stop is not UTF-8"),
+        (["--sample", "x", "--stop", ""], "--stop is empty"),
+        (["--sample", "x", "--temperature", "nan"], "--temperature is nan"),
+        (["--sample", "x", "--temperature", "1e-45"], "--temperature is 1e-45"),
+        (["--sample", "x", "--temperature", "inf"], "--temperature is inf"),
+        (["--sample", "x", "--top-p", "nan"], "--top-p is nan"),
+        (["--sample", "x", "--top-k", "0"], "--top-k is 0"),
+        (["--sample", "x", "--samples", "0"], "--samples is 0"),
+        (["--sample", "x", "--max-new-tokens", "-3"], "--max-new-tokens is -3"),
+        (["--sample", "x", "--seed", "-1"], "--seed is -1"),
+        (["--temperature", "0.5"], "--temperature goes with --sample"),
+        (["--seed", "3"], "--seed goes with --sample"),
+        (["--split", "none"], "nothing to do"),
+        (["--split", "none", "--sample", "x", "--html", "x.html"], "--html goes with held-out text"),
+        (["--prompts", "EMPTY"], "holds no prompt"),
+        (["--prompts", "LATIN"], "LATIN, line 2, is not UTF-8"),
+        (["--prompts", ""], "No such file"),
+        (["--json", "FOLDER"], "--json 'FOLDER' is a folder"),
+        (["--json", ""], "--json '' is a folder"),
+        (["--json", "/dev/null"], "not a regular file"),
+        (["--json", "EMPTY/deeper/x.json"], "EMPTY/deeper/x.json cannot be written: Not a directory"),
+        (["--json", "x" * 255], "cannot be written: File name too long"),
+        (["--html", "/proc/x/y.html"], "--html /proc/x/y.html cannot be written"),
+        (["--figures", "EMPTY"], "--figures EMPTY is no folder"),
+        (["--figures", "/proc/x"], "--figures /proc/x cannot be written"),
+        (["--json", "same", "--html", "FOLDER/../same"], "different paths"),
+        (["--texts", "-1"], "--texts"),
+        (["--minimal-pairs", "*.nothing"], "no such file"),
+        (["--minimal-pairs", ""], "no such file"),
+        (["--minimal-pairs", "EMPTY"], "no pair"),
+        (["--minimal-pairs", "EMPTY", "b.jsonl"], "in quotes"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_first_forward_pass(
+    run, tmp_path, monkeypatch, capsys, flags, expected
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minidisp.model.GPT.forward", None)
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "LATIN").write_bytes(b"good\nbad \xe9\n")
+    (tmp_path / "FOLDER").mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert evaluation.cli([str(run), *flags]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_that_diverged_is_not_sampled_from(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    state = torch.load(run / "ckpt_last.pt")
+    state["model"]["h.0.mlp.c_fc.weight"][3, 5] = math.nan
+    torch.save(state, tmp_path / "run" / "ckpt_last.pt")
+    with pytest.raises(InputError, match=r"ckpt_last\.pt cannot be sampled from"):
+        evaluation.main([str(tmp_path / "run" / "ckpt_last.pt"), "--sample", "-"])
+
+
+# Minimal pairs
+
+
+def write_pairs(folder, seed=0, n=15):
+    """Two files of pairs over the letters of the corpus, of very different lengths, some of them the same twice."""
+    rng = np.random.default_rng(seed)
+
+    def sentence():
+        return " ".join(
+            "".join(rng.choice([*"abcdefghijklmnop"], rng.integers(1, 9))) for _ in range(rng.integers(1, 12))
+        )
+
+    folder.mkdir()
+    for name, field in (("first", "syntax"), ("second", None)):
+        lines = []
+        for i in range(n):
+            good = sentence()
+            record = {
+                "sentence_good": good,
+                "sentence_bad": good if i % 10 == 0 else sentence(),
+                "linguistics_term": f"t{i % 3}",
+            }
+            lines.append(json.dumps({**record, **({"field": field, "UID": name} if field else {})}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "*.jsonl"
+
+
+def slow_values(model, vocabulary, pattern):
+    """One sentence and one token after the other, in float64: what every pair of the files counts."""
+    model = model.double()
+    values = {}
+    for file in sorted(pattern.parent.iterdir()):
+        values[file.stem] = []
+        for line in file.read_text().splitlines():
+            totals = []
+            for key in ("sentence_good", "sentence_bad"):
+                stream = [vocabulary.eos_id, *vocabulary.encode(json.loads(line)[key])]
+                total = 0.0
+                for window in strided_windows(len(stream) - 1, model.config.block_size, model.config.block_size // 2):
+                    for i in range(window.start, window.stop):
+                        context = torch.tensor([stream[window.context_start : i + 1]])
+                        total += model(context).logits[0, -1].log_softmax(-1)[stream[i + 1]].item()
+                totals.append(total)
+            values[file.stem].append(1.0 if totals[0] > totals[1] else 0.5 if totals[0] == totals[1] else 0.0)
+    return values
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe", "hugging face"])
+def test_minimal_pairs_agree_with_a_loop(run, bpe_run, tmp_path, capsys, tokenizer):
+    """Many sentences are longer than the context of 32 tokens, others far shorter."""
+    pattern = write_pairs(tmp_path / "pairs")
+    who, loaded = [str(run)], load(run)
+    if tokenizer == "bpe":
+        who, loaded = [str(bpe_run)], load(bpe_run)
+    if tokenizer == "hugging face":
+        pytest.importorskip("tokenizers")
+        hf.export(bpe_run, tmp_path / "folder")
+        who, loaded = ["--hf", str(tmp_path / "folder")], hf.load(tmp_path / "folder")
+    (scores,) = evaluation.main([*who, "--split", "none", "--minimal-pairs", str(pattern)])
+    found, want = scores["minimal_pairs"], slow_values(*loaded, pattern)
+    assert found["by_file"].keys() == {"first", "second"}
+    for name, part in found["by_file"].items():
+        assert part["accuracy"] == pytest.approx(np.mean(want[name]), abs=1e-12)
+        assert 0 <= part["low"] < part["accuracy"] < part["high"] <= 1
+    everything = want["first"] + want["second"]
+    assert (found["pairs"], found["accuracy"]) == (30, pytest.approx(np.mean(everything), abs=1e-12))
+    assert {name: part["pairs"] for name, part in found["by_field"].items()} == {"syntax": 15}
+    for i, (name, part) in enumerate(found["by_term"].items()):
+        assert name == f"t{i}"
+        assert part["accuracy"] == pytest.approx(np.mean(want["first"][i::3] + want["second"][i::3]), abs=1e-12)
+    shown = capsys.readouterr().out
+    assert re.search(rf"^all +30 +{100 * np.mean(everything):.1f} \(", shown, re.M)
+
+
+def test_minimal_pairs_are_paired_between_runs(run, bpe_run, tmp_path, capsys):
+    pattern = write_pairs(tmp_path / "pairs")
+    page = tmp_path / "page.html"
+    scores = evaluation.main(
+        [str(run), str(run), str(bpe_run), "--tokens", "300", "--minimal-pairs", str(pattern), "--html", str(page)]
+    )
+    same, other = (s["minimal_pairs"]["versus_first"] for s in scores[1:])
+    assert same == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "verdict": "no difference"}
+    first, third = (np.concatenate([*slow_values(*load(r), pattern).values()]) for r in (run, bpe_run))
+    difference = third - first
+    drawn = difference[np.random.default_rng(1).integers(0, 30, (20000, 30))].mean(axis=1)
+    assert other["accuracy"] == pytest.approx(difference.mean(), abs=1e-12)
+    assert [other["low"], other["high"]] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.034)
+    shown = capsys.readouterr().out
+    assert "of the minimal pairs, 95 % interval" in shown
+    assert "<caption>minimal pairs</caption>" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"sentence_good": "a"}', "sentence_bad is missing"),
+        (b'{"sentence_good": "a", "sentence_bad": " "}', "sentence_bad"),
+        (b'{"sentence_good": "a", "sentence_bad": 3}', "sentence_bad"),
+        (b'{"sentence_good": "\\ud800", "sentence_bad": "b"}', "sentence_good"),
+        (b'{"sentence_good": "a", "sentence_bad": "b", "field": ["x"]}', "field"),
+        (b'{"sentence_good": "a", "sentence_bad": "b", "UID": "\\u001b[31m"}', "UID"),
+        (b'{"sentence_good": "a", "sentence_bad": "b"', "not JSON"),
+        (b'{"sentence_good": "\xe9", "sentence_bad": "b"}', "not JSON"),
+        (b'["a", "b"]', "no minimal pair"),
+    ],
+)
+def test_a_bad_pair_is_named(run, tmp_path, monkeypatch, line, expected):
+    monkeypatch.setattr("minidisp.model.GPT.forward", None)
+    good = b'{"sentence_good": "a", "sentence_bad": "b"}'
+    (tmp_path / "x[1].jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\n\n" + line + b"\r\n")
+    with pytest.raises(InputError, match=rf"x\[1\]\.jsonl, line 3,.*{expected}"):
+        evaluation.main([str(run), "--split", "none", "--minimal-pairs", str(tmp_path / "x[1].jsonl")])
+
+
+# How it writes
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_how_it_writes(run, bpe_run, corpus, tmp_path, capsys, many):
+    """One long document is cut into stretches; of many documents, those that are long enough are taken whole."""
+    flags, texts = [], None
+    if many:
+        (tmp_path / "in").mkdir()
+        for i in range(60):
+            write_text(tmp_path / "in" / f"{i}.txt", words=5 if i % 2 else 150, seed=i)
+        command = [
+            "--input",
+            str(tmp_path / "in" / "*.txt"),
+            "--name",
+            "many",
+            "--tokenizer",
+            "byte",
+            "--out",
+            str(tmp_path / "many"),
+        ]
+        assert prepare.main(command) == 0
+        flags = ["--data", str(tmp_path / "many"), "--split", "val"]
+        documents = scoring.Text.read(Dataset(tmp_path / "many"), "val", 0).documents
+        texts = [d for d in documents if len(d) > 300][:1]
+    count = len(texts) if texts else 3
+    scores = evaluation.main([str(run), str(bpe_run), *flags, "--texts", str(count), "--seed", "4"])
+    shown = capsys.readouterr().out
+    if not many:
+        joined = "".join(scoring.Text.read(Dataset(corpus), "val", 0).documents)
+        texts = [joined[i * (len(joined) // 3) :] for i in range(3)]
+    assert scores[0]["writing"]["of"] == ("documents" if many else "stretches of the text")
+    for who, score in zip((run, bpe_run), scores, strict=True):
+        model, vocabulary = load(who)
+        rows = [vocabulary.encode(text)[:160] for text in texts]
+        for way, options in (("greedy", {"temperature": 0}), ("nucleus", {"temperature": 1, "top_p": 0.95, "seed": 4})):
+            prompts = torch.tensor([[vocabulary.eos_id, *row[:32]] for row in rows])
+            new = model.generate(prompts, 128, **options)[:, 33:].tolist()
+            check_ngrams(score["writing"][way], new)
+        check_ngrams(score["writing"]["true"], [row[32:] for row in rows])
+    assert f"{scores[1]['writing']['greedy']['rep_2']:.3f}" in shown
+    assert "not comparable across runs" in shown
+
+
+def check_ngrams(found, rows):
+    """By counting: an n-gram repeats if it stands earlier in the same text."""
+    for n in (2, 3, 4):
+        shares = []
+        for row in rows:
+            grams = [row[i : i + n] for i in range(len(row) - n + 1)]
+            shares.append(sum(gram in grams[:i] for i, gram in enumerate(grams)) / len(grams))
+        assert found[f"rep_{n}"] == pytest.approx(sum(shares) / len(shares), abs=1e-12)
+    for n in (1, 2):
+        grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+        assert found[f"distinct_{n}"] == pytest.approx(len(set(grams)) / len(grams), abs=1e-12)
+
+
+def test_too_little_text_to_write_on(run):
+    with pytest.raises(InputError, match=r"--texts 50: the text is too short"):
+        evaluation.main([str(run), "--tokens", "2000", "--texts", "50"])
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,16 @@ from minidisp.metrics import (
     Condensation,
     FullCondensation,
     bits_per_byte,
+    bootstrap_mean,
     cosine_matrix,
+    distinct_ngrams,
     isoscore_star,
     kendall_tau_b,
+    minimal_pair_values,
     paired_bootstrap,
     paired_interval,
     perplexity,
+    repeated_ngrams,
     singular_entropy,
     singular_values,
     spearman,
@@ -461,3 +465,42 @@ def test_paired_interval_at_its_limits():
     for first, second in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="pairs"):
             paired_interval(first, second)
+
+
+# Minimal pairs and repetition
+
+
+@pytest.mark.parametrize("kinds", [[0.0, 1.0], [0.0, 0.5, 1.0], [-1.0, 0.0, 0.5]])
+def test_bootstrap_of_a_mean_draws_with_replacement(kinds):
+    """The interval of as many resamples, drawn one value after the other."""
+    values = np.random.default_rng(3).choice(kinds, 300)
+    mean, low, high = bootstrap_mean(values, resamples=20_000)
+    drawn = values[np.random.default_rng(4).integers(0, 300, (20_000, 300))].mean(axis=1)
+    assert mean == pytest.approx(values.mean(), abs=1e-12)
+    assert [low, high] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.004)
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+
+
+def test_bootstrap_of_a_mean_at_its_limits():
+    assert bootstrap_mean(np.ones(50)) == (1.0, 1.0, 1.0)
+    mean, low, high = bootstrap_mean(np.array([0.5]))
+    assert mean == 0.5
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_minimal_pairs_count_one_a_half_or_nothing():
+    values = minimal_pair_values(np.array([-1.0, -2.0, -3.0, math.nan]), np.array([-2.0, -2.0, -1.0, -1.0]))
+    assert values.tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_repetition_by_hand():
+    assert repeated_ngrams([1, 2, 1, 2, 1], 2) == pytest.approx(1 - 2 / 4)  # 12 21 12 21
+    assert repeated_ngrams([1, 2, 1, 2, 1], 3) == pytest.approx(1 - 2 / 3)  # 121 212 121
+    assert repeated_ngrams([7] * 128, 4) == pytest.approx(1 - 1 / 125)
+    assert repeated_ngrams(range(128), 4) == 0
+    assert repeated_ngrams(np.array([3, 3, 3]), 2) == pytest.approx(1 / 2)
+    assert math.isnan(repeated_ngrams([1, 2], 3))
+    assert distinct_ngrams([[1, 2, 3], [3, 2, 1]], 1) == pytest.approx(3 / 6)
+    assert distinct_ngrams([[1, 2, 3], [3, 2, 1]], 2) == 1
+    assert math.isnan(distinct_ngrams([[1]], 2))

@@ -327,6 +327,19 @@ def test_generation_leaves_mode_and_random_numbers_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_stream_that_is_left_gives_the_same_tokens_and_the_mode_back():
+    model = GPT(GPTConfig(**SMALL, dropout=0.1)).train()
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    whole = model.generate(idx, 8, seed=1)
+    stream = model.stream(idx, 8, seed=1)
+    first = [next(stream) for _ in range(3)]
+    assert torch.equal(torch.cat(first, dim=1), whole[:, 3:6])
+    assert not first[0].requires_grad
+    stream.close()
+    assert model.training
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
 def test_generation_stops_at_the_stop_token():
     model = GPT(GPTConfig(**SMALL))
     idx = torch.tensor([[1, 2, 3]])
@@ -334,7 +347,11 @@ def test_generation_stops_at_the_stop_token():
     assert model.generate(idx, 10, temperature=0, stop_token=token).shape[1] == 4
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": t} for t in (-1.0, math.nan, math.inf, 1e-45, 1e-30)]
+    + [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}],
+)
 def test_generation_refuses_bad_values(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         GPT(GPTConfig(**SMALL)).generate(torch.tensor([[1]]), 2, **bad)

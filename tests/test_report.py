@@ -3,12 +3,14 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import train
 from minidisp import InputError, report
 from minidisp.report import Table
 from minidisp.runtime import checkpoint
-from tests.conftest import small_config
+from tests.conftest import small_config, small_flags
 
 EVIL = "</script><img src=x onerror=\"document.title='hacked'\">&lt;$x_\u2028"
 
@@ -130,6 +132,77 @@ def test_figures_of_any_names(tmp_path, recwarn):
 def test_no_loss_figure_without_metrics(tmp_path):
     paths = report.draw_comparison([made_up_scores()], [[]], tmp_path)
     assert "loss_by_step.png" not in {path.name for path in paths}
+
+
+def test_the_environment_does_not_matter(tmp_path):
+    """As in a notebook, without a home or display, with a matplotlibrc that asks for what is not there."""
+    rc = tmp_path / "matplotlibrc"
+    rc.write_text("backend: nonsense\ntext.usetex: True\nfont.size: 99\nlines.linewidth: none of it\n")
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps(made_up_metrics()))
+    script = f"""
+import json, sys
+from pathlib import Path
+from minidisp import report
+lines = json.loads(Path({str(metrics)!r}).read_text())
+print(*report.draw_run(lines, "title \\u6a21", Path({str(tmp_path / "figures")!r})))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DISPLAY", "HOME", "XDG_CONFIG_HOME")
+    }
+    environment |= {
+        "MPLBACKEND": "module://no_such_module.backend",
+        "MATPLOTLIBRC": str(rc),
+        "MPLCONFIGDIR": "/proc/none",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    assert done.stderr == ""
+    assert [*map(Path, done.stdout.split())] == [
+        tmp_path / "figures" / name for name in ("loss.png", "cosine.png", "heatmap.png")
+    ]
+    report.draw_run(made_up_metrics(), "title \u6a21", tmp_path / "here")
+    for path in (tmp_path / "figures").iterdir():
+        assert path.read_bytes() == (tmp_path / "here" / path.name).read_bytes()
+
+
+def test_drawing_leaves_the_users_matplotlib_alone(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "module://somebody.elses")
+    with matplotlib.rc_context({"font.size": 7.5, "interactive": True}):
+        before = dict(matplotlib.rcParams.copy())
+        report.draw_comparison([made_up_scores()], [[]], tmp_path)
+        assert dict(matplotlib.rcParams.copy()) == before
+    assert os.environ["MPLBACKEND"] == "module://somebody.elses"
+
+
+@pytest.mark.parametrize("reason", ["no matplotlib", "a file is in the way", "a bug in it"])
+def test_a_finished_run_does_not_fail_for_its_figures(corpus, tmp_path, monkeypatch, capsys, reason):
+    out = tmp_path / "run"
+    if reason == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert "pip install matplotlib" in report.cannot_draw()
+    elif reason == "a file is in the way":
+        out.mkdir()
+        (out / "figures").write_text("")
+    else:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
+    assert train.cli(small_flags(data=corpus, out=out, max_steps=2)) == 0
+    shown = capsys.readouterr()
+    warnings = [line for line in shown.err.splitlines() if "figures" in line]
+    assert len(warnings) == 1 + (reason == "no matplotlib" and shown.err.count("train.py: no figures"))
+    assert warnings[-1].startswith("warning: no figures: ")
+    assert "figure  " not in shown.out
+    assert (out / "summary.json").exists()
+
+
+def test_eval_does_not_begin_without_what_its_figures_need(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("minidisp.model.GPT.forward", None)
+    with pytest.raises(InputError, match=r"--figures: .*pip install matplotlib"):
+        evaluation.main([str(run), "--figures", str(tmp_path / "figures")])
 
 
 # The page
@@ -303,6 +376,45 @@ def test_wandb_is_told_what_metrics_jsonl_has(corpus, tmp_path, monkeypatch):
     fake.init = refuse
     with pytest.raises(InputError, match=r"no API key.*WANDB_MODE=offline"):
         train.main(small_config(corpus, tmp_path / "other", wandb=True))
+
+
+def test_wandb_goes_on_with_the_same_run(corpus, tmp_path, monkeypatch):
+    begun = []
+    fake = types.SimpleNamespace(Error=RuntimeError)
+    fake.init = lambda **options: (
+        begun.append(options) or types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+    out = tmp_path / "run"
+    train.main(small_config(corpus, out, wandb=True, max_steps=1))
+    train.main(small_config(corpus, out, wandb=True, max_steps=2, resume=True))
+    train.main(small_config(corpus, out, wandb=True, max_steps=1, overwrite=True))
+    train.main(small_config(corpus, tmp_path / "late", max_steps=1))
+    train.main(small_config(corpus, tmp_path / "late", wandb=True, max_steps=2, resume=True))
+    first, resumed, anew, late = (options["id"] for options in begun)
+    assert first == resumed
+    assert len({first, anew, late}) == 3
+    assert {options["resume"] for options in begun} == {"allow"}  # also where it was removed there meanwhile
+    (out / "wandb_id").write_bytes(b"../\xff x")
+    with pytest.raises(InputError, match=r"wandb_id holds no id"):
+        train.main(small_config(corpus, out, wandb=True, max_steps=2, resume=True))
+
+
+def test_tensorboard_of_a_run_that_starts_again(tmp_path):
+    """Stopped before its first checkpoint, or at one: what metrics.jsonl has lost is hidden, and nothing else."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = tmp_path / "metrics.jsonl"
+    for kept, resume in (([], False), ([], True), ([0, 1], True), ([0, 1, 2], True)):
+        metrics.write_text("".join(f'{{"step": {step}}}\n' for step in kept))
+        (logger,) = report.loggers(tensorboard=True, wandb=False)
+        logger.open(tmp_path, {"resume": resume}, kept[-1] if kept else 0)
+        for step in range(len(kept), 5):
+            logger.log({"step": step, "loss": float(step)})
+        logger.close()
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("flag", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
