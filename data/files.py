@@ -68,11 +68,12 @@ class Input:
     def open(self) -> BinaryIO:
         """The content, as bytes."""
         try:
-            return io.BufferedReader(_FixedFile(self, self._raw()), 1 << 17)
+            return io.BufferedReader(_FixedFile(self, self.raw()), 1 << 17)
         except OSError as error:
             raise InputError(f"{self.name}: {error.strerror}") from error
 
-    def _raw(self) -> BinaryIO:
+    def raw(self) -> BinaryIO:
+        """The file itself, for readers that need to seek in it."""
         return open(self.path, "rb", buffering=0)
 
     @contextlib.contextmanager
@@ -100,7 +101,7 @@ class StandardInput(Input):
         self._file.flush()
         self.bytes, self.times, self.sha256, self.has_grown = self._file.tell(), [], None, False
 
-    def _raw(self) -> BinaryIO:
+    def raw(self) -> BinaryIO:
         self._file.seek(0)
         return os.fdopen(os.dup(self._file.fileno()), "rb", buffering=0)
 
