@@ -3,6 +3,7 @@
 A reader yields documents, and a BadRow in the place of what cannot be used: whoever reads decides what becomes of it.
 """
 
+import functools
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data.files import DAMAGE, Input, StandardInput, identity, matches, printable, say
+from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, printable, say
 from minidisp import InputError
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
@@ -277,8 +278,12 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
         why_not = "it is empty"
         for path in matches(pattern):
             name, file_kind = printable(path), kind or kind_of(path)
-            if path != pattern and not os.path.isfile(path):
+            if not os.path.isfile(path):
+                if path == pattern:
+                    raise not_regular(name)
                 reason = "no regular file" if os.path.exists(path) else "a link that leads nowhere"
+            elif os.path.isdir(pattern) and is_ours(os.path.dirname(path)):
+                reason = "part of a corpus or a run"
             elif file_kind:
                 why_not, file_id = "", identity(path)
                 if file_id not in read_as:
@@ -298,6 +303,12 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                 f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"
             )
     return inputs, left_out
+
+
+@functools.lru_cache(maxsize=1000)
+def is_ours(folder: str) -> bool:
+    """Whether a folder is a prepared corpus or a run, which may lie in the folder that the text is in."""
+    return os.path.isfile(os.path.join(folder, "tokenizer.model"))
 
 
 def _fault(file: Input) -> BadRow | None:

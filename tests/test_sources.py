@@ -283,10 +283,15 @@ def test_folders_names_and_patterns(tree, capsys):
     assert inputs_of("in/sub/**") == ["in/sub/c.py", "in/sub/deep/d.txt", "in/sub/deep/e.txt.gz"]
     for pattern, message in [
         ("in/*.doc", "no such file"), ("in/nothing", "no such file"), ("in/a.txt/*", "no such file"),
-        ("in/x?", "only folders match"), ("in/cover.jpg", "cover.jpg: only .txt"), ("in/*.jpg", "cover.jpg: only .txt"),
+        ("", "no such file"), ("in/x?", "only folders match"), ("/dev/null", "not a regular file"), ("in/cover.jpg", "cover.jpg: only .txt"), ("in/*.jpg", "cover.jpg: only .txt"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=message.replace(".", r"\.")):
             inputs_of(pattern)
+    for name in ("meta.json", "tokenizer.model", "inputs.jsonl"):
+        Path("in/corpus").mkdir(exist_ok=True)
+        Path("in/corpus", name).write_text("{}")
+    assert inputs_of("in") == [f"in/{name}" for name in sorted(tree)]
+    assert "left out, part of a corpus or a run: in/corpus/inputs.jsonl" in capsys.readouterr().err
     Path("pictures").mkdir()
     with pytest.raises(InputError, match="it is empty"):
         inputs_of("pictures")
