@@ -35,6 +35,10 @@ def printable(text: str | Path) -> str:
 # --- a file, the same each time that it is read -----------------------------------------------------------------------
 
 
+def not_regular(name: str) -> InputError:
+    return InputError(f"{name}: not a regular file; what comes out of a pipe can be read with --input -")
+
+
 class Input:
     """A file as it was when this object was made: its first `bytes` bytes, also if others are appended meanwhile.
 
@@ -48,7 +52,7 @@ class Input:
         except OSError as error:
             raise InputError(f"{self.name}: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            raise InputError(f"{self.name}: not a regular file; what comes out of a pipe can be read with --input -")
+            raise not_regular(self.name)
         self.bytes, self.times = found.st_size, [found.st_mtime_ns, found.st_ctime_ns]
         self.sha256: str | None = None  # known when the file has been read to its end
         self.has_grown = False  # at the end of a reading: there are more bytes than were read
@@ -68,11 +72,12 @@ class Input:
     def open(self) -> BinaryIO:
         """The content, as bytes."""
         try:
-            return io.BufferedReader(_FixedFile(self, self._raw()), 1 << 17)
+            return io.BufferedReader(_FixedFile(self, self.raw()), 1 << 17)
         except OSError as error:
             raise InputError(f"{self.name}: {error.strerror}") from error
 
-    def _raw(self) -> BinaryIO:
+    def raw(self) -> BinaryIO:
+        """The file itself, for readers that need to seek in it."""
         return open(self.path, "rb", buffering=0)
 
     @contextlib.contextmanager
@@ -100,7 +105,7 @@ class StandardInput(Input):
         self._file.flush()
         self.bytes, self.times, self.sha256, self.has_grown = self._file.tell(), [], None, False
 
-    def _raw(self) -> BinaryIO:
+    def raw(self) -> BinaryIO:
         self._file.seek(0)
         return os.fdopen(os.dup(self._file.fileno()), "rb", buffering=0)
 
@@ -213,12 +218,18 @@ def matches(pattern: str) -> list[str]:
         )
     if os.path.lexists(pattern):
         return [pattern]
-    found = sorted({*_expand("", [*Path(pattern).parts])})
+    found = sorted({*_expand("", [*Path(pattern).parts])} - {""})
     if files := [path for path in found if not os.path.isdir(path)]:
         return files
     if found:
         raise InputError(f"--input {printable(pattern)}: only folders match; name a folder to read all that is in it")
-    raise InputError(f"--input {printable(pattern)}: no such file")
+    try:
+        os.lstat(pattern)
+    except PermissionError as error:
+        raise InputError(f"--input {printable(pattern)}: {error.strerror}") from error
+    except OSError as error:
+        raise InputError(f"--input {printable(pattern)}: no such file") from error
+    return [pattern]  # it came while we were looking
 
 
 def _expand(prefix: str, parts: list[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 A reader yields documents, and a BadRow in the place of what cannot be used: whoever reads decides what becomes of it.
 """
 
+import functools
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data.files import DAMAGE, Input, StandardInput, identity, matches, printable, say
+from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, printable, say
 from minidisp import InputError
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
@@ -206,7 +207,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     number = 0
     file.hash()
     try:
-        with open(file.path, "rb") as opened, pyarrow.parquet.ParquetFile(opened) as table:
+        with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             if field not in (names := table.schema_arrow.names):
                 message = f"{file.name}: no column {field!r} but {', '.join(names)}; see --field"
                 yield BadRow("no such field", message)
@@ -261,7 +262,8 @@ def input_files(
 
     has_rows = any(file.kind != "text" for file in inputs)
     description = " ".join("standard input" if pattern == "-" else printable(pattern) for pattern in patterns)
-    return Source(description + (f", field {field}" if has_rows else ""), documents, inputs)
+    description += (f", read as {kind}" if kind else "") + (f", field {field}" if has_rows else "")
+    return Source(description, documents, inputs)
 
 
 def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[Input], dict[str, list[str]]]:
@@ -273,28 +275,40 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
         if pattern == "-":
             inputs.append(StandardInput(folder, kind or "text"))
             continue
-        found = False
+        why_not = "it is empty"
         for path in matches(pattern):
             name, file_kind = printable(path), kind or kind_of(path)
-            if path != pattern and not os.path.isfile(path):
+            if not os.path.isfile(path):
+                if path == pattern:
+                    raise not_regular(name)
                 reason = "no regular file" if os.path.exists(path) else "a link that leads nowhere"
-                left_out.setdefault(reason, []).append(name)
+            elif os.path.isdir(pattern) and is_ours(os.path.dirname(path)):
+                reason = "part of a corpus or a run"
+            elif file_kind:
+                why_not, file_id = "", identity(path)
+                if file_id not in read_as:
+                    read_as[file_id] = name
+                    inputs.append(Input(path, file_kind))
+                elif read_as[file_id] != name:
+                    left_out.setdefault("the same file as another", []).append(f"{name} ({read_as[file_id]})")
                 continue
-            if not file_kind and not os.path.isdir(pattern):
+            elif os.path.isdir(pattern):
+                reason = "of another kind"
+            else:
                 raise InputError(f"{name}: {ENDINGS}; see --format")
-            if not file_kind:
-                left_out.setdefault("of another kind", []).append(name)
-                continue
-            found, file_id = True, identity(path)
-            if file_id not in read_as:
-                read_as[file_id] = name
-                inputs.append(Input(path, file_kind))
-            elif read_as[file_id] != name:
-                left_out.setdefault("the same file as another", []).append(f"{name} ({read_as[file_id]})")
-        if not found:
-            why = "; ".join(f"{names[0]} is {reason}" for reason, names in left_out.items()) or "it is empty"
-            raise InputError(f"--input {printable(pattern)}: nothing to read there: {why} ({ENDINGS}; see --format)")
+            left_out.setdefault(reason, []).append(name)
+            why_not = why_not and f"{name} is {reason}"
+        if why_not:
+            raise InputError(
+                f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"
+            )
     return inputs, left_out
+
+
+@functools.lru_cache(maxsize=1000)
+def is_ours(folder: str) -> bool:
+    """Whether a folder is a prepared corpus or a run, which may lie in the folder that the text is in."""
+    return os.path.isfile(os.path.join(folder, "tokenizer.model"))
 
 
 def _fault(file: Input) -> BadRow | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import downloads, prepare, sources
+from data import downloads, pieces, prepare, sources
 from minidisp import InputError
 from minidisp.data import SPLITS, Dataset
 from minidisp.tokenizer import ByteTokenizer
@@ -180,11 +180,11 @@ def test_limit(run, tmp_path, jsonl):
 
 @pytest.mark.parametrize("tokenizer", ["byte", "sentencepiece"])
 def test_same_bytes_on_any_number_of_cores(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 100_000)
+    monkeypatch.setattr(pieces, "SHARD_TOKENS", 100_000)
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 100_000)
     folders = []
     for workers, batch_chars in ((1, 1 << 23), (2, 50_000)):
-        monkeypatch.setattr(prepare, "BATCH_CHARS", batch_chars)
+        monkeypatch.setattr(pieces, "BATCH_CHARS", batch_chars)
         folders.append(tmp_path / str(workers))
         source = downloads.standard_library()
         options = {"tokenizer": tokenizer, "vocab_size": 500, "limit": 60, "workers": workers, "one_document": True}
@@ -194,18 +194,18 @@ def test_same_bytes_on_any_number_of_cores(tmp_path, monkeypatch, tokenizer):
 
 
 def test_tokenizer_sees_a_fixed_sample_of_the_training_split():
-    documents = [prepare.Document("", [text]) for text in make_texts(400)]
+    documents = [sources.Document("", [text]) for text in make_texts(400)]
     train = [text for text in make_texts(400) if split_of(text) == "train"]
-    counts, chars, everything = prepare.survey(prepare.by_hash(documents), 10**9)
+    counts, chars, everything = pieces.survey(pieces.by_hash(documents), 10**9)
     assert everything == train
     assert counts["train"] == len(train)
     assert chars == sum(map(len, make_texts(400)))
-    _, _, sample = prepare.survey(prepare.by_hash(documents), 5000)
+    _, _, sample = pieces.survey(pieces.by_hash(documents), 5000)
     assert 5000 <= len("".join(sample).encode()) < 6000
     assert sample == [text for text in train if text in sample]  # in the order of the corpus
-    _, _, reversed_sample = prepare.survey(prepare.by_hash(documents[::-1]), 5000)
+    _, _, reversed_sample = pieces.survey(pieces.by_hash(documents[::-1]), 5000)
     assert sample == reversed_sample[::-1]
-    assert prepare.survey(prepare.by_hash(documents), 0)[2] == []
+    assert pieces.survey(pieces.by_hash(documents), 0)[2] == []
 
 
 def test_tokenizer_of_another_corpus(run, tmp_path, jsonl):
@@ -273,7 +273,7 @@ def test_bad_input_is_refused_in_one_line(run, tmp_path, name):
 
 
 def test_huge_documents_are_refused_or_streamed(run, tmp_path, jsonl, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_DOCUMENT_CHARS", 10_000)
+    monkeypatch.setattr(pieces, "MAX_DOCUMENT_CHARS", 10_000)
     (tmp_path / "huge.txt").write_text("many words " * 2000)
     argv = ["--input", jsonl, tmp_path / "huge.txt", "--name", "t", "--tokenizer", "byte"]
     code, _, err = run(*argv)
@@ -399,7 +399,7 @@ def test_failure_leaves_the_old_corpus(run, tmp_path, jsonl, monkeypatch, error,
     def fail(self, ids):
         raise error
 
-    monkeypatch.setattr(prepare.ShardWriter, "write", fail)
+    monkeypatch.setattr(pieces.ShardWriter, "write", fail)
     found = run(*argv, "--overwrite")
     assert found[0] == code
     assert found[2].splitlines()[-1].startswith("prepare.py: ")
@@ -435,7 +435,7 @@ def test_signals_clean_up(tmp_path, number, code):
 def test_two_at_once_prepare_it_once(tmp_path, jsonl, capsys):
     """As the processes of a torchrun on a fresh clone do."""
     calls = []
-    whole = prepare.input_files([str(jsonl)], "text")
+    whole = sources.input_files([str(jsonl)], "text")
 
     def documents():
         calls.append(threading.get_ident())
@@ -686,11 +686,11 @@ def test_hugging_face_errors_are_one_line(run, tmp_path, hub, monkeypatch):
 
 def test_prepare_offers_what_the_trainer_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "DATA", tmp_path)
-    source = prepare.Source("s", lambda: iter([prepare.Document("d", ["some text " * 50])]))
+    source = sources.Source("s", lambda: iter([sources.Document("d", ["some text " * 50])]))
     monkeypatch.setattr(downloads, "standard_library", lambda: source)
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 270)
     monkeypatch.setattr(prepare.prepare_corpus, "__defaults__", ("byte", 0, False, 0, 1, False))
     assert prepare.prepare("pystdlib") == tmp_path / "pystdlib"
     assert Dataset(tmp_path / "pystdlib").tokenizer.hash == ByteTokenizer().hash
     with pytest.raises(InputError):
-        prepare.prepare_corpus("t", prepare.Source("nothing", lambda: iter([])), tmp_path / "t")
+        prepare.prepare_corpus("t", sources.Source("nothing", lambda: iter([])), tmp_path / "t")

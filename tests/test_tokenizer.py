@@ -277,6 +277,96 @@ def test_the_vocabulary_sizes_that_errors_suggest_work():
         assert train_sentencepiece(["hello world\n" * 10], vocab_size).vocab_size == vocab_size
 
 
+SCRIPTS = {
+    "Latin": "abcdefghijklmnopqrstuvwxyz\u00e4\u00f6\u00e9\u00df", "Greek": (0x391, 0x3C9), "Cyrillic": (0x410, 0x44F),
+    "Hebrew": (0x5D0, 0x5EA), "Arabic": (0x621, 0x64A), "Devanagari": (0x904, 0x94D), "Thai": (0xE01, 0xE3A),
+    "Ethiopic": (0x1200, 0x1248), "hiragana": (0x3041, 0x3096), "hangul": (0xAC00, 0xB100), "Han": (0x4E00, 0x5E00),
+    "emoji": (0x1F600, 0x1F64F), "cuneiform": (0x12000, 0x120FF), "private use": (0xE000, 0xE0FF), "DNA": "ACGT",
+    "base64": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=", "digits": "01", "controls": (1, 31),
+    "marks that combine": (0x300, 0x36F), "one letter": "a",
+}  # fmt: skip
+
+
+def text_in(alphabet: str | tuple[int, int], n: int, seed: int, spaces: int) -> str:
+    """n characters, the first of the alphabet the most frequent ones, and so many spaces and newlines among them."""
+    characters = alphabet if isinstance(alphabet, str) else "".join(map(chr, range(alphabet[0], alphabet[1] + 1)))
+    rng = random.Random(seed)
+    text = rng.choices(characters, [1 / (i + 2) for i in range(len(characters))], k=n)
+    for _ in range(spaces):
+        text[rng.randrange(n)] = rng.choice(" \n")
+    return "".join(text)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 4096])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_without_spaces(script, vocab_size):
+    """Where a space is rarer than one character in 2,000, SentencePiece has no piece for it."""
+    for spaces in (0, 2, 400):
+        text = text_in(SCRIPTS[script], 6000, len(script), spaces)
+        tokenizer = train_sentencepiece([text], vocab_size, exact=False)
+        assert tokenizer.vocab_size <= vocab_size
+        for some in (text, f" {text[:50]}  \u2581 a new one\n ", " "):
+            ids = tokenizer.encode(some)
+            assert tokenizer.decode(ids) == some
+            assert sum(len(tokenizer.token_bytes[i]) for i in ids) == len(some.encode())
+            assert tokenizer.encode_batch([some, "x", some], 2) == [ids, tokenizer.encode("x"), ids]
+
+
+def test_every_alphabet():
+    """Not only strings of all characters, but texts in a few of them, which is where training can go wrong."""
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60, unique=True),
+        st.sampled_from([262, 280, 400, 4096]),
+        st.integers(1, 3000),
+        st.integers(0, 4),
+        st.integers(0, 1 << 20),
+    )
+    def check(alphabet, vocab_size, n, spaces, seed):
+        text = text_in("".join(alphabet), n, seed, spaces)
+        if not text.strip("\r\n"):
+            return
+        tokenizer = train_sentencepiece([text], vocab_size, exact=False)
+        assert tokenizer.vocab_size <= vocab_size
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(" " + text[::-1] + " \u2581")) == " " + text[::-1] + " \u2581"
+
+    check()
+
+
+def test_a_wish_is_met_as_far_as_the_text_allows():
+    assert train_sentencepiece(["hello world\n" * 10], 4096, exact=False).vocab_size == 285
+    many = text_in((0x4E00, 0x9000), 40_000, 0, 10)
+    with pytest.raises(InputError, match="cannot hold the characters of this text: raise --vocab-size"):
+        train_sentencepiece([many], 1000)
+    tokenizer = train_sentencepiece([many], 1000, exact=False)
+    assert tokenizer.vocab_size == 1000
+    characters = {
+        token.decode() for token in tokenizer.token_bytes if token.decode(errors="ignore") and token > b"\x7f"
+    }
+    assert len({token for token in characters if len(token) == 1}) > 500  # the frequent ones
+    assert any(len(token) > 1 for token in characters)  # and room for more
+    assert tokenizer.decode(tokenizer.encode(many)) == many
+
+
+def test_a_tokenizer_without_a_space_is_exported_as_it_is():
+    from minidisp.hf import to_tokenizer
+
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = train_sentencepiece([text_in("ACGT", 5000, 0, 1)], 400)
+    assert b" " not in [ours.token_bytes[i] for i in range(258, 400)]
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer(ours)[0]))
+    for text in ("ACGT  GA T", " ", "GATTACA" * 50 + " \u2581 "):
+        assert theirs.encode(text).ids == ours.encode(text)
+
+
+def test_a_hugging_face_file_is_pointed_to_its_folder(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level_bpe().tokenizer_json))
+    with pytest.raises(InputError, match=rf"use --tokenizer hf:{tmp_path}"):
+        load(tmp_path / "tokenizer.json")
+
+
 def test_special_names_in_the_text_are_no_special_tokens():
     text = "<unk> </s> <0x41> <s> "
     tokenizer = train_sentencepiece([text * 1000], 264)

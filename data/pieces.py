@@ -1,0 +1,166 @@
+"""From documents to pieces of text with their split, a sample of them for the tokenizer, and token shards."""
+
+import contextlib
+import hashlib
+import heapq
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data.sources import BadRow, Document
+from minidisp import InputError
+from minidisp.data import SPLITS, ShardWriter
+from minidisp.tokenizer import Tokenizer
+
+SHARD_TOKENS = 100_000_000
+BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
+MAX_DOCUMENT_CHARS = 1 << 25  # to be hashed before a document is placed, it is held in memory
+SAVE_EVERY_S = 10  # how much work an interruption may cost
+
+
+class Piece(NamedTuple):
+    split: str
+    text: str
+    ends: bool  # the last piece of its document
+
+
+def usable(items: Iterable[Document | BadRow], skip: bool, skipped: Counter) -> Iterator[Document]:
+    """The documents. A bad row is an error, or else left out and counted by its reason, from 0 at each reading."""
+    skipped.clear()
+    for item in items:
+        if not isinstance(item, BadRow):
+            yield item
+        elif skip:
+            skipped[item.reason] += 1
+        else:
+            raise item
+
+
+def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
+    """Every document as a whole to the split that its text, or the corpus, says."""
+    for document in documents:
+        digest, blocks, size = hashlib.sha256(), [], 0
+        for block in document.blocks:
+            digest.update(block.encode("utf-8"))
+            blocks.append(block)
+            size += len(block)
+            if size > MAX_DOCUMENT_CHARS:
+                raise InputError(
+                    f"{document.name}: more than {MAX_DOCUMENT_CHARS:,} characters in one document; "
+                    "split it up, or stream everything as one text that is cut 90/5/5 with --one-document"
+                )
+        percent = int.from_bytes(digest.digest()[:8], "big") % 100
+        split = "train" if percent < 90 else "val" if percent < 95 else "test"
+        for i, block in enumerate(blocks, 1):
+            yield Piece(split, block, ends=i == len(blocks))
+
+
+def joined(documents: Iterable[Document]) -> Iterator[str]:
+    """The text of all documents, with a newline between one and the next."""
+    for i, document in enumerate(documents):
+        yield from itertools.chain(["\n"] if i else [], document.blocks)
+
+
+def by_position(blocks: Iterable[str], chars: int) -> Iterator[Piece]:
+    """One text of so many characters, cut into three documents at 90 and 95 %."""
+    ends = [("train", chars * 90 // 100), ("val", chars * 95 // 100), ("test", chars)]
+    position = 0
+    for block in blocks:
+        while block:
+            if not ends:
+                raise InputError("the text became longer while it was read: prepare it when it is at rest")
+            split, end = ends[0]
+            text, block = block[: end - position], block[end - position :]
+            position += len(text)
+            yield Piece(split, text, ends=position == end)
+            if position == end:
+                ends.pop(0)
+
+
+def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], int, list[str]]:
+    """Documents per split, characters in all, and a sample of the training text of about sample_bytes.
+
+    The sample is the pieces with the smallest hashes, in the order of the corpus: whatever the order and the size of
+    the corpus, every piece has the same chance, and no random number is involved.
+    """
+    documents, chars, sampled = dict.fromkeys(SPLITS, 0), 0, 0
+    heap: list[tuple[int, int, int, str]] = []  # minus the hash, number, bytes, text: the largest hash on top
+    for number, piece in enumerate(_progress("reading", pieces)):
+        documents[piece.split] += piece.ends
+        chars += len(piece.text)
+        if piece.split == "train" and sample_bytes:
+            text = piece.text.encode("utf-8")
+            rank = int.from_bytes(hashlib.sha256(text).digest()[8:16], "big")  # the first 8 bytes chose the split
+            heapq.heappush(heap, (-rank, number, len(text), piece.text))
+            sampled += len(text)
+            while sampled - heap[0][2] >= sample_bytes:
+                sampled -= heapq.heappop(heap)[2]
+    return documents, chars, [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
+
+
+def write_shards(
+    pieces: Iterable[Piece],
+    chars: int,
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int,
+    done: dict,
+    save: Callable[[dict], None],
+) -> dict:
+    """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display.
+
+    Now and then `save` is called with what has been done; given as `done` to another call, that goes on from there.
+    """
+    zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0}
+    n_pieces, splits = done.get("pieces", 0), done.get("splits") or {name: dict(zero) for name in SPLITS}
+    shards, saved = done.get("shards", {}), time.monotonic()
+    token_bytes = [len(token) for token in tokenizer.token_bytes]
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(ShardWriter(folder, name, tokenizer.vocab_size, SHARD_TOKENS, shards.get(name)))
+            for name in SPLITS
+        }
+        rest = itertools.islice(_progress("encoding", pieces, chars), n_pieces, None)
+        for batch in _batches(rest):
+            encoded = tokenizer.encode_batch([piece.text for piece in batch], threads=workers)
+            for piece, ids in zip(batch, encoded, strict=True):
+                counts, n_bytes = splits[piece.split], len(piece.text.encode("utf-8"))
+                if sum(map(token_bytes.__getitem__, ids)) != n_bytes:
+                    raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...; use another one")
+                if piece.ends:
+                    ids.append(tokenizer.eos_id)
+                writers[piece.split].write(ids)
+                counts["documents"] += piece.ends
+                counts["tokens"] += len(ids)
+                counts["bytes"] += n_bytes
+                counts["words"] += len(piece.text.split())
+            n_pieces += len(batch)
+            if time.monotonic() - saved >= SAVE_EVERY_S:
+                shards = {name: writer.state() for name, writer in writers.items()}
+                save({"pieces": n_pieces, "splits": splits, "shards": shards})
+                saved = time.monotonic()
+    return {name: {**splits[name], "shards": writer.shards} for name, writer in writers.items()}
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, chars = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(verb: str, pieces: Iterable[Piece], chars: int | None = None) -> Iterator[Piece]:
+    with tqdm(desc=verb, total=chars, unit="char", unit_scale=True, leave=False, disable=None) as progress:
+        for piece in pieces:
+            yield piece
+            progress.update(len(piece.text))

@@ -1,0 +1,693 @@
+"""Text as people have it: files of every kind, folders, links, pipes, bad rows, inputs that change, names of all sorts."""
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from test_prepare import SCRIPT, all_documents_of, assert_nothing_left, documents_of, files_of, make_texts, write_jsonl
+
+from data import files, hub, pieces, prepare, sources
+from minidisp import InputError
+from minidisp.data import SPLITS, Dataset
+
+BYTES = ["--name", "t", "--tokenizer", "byte"]
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run the command in tmp_path with --out out; returns its exit code, and what it wrote to stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        code = prepare.main([*map(str, argv), "--out", "out"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit code 2, and the last line on stderr has these parts."""
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    assert "Traceback" not in err
+    *_, line = err.splitlines(keepends=True)
+    assert line.startswith("prepare.py: ")
+    for part in parts:
+        assert part in line
+
+
+def text_of(folder: Path = Path("out")) -> str:
+    """The text of a corpus that was cut by position."""
+    return "".join(documents[0] for documents in documents_of(folder).values())
+
+
+# --- kinds of files ---------------------------------------------------------------------------------------------------
+
+
+def pack(content: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        half = len(content) // 2  # two frames, as from cat a.zst b.zst
+        return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
+    return gzip.compress(content) if ending == ".gz" else content
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".values.json", ".strings.json"])
+def test_rows(run, kind, ending):
+    texts = make_texts()
+    rows = [json.dumps({"id": [1, {"text": "no"}], "text": text}, ensure_ascii=i % 2) for i, text in enumerate(texts)]
+    content = {
+        ".jsonl": "\n\n".join(rows),
+        ".json": "[\n" + ",\n  ".join(rows) + "\n]\n",
+        ".values.json": " \r\n".join(rows),
+        ".strings.json": json.dumps(texts, indent=1),
+    }[kind]
+    Path(f"rows{kind}{ending}").write_bytes(pack(content.encode(), ending.lower()))
+    assert run("--input", f"rows{kind}{ending}", *BYTES)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(texts)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_packed_text(run, ending):
+    text = "".join(make_texts())
+    Path(f"a.md{ending}").write_bytes(pack(text.encode(), ending))
+    assert run("--input", f"a.md{ending}", *BYTES)[0] == 0
+    assert text_of() == text
+
+
+def test_json_arrays_are_read_in_pieces(run, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_CHARS", 7)
+    texts = [*make_texts(60), 'brackets ]}[{ and "quotes\\" , ' * 20]
+    Path("a.json").write_text(" [ " + " ,".join(json.dumps({"text": text, "n": 1.5}) for text in texts) + "]")
+    assert run("--input", "a.json", *BYTES)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(texts)
+
+
+def test_parquet(run):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = make_texts()
+    table = pyarrow.table({"n": range(len(texts)), "body": texts})
+    parquet.write_table(table, "a.parquet", row_group_size=17)
+    assert run("--input", "a.parquet", "--field", "body", *BYTES)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(texts)
+    refused(run("--input", "a.parquet", *BYTES, "--overwrite"), "a.parquet: no column 'text' but n, body")
+
+    parquet.write_table(pyarrow.table({"text": [*texts, None, None]}), "nulls.parquet")
+    refused(run("--input", "nulls.parquet", *BYTES, "--overwrite"), "nulls.parquet, row 121: field 'text'", "null")
+    assert "left out: 2 null" in run("--input", "nulls.parquet", *BYTES, "--overwrite", "--bad-rows", "skip")[1]
+    assert all_documents_of(Path("out")) == sorted(texts)
+
+    whole = Path("a.parquet").read_bytes()
+    Path("cut.parquet").write_bytes(whole[: len(whole) // 2])
+    refused(run("--input", "cut.parquet", *BYTES, "--overwrite"), "cut.parquet: damaged parquet file")
+    invalid = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.array([0, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    parquet.write_table(pyarrow.table({"text": invalid}), "latin.parquet")
+    refused(run("--input", "latin.parquet", *BYTES, "--overwrite"), "latin.parquet, row 1: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("a.txt.zst", "zstandard", "zst"), ("a.parquet", "pyarrow", "parquet")]
+)
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch, name, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    Path(name).write_bytes(b"x" * 100)
+    refused(run("--input", name, *BYTES), package, f"pip install 'minidisp[{extra}]'")
+    assert f"\n{extra} = [" in (SCRIPT.parents[1] / "pyproject.toml").read_text()
+
+
+def test_format_reads_what_a_name_does_not_say(run):
+    texts = make_texts()
+    write_jsonl(Path("rows.log"), texts)
+    refused(run("--input", "rows.log", *BYTES), "rows.log: only .txt", "--format")
+    assert run("--input", "rows.log", "--format", "jsonl", *BYTES)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(texts)
+    assert run("--input", "rows.log", "--format", "text", *BYTES, "--overwrite")[0] == 0
+    assert text_of() == Path("rows.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_standard_input(run, monkeypatch, kind):
+    texts = make_texts()
+    content = "".join(texts) if kind == "text" else "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+    def give(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    give(content)
+    argv = ["--input", "-", *BYTES, *(["--format", kind] if kind == "jsonl" else [])]
+    assert run(*argv)[0] == 0
+    assert text_of() == content if kind == "text" else all_documents_of(Path("out")) == sorted(texts)
+    give(content)
+    assert "there already" in run(*argv)[2]
+    give(content + "x")
+    refused(run(*argv), "standard input has changed", "--overwrite")
+    give("")
+    assert run(*argv, "--overwrite")[0] == 2
+    assert_nothing_left(Path(), but=("out",))
+
+
+# --- bad rows ---------------------------------------------------------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"
+BAD_ROWS = {
+    "null": (b'{"text": null}', "field 'text' is not a text but null"),
+    "half a surrogate pair": (rb'{"text": "x\ud800y"}', "half a surrogate pair at character 1"),
+    "not a text": (b'{"text": ["a"]}', 'not a text but ["a"]'),
+    "no such field": (b'{"txt": "a"}', "no field 'text' but txt"),
+    "not an object": (b"17", "not a JSON object"),
+    "not JSON": (b'{"text": "a"', "not JSON"),
+    "not UTF-8": (b'{"text": "\xe9"}', "not UTF-8"),
+    "too long": (b'{"text": "' + b"a" * 5000 + b'"}', "longer than 4,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_bad_rows_stop_or_are_counted(run, monkeypatch, reason):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 4000)
+    bad, message = BAD_ROWS[reason]
+    texts = make_texts()
+    good = [json.dumps({"text": text}).encode() for text in texts]
+    Path("a.jsonl").write_bytes(b"\n".join([*good[:57], bad, *good[57:], bad, b""]))
+    argv = ["--input", "a.jsonl", *BYTES]
+    refused(run(*argv), "a.jsonl", "line 58", message, "--bad-rows skip")
+    assert_nothing_left(Path())
+    code, table, _ = run(*argv, "--bad-rows", "skip")
+    assert code == 0
+    assert table.endswith(f"left out: 2 {reason}\n")
+    assert Dataset("out").meta["skipped"] == {reason: 2}
+    assert all_documents_of(Path("out")) == sorted(texts)
+    refused(run(*argv), "bad_rows 'skip', not 'stop'")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_file_that_is_cut_off_gives_its_whole_rows(run, ending):
+    texts = [f"{i} {text}" for i, text in enumerate(make_texts(3000))]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    packed = gzip.compress(content) if ending == ".gz" else pytest.importorskip("zstandard").compress(content)
+    Path(f"a.jsonl{ending}").write_bytes(packed[: len(packed) * 3 // 4])
+    argv = ["--input", f"a.jsonl{ending}", *BYTES]
+    refused(run(*argv), f"a.jsonl{ending}: damaged", "after line ")
+    assert run(*argv, "--bad-rows", "skip")[0] == 0
+    found = all_documents_of(Path("out"))
+    assert set(found) < set(texts)
+    assert len(found) > 1000
+    assert sum(Dataset("out").meta["skipped"].values()) == 1
+
+
+NO_TEXT = {
+    "binary": (b"line\n\0line\n", "in line 2"),
+    "not UTF-8": ("caf\u00e9 ok\ncaf\u00e9".encode() + b"\n\xe9\n", "not UTF-8 text, in line 3"),
+    "UTF-16": ("some words\n" * 5).encode("utf-16")
+    and (("some words\n" * 5).encode("utf-16"), "UTF-16 text, not UTF-8"),
+    "damaged gzip": (gzip.compress(os.urandom(500).hex().encode())[:-9], "damaged gzip"),
+}
+
+
+@pytest.mark.parametrize("reason", NO_TEXT)
+@pytest.mark.parametrize("flags", [[], ["--one-document"]])
+def test_files_that_are_no_text(run, reason, flags):
+    content, message = NO_TEXT[reason]
+    name = "b.txt.gz" if "gzip" in reason else "b.txt"
+    Path("in").mkdir()
+    texts = {f"in/{i:03d}.txt": text for i, text in enumerate(make_texts())}
+    for path, text in texts.items():
+        Path(path).write_bytes(text.encode())
+    Path("in", name).write_bytes(content)
+    argv = ["--input", "in", *BYTES, *flags]
+    refused(run(*argv), f"in/{name}", message)
+    assert run(*argv, "--bad-rows", "skip")[0] == 0
+    assert Dataset("out").meta["skipped"] == {reason: 1}
+    assert "\n".join(texts.values()) == text_of() if flags else all_documents_of(Path("out")) == sorted(texts.values())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_the_text(run, name):
+    text = "\ufeff inside it is text " * 10
+    content = text if name == "a.txt" else json.dumps({"text": text}, ensure_ascii=False)
+    Path(name).write_bytes(BOM + content.encode())
+    assert run("--input", name, *BYTES)[0] == 0
+    assert text_of() == text
+
+
+def test_copies_of_one_text_are_said(run):
+    write_jsonl(Path("a.jsonl"), ["always the same"] * 200)
+    refused(run("--input", "a.jsonl", *BYTES), "200 documents leave nothing for", "all one and the same text")
+    write_jsonl(Path("a.jsonl"), ["one", "two"] * 100)
+    refused(run("--input", "a.jsonl", *BYTES), "all copies of 2 texts")
+
+
+def test_nothing_but_bad_rows(run):
+    Path("a.jsonl").write_text('{"text": null}\n' * 30)
+    refused(run("--input", "a.jsonl", *BYTES, "--bad-rows", "skip"), "there is no text; left out: 30 null")
+
+
+# --- which files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(run):
+    """A folder with a text in each of its files, and their names without hidden ones and those of other kinds."""
+    names = ["a.txt", "b.md", "sub/c.py", "sub/deep/d.txt", "sub/deep/e.txt.gz", "x[1]/f.txt", "x[1]/g.txt", "x1/h.txt"]
+    for name in [*names, ".git/config.txt", "sub/.ipynb_checkpoints/c.py", ".hidden.txt", "cover.jpg"]:
+        path = Path("in", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = f"this is the text of {name}\n".encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return names
+
+
+def inputs_of(*patterns: str) -> list[str]:
+    return [file.name for file in sources.input_files([*patterns], "text").inputs]
+
+
+def test_folders_names_and_patterns(tree, capsys):
+    assert inputs_of("in") == inputs_of("in/") == [f"in/{name}" for name in sorted(tree)]
+    assert "left out, of another kind: in/cover.jpg" in capsys.readouterr().err
+    assert inputs_of("in/x[1]") == inputs_of("in/x[1]/*") == ["in/x[1]/f.txt", "in/x[1]/g.txt"]
+    assert inputs_of("in/x[1]/f.txt") == ["in/x[1]/f.txt"]
+    assert inputs_of("in/[x]1/*.txt") == ["in/x1/h.txt"]
+    assert inputs_of("in/*.txt", "in/.hidden.txt", "in/*.txt") == ["in/a.txt", "in/.hidden.txt"]
+    assert inputs_of("in/**/*.txt") == [f"in/{name}" for name in sorted(tree) if name.endswith(".txt")]
+    assert inputs_of("in/s*/**/d.txt") == ["in/sub/deep/d.txt"]
+    assert inputs_of("in/sub/**") == ["in/sub/c.py", "in/sub/deep/d.txt", "in/sub/deep/e.txt.gz"]
+    for pattern, message in [
+        ("in/*.doc", "no such file"), ("in/nothing", "no such file"), ("in/a.txt/*", "no such file"),
+        ("", "no such file"), ("in/x?", "only folders match"), ("/dev/null", "not a regular file"), ("in/cover.jpg", "cover.jpg: only .txt"), ("in/*.jpg", "cover.jpg: only .txt"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message.replace(".", r"\.")):
+            inputs_of(pattern)
+    for name in ("meta.json", "tokenizer.model", "inputs.jsonl"):
+        Path("in/corpus").mkdir(exist_ok=True)
+        Path("in/corpus", name).write_text("{}")
+    assert inputs_of("in") == [f"in/{name}" for name in sorted(tree)]
+    assert "left out, part of a corpus or a run: in/corpus/inputs.jsonl" in capsys.readouterr().err
+    Path("pictures").mkdir()
+    with pytest.raises(InputError, match="it is empty"):
+        inputs_of("pictures")
+    Path("pictures/a.png").touch()
+    with pytest.raises(InputError, match=r"pictures/a\.png is of another kind"):
+        inputs_of("in", "pictures")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_every_file_once_whatever_leads_to_it(tree, run, capsys):
+    for path, target in [("in/loop", "."), ("in/sub/up", ".."), ("in/x1/self", "../x1"), ("in/z.txt", "a.txt")]:
+        Path(path).symlink_to(target)
+    os.link("in/b.md", "in/hard.md")
+    Path("in/cover.jpg").unlink()
+    Path("in/broken.txt").symlink_to("nowhere")
+    expected = sorted(f"in/{name}" for name in tree)
+    for patterns in (["in"], ["in/**"], ["in", "in/../in", "in/**/*"], ["in/loop/loop", "in"]):
+        found = inputs_of(*patterns)
+        err = capsys.readouterr().err
+        assert sorted(os.path.realpath(name) for name in found) == sorted(map(os.path.realpath, expected)), patterns
+        assert "broken.txt" in err
+        assert "hard.md" in err
+    with pytest.raises(InputError, match=r"in/broken\.txt: a link to nowhere, which is not there"):
+        inputs_of("in/broken.txt")
+    os.mkfifo("in/pipe.txt")
+    assert inputs_of("in/*.txt") == ["in/a.txt"]
+    assert "left out, no regular file: in/pipe.txt" in capsys.readouterr().err
+    refused(run("--input", "in/pipe.txt", *BYTES), "in/pipe.txt: not a regular file", "--input -")
+
+
+def test_many_loops_take_no_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in/a/b").mkdir(parents=True)
+    Path("in/a/b/c.txt").write_text("text")
+    for i in range(6):
+        Path(f"in/a/b/{i}").symlink_to("../..")
+    assert len(inputs_of("in/**/*.txt")) == len(inputs_of("in/**/**/*")) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", b"two\nlines.txt", b"\xff\xfe.jsonl", b"tab\tand \xe2\x80\xa8.txt"])
+def test_names_of_any_bytes(run, name):
+    path = os.fsdecode(name)
+    text = '{"text": "some text and some more of it"}\n' * (1 if name.endswith(b"l") else 3)
+    Path(path).write_text(text)
+    code, out, _ = run("--input", path, "--tokenizer", "byte", "--one-document")
+    assert code == 0
+    assert out.count("\n") == 5
+    source = Dataset("out").meta["source"]
+    assert files.printable(path) in source
+    assert source.isprintable()
+    assert "there already" in run("--input", path, "--tokenizer", "byte", "--one-document")[2]
+    refused(run("--input", path, *BYTES, "--format", "json", "--one-document"), "is there, but", "read as json")
+    assert prepare.main(["--input", path, "--tokenizer", "byte", "--one-document", "--out", path + "-corpus"]) == 0
+    assert Dataset(path + "-corpus").meta["name"] == files.printable(path + "-corpus")
+
+
+def test_a_place_is_a_name(run, tmp_path, monkeypatch, capsys):
+    Path("a.txt").write_text("words and more words\n" * 10)
+    assert run("--input", "a.txt", "--tokenizer", "byte")[0] == 0
+    assert Dataset("out").meta["name"] == "out"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare.main(["--input", "~/a.txt", "--tokenizer", "byte", "--out", "~/x"]) == 0
+    assert Dataset(tmp_path / "x").meta["name"] == "x"
+    assert prepare.main(["--input", "a.txt", "--out", "/"]) == 2
+    assert prepare.main(["a.txt", "--out", "y"]) == 2
+    assert "for your own text use --input" in capsys.readouterr().err
+
+
+# --- input that changes -----------------------------------------------------------------------------------------------
+
+
+def test_a_changed_input_is_said(run):
+    Path("in").mkdir()
+    for name in "abc":
+        Path("in", f"{name}.txt").write_text(f"text of {name}\n" * 100)
+    argv = ["--input", "in/*.txt", *BYTES, "--one-document"]
+    assert run(*argv)[0] == 0
+    before = files_of(Path("out"))
+    for name in "abc":
+        os.utime(Path("in", f"{name}.txt"), ns=(0, 0))  # touched, copied or checked out again: the same text
+    assert "there already" in run(*argv)[2]
+
+    b = Path("in/b.txt")
+    was, times = b.read_text(), b.stat()
+    b.write_text(was.replace("b", "x"))
+    os.utime(b, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same time
+    refused(run(*argv), "in/b.txt has changed", "--overwrite")
+    b.write_text(was + "more")
+    refused(run(*argv), "in/b.txt has changed: 1,004 bytes, not 1,000")
+    b.unlink()
+    refused(run(*argv), "in/b.txt is gone")
+    b.write_text(was)
+    assert "there already" in run(*argv)[2]
+    Path("in/d.txt").write_text("more")
+    refused(run(*argv), "in/d.txt is new")
+    assert files_of(Path("out")) == before
+    assert run(*argv, "--overwrite")[0] == 0
+    assert text_of().endswith("\nmore")
+    assert_nothing_left(Path(), but=("out",))
+
+
+def test_a_corpus_stands_on_its_own(run):
+    """The trainer needs nothing but the prepared files; those of earlier versions do not say what the input was."""
+    Path("a.txt").write_text("words and more words\n" * 10)
+    argv = ["--input", "a.txt", *BYTES]
+    assert run(*argv)[0] == 0
+    Path("out", prepare.INPUTS).unlink()
+    meta = json.loads(Path("out/meta.json").read_text())
+    del meta["skipped"], meta["options"]["bad_rows"]
+    Path("out/meta.json").write_text(json.dumps(meta))
+    code, _, err = run(*argv)
+    assert code == 0
+    assert "does not say what its input was" in err
+    Path("a.txt").unlink()
+    assert prepare.find_or_prepare("out") == Path("out")
+    Dataset("out").verify()
+
+
+def read(file: sources.Input) -> str:
+    return "".join("".join(item.blocks) for item in sources.READERS[file.kind](file, "text"))
+
+
+def append(path: str, content: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("later", [b"", b"\xa9 and more\n"])
+def test_a_file_that_grows_is_read_as_it_was(tmp_path, monkeypatch, later):
+    monkeypatch.chdir(tmp_path)
+    append("a.txt", b"line\n" * 1000 + b"caf\xc3")
+    file = files.Input("a.txt")
+    append("a.txt", b"\xa9")
+    for _ in range(3):
+        assert read(file) == "line\n" * 1000 + "caf"  # without the half of a character
+        append("a.txt", later)
+    append("b.jsonl", b'{"text": "one"}\n{"text": "tw')
+    file = files.Input("b.jsonl", "jsonl")
+    append("b.jsonl", b'o"}\n')
+    assert read(file) == read(file) == "one"
+    append("c.txt", b"\xc3")  # at rest, it is an error
+    with pytest.raises(InputError, match="not UTF-8"):
+        read(files.Input("c.txt"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    append("a.txt", b"line\n" * 1000)
+    file = files.Input("a.txt")
+    read(file)
+    Path("a.txt").write_bytes(b"lime\n" * 1000)
+    with pytest.raises(InputError, match=r"a\.txt changed while it was read"):
+        read(file)
+    Path("a.txt").write_bytes(b"line\n" * 999)
+    with pytest.raises(InputError, match=r"a\.txt became shorter while it was read"):
+        read(file)
+    Path("a.txt").unlink()
+    with pytest.raises(InputError, match=r"a\.txt: No such file"):
+        read(file)
+
+
+@pytest.mark.parametrize("how", ["append", "rewrite"])
+def test_a_file_that_changes_between_two_readings(run, monkeypatch, how):
+    """As a log does that somebody writes to."""
+    Path("a.txt").write_text("line\n" * 1000)
+    survey = prepare.survey
+
+    def survey_and_write(*args):
+        found = survey(*args)
+        if how == "append":
+            append("a.txt", b"more\n" * 5000)
+        else:
+            Path("a.txt").write_text("\u00e9\n" * 5000)
+        return found
+
+    monkeypatch.setattr(prepare, "survey", survey_and_write)
+    result = run("--input", "a.txt", *BYTES)
+    if how == "append":
+        assert result[0] == 0
+        assert text_of() == "line\n" * 1000
+        refused(run("--input", "a.txt", *BYTES), "a.txt has changed: 30,000 bytes, not 5,000")
+    else:
+        refused(result, "a.txt changed while it was read")
+        assert_nothing_left(Path())
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(pieces, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr(pieces, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(pieces, "SHARD_TOKENS", 700)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--tokenizer", "byte", "--bad-rows", "skip"], ["--one-document", "--vocab-size", "310"]]
+)
+def test_an_interrupted_preparation_goes_on(run, small_steps, monkeypatch, flags):
+    texts = make_texts(150)
+    write_jsonl(Path("a.jsonl"), texts)
+    if "skip" in flags:
+        append("a.jsonl", b"oops\n")
+    argv = ["--input", "a.jsonl", "--name", "t", *flags]
+    assert run(*argv)[0] == 0
+    expected = files_of(Path("out"))
+    write, encoded = pieces.ShardWriter.write, []
+
+    def write_some(self, ids):
+        encoded.append(len(ids))
+        if sum(encoded) > 1500:
+            raise KeyboardInterrupt
+        write(self, ids)
+
+    monkeypatch.setattr(pieces.ShardWriter, "write", write_some)
+    interruptions = 0
+    while (result := run(*argv, "--overwrite"))[0] != 0:
+        assert result[0] == 130
+        assert files_of(Path("out")) == expected  # the old one is there until the new one is
+        assert "type the same command again" in result[2]
+        interruptions += 1
+        encoded.clear()
+    assert interruptions > 2
+    assert "going on where it was interrupted" in result[2]
+    assert files_of(Path("out")) == expected
+    assert_nothing_left(Path(), but=("out",))
+
+
+def test_what_was_interrupted_is_forgotten_when_the_input_is_another(run, small_steps, monkeypatch):
+    write, calls = pieces.ShardWriter.write, []
+
+    def write_some(self, ids):
+        calls.append(ids)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        write(self, ids)
+
+    monkeypatch.setattr(pieces.ShardWriter, "write", write_some)
+    write_jsonl(Path("a.jsonl"), make_texts(150))
+    assert run("--input", "a.jsonl", *BYTES)[0] == 130
+    write_jsonl(Path("a.jsonl"), make_texts(150, seed=1))
+    code, _, err = run("--input", "a.jsonl", *BYTES)
+    assert code == 0
+    assert "going on" not in err
+    assert all_documents_of(Path("out")) == sorted(make_texts(150, seed=1))
+    assert_nothing_left(Path(), but=("out",))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_preparation_goes_on(run):
+    write_jsonl(Path("a.jsonl"), make_texts(1500))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from data import pieces, prepare; pieces.SAVE_EVERY_S = 0; "
+        "pieces.BATCH_CHARS = 2000; pieces.SHARD_TOKENS = 9000; sys.exit(prepare.main())"
+    )
+    argv = [sys.executable, "-c", code, str(SCRIPT.parents[1]), "--input", "a.jsonl", *BYTES, "--out", "out"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 30
+        while not Path(".out.building/train_003.bin").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not Path("out").exists()
+    again = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "going on where it was interrupted" in again.stderr
+    assert all_documents_of(Path("out")) == sorted(make_texts(1500))
+    Dataset("out").verify()
+    assert_nothing_left(Path(), but=("out",))
+
+
+class Stream:
+    """A data set that is streamed, and that breaks off after so many rows in all."""
+
+    def __init__(self, rows: list[dict], breaks: list[int], read: list[int]):
+        self.rows, self.breaks, self.read, self.at = rows, breaks, read, 0
+
+    def __iter__(self):
+        while self.at < len(self.rows):
+            if self.breaks and self.at == self.breaks[0]:
+                self.breaks.pop(0)
+                raise ConnectionError("cut off")
+            self.read.append(self.at)
+            self.at += 1
+            yield self.rows[self.at - 1]
+
+
+class StreamWithState(Stream):
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("kind", [Stream, StreamWithState])
+@pytest.mark.parametrize("limit", [0, 100])
+def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
+    monkeypatch.setattr(hub, "STATE_EVERY", 10)
+    texts, read = make_texts(130), []
+    rows = [{"text": text} for text in texts]
+    rows.insert(33, {"text": None})
+    breaks = [0, 47, 83]
+    load = types.SimpleNamespace(load_dataset=lambda *_, **__: kind(rows, breaks, read))
+    monkeypatch.setitem(sys.modules, "datasets", load)
+    argv = ["--hf", "a/b", *BYTES, "--bad-rows", "skip", *(["--limit", limit] if limit else [])]
+    refused(run(*argv), "--hf a/b: ConnectionError: cut off\n")
+    assert_nothing_left(Path())
+    for kept in (47, 83):
+        code, _, err = run(*argv)
+        assert code == 2
+        assert err.endswith(f"cut off; {kept} rows are kept: type the same command again to go on\n")
+    code, _, err = run(*argv)
+    assert code == 0
+    assert "going on after 83 rows" in err
+    assert all_documents_of(Path("out")) == sorted(texts[: limit or None])
+    assert Dataset("out").meta["skipped"] == {"null": 1}
+    if kind is StreamWithState:
+        assert len(read) < len(rows) + 20  # not from the start each time
+    assert_nothing_left(Path(), but=("out",))
+
+
+def test_a_hub_download_is_kept_for_its_data_set_alone(run, monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, split, streaming):
+        calls.append((name, split))
+        return Stream([{"text": f"{name} {split} {i}"} for i in range(200)], [150] if name == "a/b" else [], [])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert run("--hf", "a/b", *BYTES)[0] == 2
+    code, _, err = run("--hf", "a/c", "--hf-split", "validation", *BYTES)
+    assert (code, "going on" in err) == (0, False)
+    assert calls == [("a/b", "train"), ("a/c", "validation")]
+    assert all_documents_of(Path("out")) == sorted(f"a/c validation {i}" for i in range(200))
+    assert Dataset("out").meta["source"] == "Hugging Face dataset a/c, column text, split validation"
+    refused(run("--hf", "a/c", *BYTES), "split validation")
+
+
+# --- the corpus of a run ----------------------------------------------------------------------------------------------
+
+
+def test_find_or_prepare(run, tmp_path, monkeypatch):
+    Path("a.txt").write_text("words and more words\n" * 10)
+    assert run("--input", "a.txt", *BYTES)[0] == 0
+    assert Dataset(prepare.find_or_prepare("out")).hash == Dataset(prepare.find_or_prepare(str(tmp_path / "out"))).hash
+    monkeypatch.chdir("out")
+    assert Dataset(prepare.find_or_prepare(".")).meta["name"] == "t"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare.find_or_prepare("~/out") == tmp_path / "out"
+    for name, message in [
+        (
+            "other/out",
+            rf"other/out: no prepared corpus there, which is {Path.cwd()}/other/out from here; .*--data PATH",
+        ),
+        ("/other/out", "/other/out: no prepared corpus there; .*--data PATH"),
+        ("nonsense", "nonsense: no such corpus; built in are pystdlib"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare.find_or_prepare(name)
+
+
+@pytest.mark.parametrize("shadow", ["data.py", "data/__init__.py", "sources.py"])
+def test_other_modules_of_the_name_do_not_matter(tmp_path, shadow):
+    path = tmp_path / "path" / shadow
+    path.parent.mkdir(parents=True)
+    path.write_text("raise RuntimeError('the wrong one')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    root = SCRIPT.parents[1]
+    commands = [[SCRIPT, "--input", "nowhere.txt", "--name", "t"]]
+    commands += [[root / "train.py", "--data", "nowhere"]] if shadow == "data.py" else []
+    for command in commands:
+        result = subprocess.run(
+            [sys.executable, *map(str, command)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "nowhere" in result.stderr
+    # eval.py takes the module in the same way: the folder of a script comes before PYTHONPATH.
+    (tmp_path / "script.py").write_text(f"import sys; sys.path[0] = {str(root)!r}; import data; print(data.__file__)")
+    found = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(root / "data" / "__init__.py")
+
+
+def test_the_splits_are_all_there(run):
+    """A text of any script is prepared with the default tokenizer, whatever its size."""
+    for text in ("\u4e00\u4e8c\u4e09\u3002" * 40, "ACGT" * 3000, "one line\n" * 30, "\U0001f642" * 100):
+        Path("a.txt").write_text(text, encoding="utf-8")
+        code, _, err = run("--input", "a.txt", "--name", "t", "--overwrite")
+        assert code == 0
+        assert "that is the vocabulary" in err
+        assert text_of() == text
+        assert all(Dataset("out").split(name).tokens > 1 for name in SPLITS)
