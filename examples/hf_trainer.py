@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from minidisp import DispersionLoss
+from minidisp import DispersionLoss, InputError
+from minidisp.runtime.cli import Parser, exit_code
 
 
 class DispersionTrainer(Trainer):
@@ -19,9 +20,8 @@ class DispersionTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        disp = self.dispersion(
-            outputs.hidden_states, self.state.global_step
-        )  # every token counts: pack texts, do not pad
+        # every token counts: pack texts, do not pad
+        disp = self.dispersion(outputs.hidden_states, self.state.global_step)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             disp = disp / self.current_gradient_accumulation_steps  # where Trainer has done so with the cross-entropy
         loss = loss + self.weight * disp
@@ -29,8 +29,20 @@ class DispersionTrainer(Trainer):
 
 
 def main(model_name: str, text: str, out: str, length: int = 256, **arguments) -> DispersionTrainer:
-    tokenizer, model = AutoTokenizer.from_pretrained(model_name), AutoModelForCausalLM.from_pretrained(model_name)
-    ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    """Train on rows of `length` tokens; `arguments` are those of TrainingArguments."""
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{text} is not UTF-8: save it as UTF-8") from None
+    try:
+        ids = AutoTokenizer.from_pretrained(model_name)(content, add_special_tokens=False)["input_ids"]
+        if len(ids) < length:
+            raise InputError(f"{text} gives {len(ids)} tokens, and a row needs {length}: give a longer text")
+        model = AutoModelForCausalLM.from_pretrained(model_name)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # no such model, no network, or a model of another kind
+        raise InputError(f"{model_name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     arguments = {"num_train_epochs": 1, "learning_rate": 5e-5, "report_to": "none", **arguments}
     trainer = DispersionTrainer(
@@ -40,5 +52,13 @@ def main(model_name: str, text: str, out: str, length: int = 256, **arguments) -
     return trainer
 
 
+def cli(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: see exit_code."""
+    parser = Parser(prog="examples/hf_trainer.py", description=__doc__.partition("\n")[0])
+    for name in ("MODEL", "TEXT", "OUT"):
+        parser.add_argument(name)
+    return exit_code("hf_trainer.py", lambda: main(*vars(parser.parse_args(argv)).values()))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    sys.exit(cli())

@@ -166,15 +166,27 @@ class HuggingFaceTokenizer(Tokenizer):
     ValueError where the tokenizer is of another kind, is damaged, or changes the text in another way.
     """
 
+    # Settings beside tokenizer.json. Nothing here reads them; they are kept so that an export gives them back.
+    FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
+             "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json")  # fmt: skip
+
     @staticmethod
-    def pack(tokenizer_json: dict, eos_token: str, vocab_size: int) -> bytes:
+    def pack(tokenizer_json: dict, eos_token: str, vocab_size: int, files: dict[str, str] | None = None) -> bytes:
         """One file out of what Hugging Face spreads over several.
 
         tokenizer_json: what the file of this name holds. vocab_size: the rows of the model's embedding, of which some may
-        have no token; 0 = as many as there are tokens.
+        have no token; 0 = as many as there are tokens. files: the texts of FILES, and of what config.json says of tokens.
         """
-        rest = json.dumps({"eos_token": eos_token, "vocab_size": vocab_size, "tokenizer_json": tokenizer_json})
+        values = {"eos_token": eos_token, "vocab_size": vocab_size, "tokenizer_json": tokenizer_json}
+        rest = json.dumps({**values, **({"files": files} if files else {})})
         return HUGGING_FACE_FILE + b" " + rest[1:].encode() + b"\n"
+
+    @property
+    def hash(self) -> str:
+        """That of a file without settings, which change no ids."""
+        if not self.files:
+            return super().hash
+        return hashlib.sha256(self.pack(self.tokenizer_json, self.eos_token, self._rows)).hexdigest()
 
     def __init__(self, serialized: bytes):
         super().__init__(serialized)
@@ -191,21 +203,30 @@ class HuggingFaceTokenizer(Tokenizer):
             )
             if type(eos_token) is not str or type(rows) is not int or not 0 <= rows <= MAX_VOCAB:
                 raise TypeError("eos_token or vocab_size")
-            names = {token["content"] for token in self.tokenizer_json.get("added_tokens") or []}
+            self.files = _check_files(packed.get("files", {}))
+            added = self.tokenizer_json.get("added_tokens") or []
+            # transformers, too, loads added tokens that the embedding has no row for; here their names stay text.
+            self.without_row = [token["content"] for token in added if rows and token["id"] >= rows]
+            names = {token["content"] for token in added} - {*self.without_row}
             in_bytes = _check_kind(self.tokenizer_json, eos_token)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a tokenizer file, or a damaged one ({type(error).__name__}: {error})") from error
-        self.eos_token = eos_token
+        self.eos_token, self._rows = eos_token, rows
         # What it is used for here: text to ids, with nothing changed, added, cut off or filled up.
         unused = dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
-        self.as_used = {**self.tokenizer_json, **unused}
+        self.as_used = {**self.tokenizer_json, **unused, "added_tokens": [t for t in added if t["content"] in names]}
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(self.as_used))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"not a tokenizer file, or a damaged one ({str(error)[:200]})") from error
         self.eos_id = self._model.token_to_id(eos_token)
         if self.eos_id is None:
-            raise ValueError(f"the end-of-sequence token {eos_token!r} is not among this tokenizer's tokens")
+            why = (
+                "has no row in the model's embedding"
+                if eos_token in self.without_row
+                else "is not among this tokenizer's tokens"
+            )
+            raise ValueError(f"the end-of-sequence token {eos_token!r} {why}")
         self._model.add_special_tokens([tokenizers.AddedToken(eos_token, normalized=False)])
         self._model.encode_special_tokens = True  # as text, if they are found in one
         ids = self._model.get_vocab()
@@ -234,6 +255,17 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in texts:
             text.encode("utf-8")
         return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _check_files(files: object) -> dict[str, str]:
+    """The settings in a tokenizer file; TypeError unless they are texts with the names that they have in a folder."""
+    patterns = [
+        re.escape(pattern).replace(r"\*", r"[\w-]+") for pattern in (*HuggingFaceTokenizer.FILES, "config.json")
+    ]
+    named = isinstance(files, dict) and all(re.fullmatch("|".join(patterns), name) for name in files)
+    if not named or not all(isinstance(text, str) for text in files.values()):
+        raise TypeError("files")
+    return files
 
 
 def _check_kind(tokenizer_json: dict, eos_token: str) -> bool:

@@ -27,11 +27,11 @@ import eval as evaluation  # not the builtin
 import minidisp
 import train
 from data import prepare
-from minidisp import InputError, hf
+from minidisp import InputError, families, hf
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
-from minidisp.model import GPT
+from minidisp.model import GPT, MLP, Attention, Block, GPTConfig
 from minidisp.runtime import checkpoint
 from minidisp.tokenizer import ByteTokenizer, train_sentencepiece
 from tests.conftest import SMALL, small_config, write_text
@@ -52,6 +52,8 @@ QWEN3 = {
     "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
     "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 48,
 }  # fmt: skip
+APERTUS = QWEN3 | {"hidden_act": "relu2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                   "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": None}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,8 @@ def build(transformers, family: str, **options):
     """A random model of transformers."""
     if family == "gpt2":
         return randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, **options})))
+    if family == "apertus":
+        return randomise(transformers.ApertusForCausalLM(transformers.ApertusConfig(**{**APERTUS, **options})))
     return randomise(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**QWEN3, **options})))
 
 
@@ -105,6 +109,11 @@ OPTIONS = {
         {"tie_word_embeddings": True},
         {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
         {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0},
+    ],
+    "apertus": [
+        {},
+        {"num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True},
+        {"attention_bias": True, "rms_norm_eps": 1e-2},
     ],
 }
 ALL_OPTIONS = [(family, options) for family, several in OPTIONS.items() for options in several]
@@ -156,6 +165,20 @@ def test_old_gpt2_files_have_no_prefix_and_keep_the_causal_mask(transformers, tm
         hf.load_model(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_tied_matrix_may_be_stored_under_either_name(transformers, tmp_path, family):
+    theirs = build(transformers, family, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / hf.WEIGHTS)
+    name = next(name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
+    tensors["lm_head.weight"] = tensors.pop(name)
+    save_file(tensors, tmp_path / hf.WEIGHTS, metadata={"format": "pt"})
+    assert_same_outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), hf.load_model(tmp_path))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    assert name in refusal(hf.load_model, tmp_path)
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +207,8 @@ EXPORTS = [
     {"arch": "qwen3"},
     {"arch": "qwen3", "n_kv_head": 2, "head_dim": 10, "rope_theta": 300.0, "norm_eps": 1e-2, "mlp_dim": 50},
     {"arch": "qwen3", "n_kv_head": 1, "attention_bias": True, "tied": False},
+    {"arch": "qwen3", "mlp": "relu2", "zero_init": True},
+    {"arch": "qwen3", "mlp": "relu2", "n_kv_head": 2, "head_dim": 10, "rope_theta": 300.0, "tied": False},
 ]
 
 
@@ -279,6 +304,136 @@ def test_what_the_format_cannot_represent_is_refused_by_name(tmp_path, capsys):
         assert expected in error
         assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"grouped", "wide", "squared", "fine", "full"}
+
+
+def parallel(self, x, positions, cache):
+    return x + self.attn(self.ln_1(x), positions, cache) + self.mlp(self.ln_2(x))
+
+
+def normed_after(self, x, positions, cache):
+    x = x + self.ln_1(self.attn(x, positions, cache))
+    return x + self.ln_2(self.mlp(x))
+
+
+def swish(self, x):
+    return self.c_proj(torch.nn.functional.silu(self.c_fc(x)))
+
+
+def swapped_gate(self, x):
+    up, gate = self.c_fc(x).chunk(2, dim=-1)
+    return self.c_proj(torch.nn.functional.silu(gate) * up)
+
+
+def last_seven(self, x, positions, cache, original=Attention.forward):
+    """Attention to the last 7 tokens only."""
+    every = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.ones(x.shape[1], x.shape[1]).tril().triu(-7).bool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                      lambda q, k, v, enable_gqa, **_: every(q, k, v, attn_mask=mask, enable_gqa=enable_gqa))  # fmt: skip
+        return original(self, x, positions, cache)
+
+
+def other_gelu(self, x):
+    return self.c_proj(torch.nn.functional.gelu(self.c_fc(x), approximate="tanh"))
+
+
+def capped(self, idx, *rest, original=GPT.forward, **options):
+    out = original(self, idx, *rest, **options)
+    return out._replace(logits=30 * (out.logits / 30).tanh())
+
+
+def scaled_embedding(self, idx, *rest, original=GPT._backbone, **options):
+    with torch.no_grad():
+        self.wte.weight.mul_(1.001)  # and so on: any other embedding
+        out = original(self, idx, *rest, **options)
+        self.wte.weight.div_(1.001)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "hack", "arch"),
+    [
+        (Block, "forward", parallel, "gpt2"),
+        (Block, "forward", parallel, "qwen3"),
+        (Block, "forward", normed_after, "gpt2"),
+        (MLP, "forward", swish, "gpt2"),
+        (MLP, "forward", other_gelu, "gpt2"),
+        (MLP, "forward", swapped_gate, "qwen3"),
+        (Attention, "forward", last_seven, "qwen3"),
+        (GPT, "forward", capped, "gpt2"),
+        (GPT, "_backbone", scaled_embedding, "qwen3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_model_that_was_changed_without_a_name_is_refused(tmp_path, monkeypatch, capsys, where, method, hack, arch):
+    """Same parameters, same config, another function of them: nothing but the numbers tells."""
+    write_run(tmp_path / "run", ByteTokenizer(), arch=arch)
+    monkeypatch.setattr(where, method, hack)
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "logits" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_other_parameters_and_settings_are_refused_by_name():
+    def fresh(**fields) -> GPT:
+        return GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=20, **fields)).eval()
+
+    def with_parameter(name: str, parameter: torch.Tensor | None) -> GPT:
+        model = fresh()
+        module, _, kind = name.rpartition(".")
+        parameter = parameter if parameter is None else torch.nn.Parameter(parameter)
+        model.get_submodule(module).register_parameter(kind, parameter)
+        return model
+
+    for name, parameter in [
+        ("h.1.scale", torch.ones(8)),
+        ("h.0.attn.q_norm", torch.ones(4)),
+        ("h.0.attn.c_proj.gain", torch.ones(())),
+        ("lm_head.weight", torch.ones(20, 8)),
+        ("ln_f.weight", None),
+        ("h.1.mlp.c_fc.bias", None),
+        ("h.1.ln_2.weight", torch.ones(9)),
+        ("h.0.mlp.c_proj.weight", torch.full((8, 32), math.nan)),
+    ]:
+        assert name in refusal(families.stored_form, with_parameter(name, parameter), 1)
+    families.stored_form(fresh(), 1)
+
+
+def test_a_new_setting_of_the_model_is_refused_by_name_unless_it_is_off(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Longer(GPTConfig):
+        parallel_blocks: bool = False
+
+    monkeypatch.setattr(families, "GPTConfig", Longer)
+    assert families.to_config(Longer())["model_type"] == "gpt2"
+    assert "--parallel-blocks True" in refusal(families.to_config, Longer(parallel_blocks=True))
+    for fields in ({"arch": "mamba"}, {"mlp": "maxout"}, {"gelu": "quick"}):
+        other, ((name, value),) = Longer(), fields.items()
+        object.__setattr__(other, name, value)
+        assert f"--{name} {value}" in refusal(families.to_config, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_export_in_half_precision(transformers, tmp_path, dtype):
+    model = write_run(tmp_path / "run", ByteTokenizer(), arch="qwen3", mlp="relu2")
+    hf.export(tmp_path / "run", tmp_path / "out", dtype)
+    tensors = load_file(tmp_path / "out" / hf.WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+    assert torch.equal(hf.load_model(tmp_path / "out").wte.weight, model.wte.weight.to(getattr(torch, dtype)).float())
+
+
+def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
+    model = write_run(tmp_path / "run", ByteTokenizer())
+    state = torch.load(tmp_path / "run" / checkpoint.LAST)
+    state["model"]["wpe.weight"][3, 4] = 1e5
+    torch.save(state, tmp_path / "run" / checkpoint.LAST)
+    assert "wpe.weight" in refusal(hf.export, tmp_path / "run", tmp_path / "out", "float16")
+    assert model
+    hf.export(tmp_path / "run", tmp_path / "out", "bfloat16")
 
 
 # --- evaluating and training ------------------------------------------------------------------------------------------
@@ -393,6 +548,68 @@ def test_training_goes_on_from_a_hugging_face_model(transformers, gpt2, gpt2_cor
     assert_same_outputs(transformers.AutoModelForCausalLM.from_pretrained(folder), moved)
 
 
+def test_the_settings_of_an_imported_tokenizer_go_out_as_they_came(transformers, gpt2, tmp_path):
+    """By way of a corpus and a run; and the hash, by which the two are known to fit, is that of the tokenizer alone."""
+    source, text = shutil.copytree(gpt2, tmp_path / "source"), write_text(tmp_path / "text.txt", words=900)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>", "<end>"]})
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"
+    tokenizer.save_pretrained(source)
+    transformers.GenerationConfig(do_sample=True, top_p=0.7, pad_token_id=291).save_pretrained(source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "pad_token_id": 291}))
+    assert hf.load_tokenizer(source).hash != hf.load_tokenizer(gpt2).hash  # it has more tokens
+    flags = ["--input", str(text), "--name", "t", "--tokenizer", f"hf:{source}", "--out", str(tmp_path / "corpus")]
+    assert prepare.main(flags) == 0
+    base = {k: v for k, v in SMALL.items() if k not in ("n_layer", "n_head", "n_embd")} | {"block_size": 24}
+    base |= {"init_from": str(source), "data": str(tmp_path / "corpus"), "max_steps": 1, "eval_tokens": 24}
+    train.main(from_dict({**base, "out": str(tmp_path / "run")}))
+    out = hf.export(tmp_path / "run", tmp_path / "out")
+    for path in source.iterdir():
+        if path.name not in ("config.json", hf.WEIGHTS):
+            assert (out / path.name).exists(), path.name
+            if path.suffix == ".json":
+                assert json.loads((out / path.name).read_text()) == json.loads(path.read_text())
+            else:
+                assert (out / path.name).read_bytes() == path.read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.pad_token == "<pad>"
+    chat = [{"role": "user", "content": "for x <think>"}]
+    assert theirs.apply_chat_template(chat)["input_ids"] == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert theirs.encode("<user>") == [theirs.convert_tokens_to_ids("<user>")]
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert (model.generation_config.top_p, model.config.pad_token_id) == (0.7, 291)
+    again = hf.load_tokenizer(out)
+    assert (again.hash, again.files) == (hf.load_tokenizer(source).hash, hf.load_tokenizer(source).files)
+    (source / "chat_template.jinja").write_text("another")
+    assert hf.load_tokenizer(source).hash == again.hash
+    (source / "generation_config.json").write_text("{")
+    assert str(source / "generation_config.json") in refusal(hf.load_tokenizer, source)
+
+
+def test_added_tokens_without_a_row_are_text_and_a_warning_says_so(transformers, gpt2, tmp_path):
+    source = shutil.copytree(gpt2, tmp_path / "source")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    assert len(tokenizer) == 290
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(9)])  # the embedding has 7 rows to spare
+    tokenizer.save_pretrained(source)
+    with pytest.warns(UserWarning, match="297 rows and none for <extra7>, <extra8>"):
+        model, ours = hf.load(source)
+    text = "x<extra6> <extra7>"
+    ids = ours.encode(text)
+    assert tokenizer.convert_tokens_to_ids("<extra6>") == 296 == max(ids)
+    assert tokenizer.convert_tokens_to_ids("<extra7>") == 297
+    assert ours.decode(ids) == text
+    assert (ours.vocab_size, model.config.vocab_size) == (297, 297)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
+    idx = torch.tensor([ids])
+    torch.testing.assert_close(model(idx).logits, theirs(idx).logits, atol=1e-4, rtol=0)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<extra8>"}))
+    assert "no row" in refusal(hf.load_tokenizer, source)
+
+
 def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_path, capsys):
     for flags, expected in [
         (["--data", str(corpus)], f"hf:{gpt2}"),
@@ -415,8 +632,8 @@ def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_p
 def models(tmp_path_factory) -> Path:
     """Exports of ours, so that refusals are tested without transformers."""
     folder = tmp_path_factory.mktemp("exports")
-    for arch in ("gpt2", "qwen3"):
-        write_run(folder / f"run-{arch}", ByteTokenizer(), arch=arch)
+    for arch, fields in {"gpt2": {}, "qwen3": {"arch": "qwen3"}, "apertus": {"arch": "qwen3", "mlp": "relu2"}}.items():
+        write_run(folder / f"run-{arch}", ByteTokenizer(), **fields)
         hf.export(folder / f"run-{arch}", folder / arch)
     return folder
 
@@ -432,6 +649,10 @@ def refusal(call, *arguments) -> str:
     ("arch", "changes", "expected"),
     [
         ("gpt2", {"model_type": "llama"}, "model_type is llama"),
+        ("apertus", {"hidden_act": "xielu"}, "hidden_act is xielu"),
+        ("apertus", {"hidden_act": None}, "xIELU"),
+        ("apertus", {"rope_parameters": None}, "rope_parameters"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act is silu"),
         ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
         ("gpt2", {"model_type": None}, "model_type"),
         ("gpt2", {"n_layer": "2"}, "n_layer is 2, but must be of type int"),
@@ -558,6 +779,10 @@ def test_a_name_on_the_hub(models, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert hf.load("owner/model")[0].config.n_layer == 2
     assert asked == [("owner/model", hf.FILES)]
+    assert hf.is_folder("distilgpt2")
+    assert hf.load("gpt2")[0].config.n_layer == 2  # names from before there were owners
+    assert asked[1:] == [("gpt2", hf.FILES)]
+    assert not hf.is_folder("distilgpt3")
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in hf.FILES)
     assert "no such repository" in refusal(hf.load_model, "owner/gone")
 
@@ -612,6 +837,26 @@ def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain, abs=1e-5)  # without the regulariser
     moved = hf_trainer.main(str(gpt2), str(text), str(tmp_path / "out"), learning_rate=1e-3, **common).model
     assert not torch.equal(moved.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_the_trainer_example_says_in_one_line_what_it_cannot_use(transformers, gpt2, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    from examples import hf_trainer
+
+    (tmp_path / "short.txt").write_text("nine char")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9" * 5000)
+    for arguments, expected in [
+        ([gpt2, tmp_path / "short.txt", tmp_path / "out"], "short.txt gives 9 tokens"),
+        ([gpt2, tmp_path / "latin.txt", tmp_path / "out"], "latin.txt is not UTF-8"),
+        ([gpt2, tmp_path / "gone.txt", tmp_path / "out"], "gone.txt"),
+        ([tmp_path / "missing", tmp_path / "short.txt", tmp_path / "out"], "missing"),
+        ([gpt2, tmp_path / "short.txt"], "OUT"),
+    ]:
+        assert hf_trainer.cli([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_lm_evaluation_harness_runs_the_exported_folder(tmp_path, sentencepiece_tokenizer):

@@ -1,0 +1,448 @@
+"""The model families of transformers that ours can be stored as: config.json, tensors, and the arithmetic they stand for.
+
+    gpt2       GPT2LMHeadModel       --arch gpt2
+    qwen3      Qwen3ForCausalLM      --arch qwen3
+    apertus    ApertusForCausalLM    --arch qwen3 --mlp relu2: the Qwen3 block with an MLP that has no gate (arXiv 2509.14233)
+
+Everything here is a list of what a family can say. What is not on it is refused by name, in both directions, and
+`reference_logits` computes what was written once more, so that nothing else can slip through.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidisp import InputError
+from minidisp.config import read_json
+from minidisp.model import GPT, GPTConfig
+
+LARGEST = 1 << 20  # no number in a config.json of a model of these families is larger
+GELU = {"gelu_new": "tanh", "gelu": "erf", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+# (arch, mlp) of ours, and the family that has this block
+FAMILY_OF = {("gpt2", "arch"): "gpt2", ("qwen3", "arch"): "qwen3", ("qwen3", "relu2"): "apertus"}
+# The fields of GPTConfig that config.json can say, and those that only matter in training.
+STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "attention_bias",
+          "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
+TRAINING_ONLY = {"dropout", "zero_init"}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """One of our parameters: its name, and the rows of the parts that lie below each other in it."""
+
+    name: str
+    rows: tuple[int, ...]
+    columns: int | None  # None: it is a vector
+
+
+def weights(config: GPTConfig) -> list[Weight]:
+    """The parameters that a family can store, from the config alone: whatever else a model has, it cannot.
+
+    GPT-2 always has biases there; those that ours lacks are zeros.
+    """
+    C, D, hidden, gpt2 = config.n_embd, config.head_dim, config.mlp_dim, config.arch == "gpt2"
+    q, kv, attention_bias = config.n_head * D, config.n_kv_head * D, gpt2 or config.attention_bias
+    modules = [("wte", (config.vocab_size,), C, False)]  # name, rows, columns, whether there is a bias
+    modules += [("wpe", (config.block_size,), C, False)] if gpt2 else []
+    block = [
+        ("ln_1", (C,), None, gpt2),
+        ("attn.c_attn", (q, kv, kv), C, attention_bias),
+        ("attn.c_proj", (C,), q, attention_bias),
+        ("ln_2", (C,), None, gpt2),
+        ("mlp.c_fc", (hidden,) * (2 if config.gated else 1), C, gpt2),
+        ("mlp.c_proj", (C,), hidden, gpt2),
+    ]
+    block += [] if gpt2 else [("attn.q_norm", (D,), None, False), ("attn.k_norm", (D,), None, False)]
+    modules += [(f"h.{layer}.{name}", *rest) for layer in range(config.n_layer) for name, *rest in block]
+    modules += [("ln_f", (C,), None, gpt2)]
+    modules += [] if config.tied else [("lm_head", (config.vocab_size,), C, False)]
+    found = []
+    for name, rows, columns, bias in modules:
+        found.append(Weight(f"{name}.weight", rows, columns))
+        if bias:
+            found.append(Weight(f"{name}.bias", rows, None))
+    return found
+
+
+class Names(NamedTuple):
+    """What a format calls our modules, {} for the number of the layer. Several names: the parts of our matrix."""
+
+    modules: dict[str, str | list[str]]
+    transposed: bool = False  # the matrices in the blocks, as in GPT-2
+
+    def parts(self, weight: Weight) -> list[tuple[str, int]]:
+        """The tensors that one of our parameters consists of, one below another: (name, rows)."""
+        module, _, kind = weight.name.rpartition(".")
+        layer = None
+        if module.startswith("h."):
+            _, layer, module = module.split(".", 2)
+        names = self.modules[module]
+        rows = weight.rows
+        if isinstance(names, str):
+            names, rows = [names], [sum(rows)]
+        return [(f"{name.format(layer)}.{kind}", n) for name, n in zip(names, rows, strict=True)]
+
+    def is_transposed(self, weight: Weight) -> bool:
+        return self.transposed and weight.name.startswith("h.") and weight.columns is not None
+
+
+_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+_QWEN3 = {
+    "wte": "model.embed_tokens",
+    "ln_1": "model.layers.{}.input_layernorm",
+    "attn.c_attn": [f"model.layers.{{}}.self_attn.{part}_proj" for part in "qkv"],
+    "attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn.k_norm": "model.layers.{}.self_attn.k_norm",
+    "attn.c_proj": "model.layers.{}.self_attn.o_proj",
+    "ln_2": "model.layers.{}.post_attention_layernorm",
+    "mlp.c_fc": ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"],
+    "mlp.c_proj": "model.layers.{}.mlp.down_proj",
+    "ln_f": "model.norm",
+    "lm_head": "lm_head",
+}
+_APERTUS = {
+    "ln_1": "model.layers.{}.attention_layernorm",
+    "ln_2": "model.layers.{}.feedforward_layernorm",
+    "mlp.c_fc": "model.layers.{}.mlp.up_proj",
+}
+
+
+class Family(NamedTuple):
+    architecture: str  # the class in transformers
+    prefix: str  # of every tensor but the output layer, whose name some files lack
+    names: Names
+
+
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", Names(
+        {name: f"transformer.{name}" for name in ("wte", "wpe", "ln_f")} | {"lm_head": "lm_head"}
+        | {name: f"transformer.h.{{}}.{name}" for name in _BLOCK}, transposed=True)),
+    "qwen3": Family("Qwen3ForCausalLM", "model.", Names(_QWEN3)),
+    "apertus": Family("ApertusForCausalLM", "model.", Names(_QWEN3 | _APERTUS)),
+}  # fmt: skip
+
+
+def family_of(config: GPTConfig) -> str:
+    """The family that stores this model. Raises InputError naming the option that none of them has."""
+    for field in dataclasses.fields(GPTConfig):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+        if field.name not in STORED | TRAINING_ONLY and value != field.default:
+            raise InputError(f"{flag} {value}: no model of transformers that minidisp writes has such a setting")
+    if config.arch not in {arch for arch, _ in FAMILY_OF}:
+        raise InputError(f"--arch {config.arch}: no model of transformers that minidisp writes has such blocks")
+    if (config.arch, config.mlp) not in FAMILY_OF:
+        others = [arch for arch, mlp in FAMILY_OF if mlp == config.mlp]
+        hint = f" (with --arch {others[0]} it can be exported)" if others else ""
+        raise InputError(f"--mlp {config.mlp}: the {config.arch} models of transformers have no such MLP{hint}")
+    if config.gelu not in GELU.values():
+        raise InputError(f"--gelu {config.gelu}: the {config.arch} models of transformers have no such activation")
+    return FAMILY_OF[config.arch, config.mlp]
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """The entries of a config.json from elsewhere: the wrong type or an absurd number is an InputError with its name."""
+
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+
+    def refuse(self, name: str, why: str):
+        raise InputError(f"{self.path}: {name} is {str(self.values.get(name))[:60]}, {why}")
+
+    def get(self, name: str, kind: type, default):
+        value = self.values.get(name)
+        value = default if value is None else value
+        if kind is float and type(value) is int and abs(value) < 1 << 53:
+            value = float(value)
+        if value is not None and type(value) is not kind:
+            self.refuse(name, f"but must be of type {kind.__name__}")
+        return value
+
+    def integer(self, name: str, default: int | None, low: int = 1) -> int:
+        value = self.get(name, int, default)
+        if value is None or not low <= value <= LARGEST:
+            self.refuse(name, f"but must be from {low} to {LARGEST:,}")
+        return value
+
+    def real(self, name: str, default: float) -> float:
+        value = self.get(name, float, default)
+        if not 0 < value < float("inf"):
+            self.refuse(name, "but must be above 0")
+        return value
+
+    def must_be(self, name: str, *allowed) -> None:
+        """The first one is what it is by default."""
+        value = self.values.get(name)
+        if value is not None and value not in allowed:
+            self.refuse(name, f"which minidisp's model does not have (only {', '.join(map(str, allowed))})")
+
+    def eos_id(self) -> int | None:
+        value = self.values.get("eos_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        return value if type(value) is int else None
+
+
+def read_config(folder: Path) -> tuple[str, GPTConfig]:
+    """The family of the model that a folder's config.json describes, and our config of it.
+
+    Raises InputError naming the file and the entry that our model cannot represent.
+    """
+    settings = Settings(folder / "config.json")
+    family = settings.values.get("model_type")
+    if str(family) not in FAMILIES:
+        settings.refuse("model_type", f"but minidisp reads {', '.join(FAMILIES)} only")
+    for name in ("auto_map", "quantization_config"):
+        settings.must_be(name, None)
+    fields = _gpt2_fields(settings) if family == "gpt2" else _qwen3_fields(settings, family)
+    try:
+        return family, GPTConfig(**fields)
+    except InputError as error:
+        raise InputError(f"{settings.path}: {error}") from None
+
+
+def _gpt2_fields(settings: Settings) -> dict:
+    settings.must_be("scale_attn_weights", True)
+    settings.must_be("scale_attn_by_inverse_layer_idx", False)
+    settings.must_be("add_cross_attention", False)
+    settings.must_be("activation_function", *GELU)
+    n_embd = settings.integer("n_embd", 768)
+    return {
+        "arch": "gpt2",
+        "n_layer": settings.integer("n_layer", 12),
+        "n_head": settings.integer("n_head", 12),
+        "n_embd": n_embd,
+        "mlp_dim": settings.integer("n_inner", 4 * n_embd),
+        "block_size": settings.integer("n_positions", 1024),
+        "vocab_size": settings.integer("vocab_size", 50257),
+        "gelu": GELU[settings.get("activation_function", str, "gelu_new")],
+        "norm_eps": settings.real("layer_norm_epsilon", 1e-5),
+        "tied": settings.get("tie_word_embeddings", bool, True),
+    }
+
+
+def _qwen3_fields(settings: Settings, family: str) -> dict:
+    apertus = family == "apertus"
+    settings.must_be("hidden_act", "relu2" if apertus else "silu")
+    if apertus and settings.values.get("hidden_act") is None:
+        settings.refuse("hidden_act", "so it is xIELU, which minidisp's model does not have (only relu2)")
+    # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    rope = settings.get("rope_parameters", dict, {}) | settings.get("rope_scaling", dict, {})
+    kinds = {str(rope.get(key, "default")) for key in ("rope_type", "type")}
+    if kinds != {"default"} or not {*rope} <= {"rope_type", "type", "rope_theta"} or (apertus and not rope):
+        name = "rope_scaling" if settings.values.get("rope_scaling") else "rope_parameters"
+        settings.refuse(name, "but only plain rotary positions are in minidisp's model")
+    if "rope_theta" in rope:
+        settings.values = {**settings.values, "rope_theta": rope["rope_theta"]}
+    block_size = settings.integer("max_position_embeddings", 65536 if apertus else 32768)
+    layers = settings.get("layer_types", list, [])
+    window = settings.integer("sliding_window", LARGEST) if settings.get("use_sliding_window", bool, False) else LARGEST
+    if window < block_size and (not layers or {*map(str, layers)} != {"full_attention"}):
+        settings.refuse("sliding_window", "but minidisp's model attends to the whole context")
+    n_head, n_embd = settings.integer("num_attention_heads", 32), settings.integer("hidden_size", 4096)
+    return {
+        "arch": "qwen3",
+        "mlp": "relu2" if apertus else "arch",
+        "n_layer": settings.integer("num_hidden_layers", 32),
+        "n_head": n_head,
+        "n_kv_head": settings.integer("num_key_value_heads", n_head),
+        "n_embd": n_embd,
+        "head_dim": settings.integer("head_dim", max(1, n_embd // n_head) if apertus else 128),
+        "mlp_dim": settings.integer("intermediate_size", 14336 if apertus else 22016),
+        "block_size": block_size,
+        "vocab_size": settings.integer("vocab_size", 131072 if apertus else 151936),
+        "rope_theta": settings.real("rope_theta", 12e6 if apertus else 10000.0),
+        "norm_eps": settings.real("rms_norm_eps", 1e-5 if apertus else 1e-6),
+        "attention_bias": settings.get("attention_bias", bool, False),
+        "tied": settings.get("tie_word_embeddings", bool, False),
+    }
+
+
+def to_config(config: GPTConfig) -> dict:
+    """What config.json says of the model. Raises InputError naming the option that no family has."""
+    family = family_of(config)
+    common = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+    }
+    if family == "gpt2":
+        if config.n_kv_head != config.n_head:
+            raise InputError(f"--n-kv-head {config.n_kv_head}: GPT-2 models of transformers share no heads")
+        if config.n_head * config.head_dim != config.n_embd:
+            raise InputError(f"--head-dim {config.head_dim}: it is n_embd / n_head in GPT-2 models of transformers")
+        return common | {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "n_inner": config.mlp_dim,
+            "n_positions": config.block_size,
+            "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+            "layer_norm_epsilon": config.norm_eps,
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        }
+    return common | {
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.block_size,
+        "hidden_act": "silu" if config.gated else "relu2",
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.attention_bias,
+        "rope_theta": config.rope_theta,  # for transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
+# --- from a model -----------------------------------------------------------------------------------------------------
+
+
+def parameters_of(model: GPT) -> dict[str, Tensor]:
+    """The model's parameters by their names, float32 on the CPU, and zeros for biases that GPT-2 has and ours may lack.
+
+    Raises InputError naming a parameter that the family does not have, that is missing, or that is not finite.
+    """
+    config, left, found = model.config, dict(model.named_parameters()), {}
+    for name, rows, columns in weights(config):
+        shape = (sum(rows),) if columns is None else (sum(rows), columns)
+        if name.endswith(".bias") and config.arch == "gpt2" and not config.bias and name not in left:
+            found[name] = torch.zeros(shape)
+            continue
+        tensor = left.pop(name, None)
+        if tensor is None or tuple(tensor.shape) != shape:
+            seen = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
+            raise InputError(f"the model cannot be exported: its parameter {name} {seen}, where {shape} is expected")
+        if not tensor.isfinite().all():
+            raise InputError(f"the model cannot be exported: its parameter {name} is not finite everywhere")
+        found[name] = tensor.detach().float().cpu()
+    if left:
+        family = family_of(config)
+        raise InputError(f"the model cannot be exported: {family} models have no such parameter as {next(iter(left))}")
+    return found
+
+
+def to_tensors(config: GPTConfig, parameters: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """The parameters as a format names and cuts them."""
+    tensors = {}
+    for weight in weights(config):
+        parts = names.parts(weight)
+        pieces = parameters[weight.name].split([rows for _, rows in parts])
+        for (name, _), tensor in zip(parts, pieces, strict=True):
+            tensors[name] = (tensor.t() if names.is_transposed(weight) else tensor).contiguous()
+    return tensors
+
+
+def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
+    """(config.json, tensors in float32) of a model, which stand for the same logits.
+
+    Compared are the logits of random tokens over the context, at most 1,024, with two ends of documents among them. Raises
+    InputError naming what no family has; a block that was changed without a name for it is found by its logits.
+    """
+    config, parameters = to_config(model.config), parameters_of(model)
+    tensors = to_tensors(model.config, parameters, FAMILIES[config["model_type"]].names)
+    T = min(model.config.block_size, 1024)
+    idx = torch.randint(model.config.vocab_size, (T,), generator=torch.Generator().manual_seed(0))
+    idx[[T // 3, 2 * T // 3]] = eos_id
+    with torch.no_grad():
+        logits = model(idx.unsqueeze(0)).logits[0].double()
+    wanted = reference_logits(config, tensors, idx, torch.float64)
+    rounding = (reference_logits(config, tensors, idx, torch.float32) - wanted).abs().max()
+    error, size = (logits - wanted).abs().max(), wanted.std()
+    if not error <= 10 * rounding + 1e-5 * size:
+        raise InputError(
+            f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with the same weights "
+            f"(off by {error / size:.1g} standard deviations), so its code computes something that this format cannot say"
+        )
+    return config, tensors
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reference_logits(config: dict, tensors: dict[str, Tensor], idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits that a config.json and its tensors stand for, (T, V), of the tokens idx (T,), computed in a dtype.
+
+    From the families' definitions and from nothing in model.py: an export is compared with it before it is written.
+    """
+    gpt2 = config["model_type"] == "gpt2"
+    embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
+    x = tensors[embedding][idx].to(dtype)
+    x = (_gpt2_blocks if gpt2 else _qwen3_blocks)(config, tensors, x)
+    return x @ tensors[embedding if config["tie_word_embeddings"] else "lm_head.weight"].to(dtype).T
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q (T, H, D) to k and v (T, KV, D), of which H / KV heads in a row share one; (T, H D)."""
+    T, heads, D = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(D)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, -math.inf).softmax(-1), v).reshape(T, heads * D)
+
+
+def _gpt2_blocks(config: dict, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ tensors[f"{name}.weight"].to(x.dtype) + tensors[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + config["layer_norm_epsilon"]).sqrt()
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def gelu(x: Tensor) -> Tensor:
+        if GELU[config["activation_function"]] == "tanh":
+            return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+        return 0.5 * x * (1 + (x / math.sqrt(2)).erf())
+
+    T, heads = len(x), config["n_head"]
+    x = x + tensors["transformer.wpe.weight"][:T]
+    for layer in range(config["n_layer"]):
+        block = f"transformer.h.{layer}"
+        q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").view(T, 3, heads, -1).unbind(1)
+        x = x + linear(_attention(q, k, v), f"{block}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+    return norm(x, "transformer.ln_f")
+
+
+def _qwen3_blocks(config: dict, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ tensors[f"{name}.weight"].to(x.dtype).T + tensors.get(f"{name}.bias", 0)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * tensors[f"{name}.weight"]
+
+    def rotate(x: Tensor) -> Tensor:  # (T, H, D)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    T, D, apertus = len(x), config["head_dim"], config["model_type"] == "apertus"
+    frequencies = config["rope_theta"] ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
+    angles = torch.outer(torch.arange(T, dtype=x.dtype), frequencies)
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # (T, 1, D / 2)
+    before = (
+        ("attention_layernorm", "feedforward_layernorm") if apertus else ("input_layernorm", "post_attention_layernorm")
+    )
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        y = norm(x, f"{block}.{before[0]}")
+        q, k, v = (linear(y, f"{block}.self_attn.{part}_proj").view(T, -1, D) for part in "qkv")
+        q, k = (rotate(norm(z, f"{block}.self_attn.{part}_norm")) for z, part in ((q, "q"), (k, "k")))
+        x = x + linear(_attention(q, k, v), f"{block}.self_attn.o_proj")
+        y = norm(x, f"{block}.{before[1]}")
+        up = linear(y, f"{block}.mlp.up_proj")
+        hidden = up.relu().square() if apertus else F.silu(linear(y, f"{block}.mlp.gate_proj")) * up
+        x = x + linear(hidden, f"{block}.mlp.down_proj")
+    return norm(x, "model.norm")
