@@ -174,6 +174,7 @@ def extras() -> set[str]:
     return set(re.findall(r"^([\w-]+) *=", section, re.MULTILINE))
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
 @pytest.mark.parametrize(("page", "words"), ALL, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in ALL])
 def test_every_command_is_understood(page, words, monkeypatch, tmp_path):
     """By the real parser of its program: an unknown flag, a choice that is gone or a missing file fails."""
