@@ -39,7 +39,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "RESULTS.md", ROOT / "CHANGELOG.md"]
 PROGRAMS = ("python ", "pip ", "torchrun ", "bash ")
 WITHOUT_ARGUMENTS = ("pytest", "minidisp.ops")
-BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 def name_of(page: Path) -> str:
@@ -59,10 +59,10 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every command on a page, in its order."""
     text = page.read_text(encoding="utf-8")
     lines = []
-    for block in re.split(r"(^```[^\n]*\n.*?^```$)", text, flags=re.MULTILINE | re.DOTALL):
+    for block in re.split(r"(^ *```[^\n]*\n.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL):
         if fenced := BLOCK.fullmatch(block):
             if fenced[1].strip() in ("", "sh", "bash"):
-                lines += fenced[2].replace("\\\n", " ").splitlines()
+                lines += [line.strip() for line in fenced[2].replace("\\\n", " ").splitlines()]
         else:
             lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", block)]
     found = [part.strip() for line in lines for part in re.split("&&| [|] ", line)]
