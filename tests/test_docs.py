@@ -1,0 +1,396 @@
+"""README and docs: every link leads somewhere, every command line is valid, and the commands run, as small as can be.
+
+Commands are found in code blocks without a language and in inline code. A command is a line that begins with one of
+PROGRAMS; `# ...` behind it is a remark, and a line that ends with a backslash goes on.
+"""
+
+import argparse
+import ast
+import contextlib
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
+
+import minidisp  # noqa: E402
+from minidisp.config import parse  # noqa: E402
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = None
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, ROOT / "RESULTS.md", ROOT / "CHANGELOG.md"]
+PROGRAMS = ("python ", "pip ", "torchrun ", "bash ")
+WITHOUT_ARGUMENTS = ("pytest", "minidisp.ops")
+BLOCK = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of the code blocks of a page."""
+    return [(m[1].strip(), m[2]) for m in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+def prose(page: Path) -> str:
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command on a page, in its order."""
+    text = page.read_text(encoding="utf-8")
+    lines = []
+    for block in re.split(r"(^ *```[^\n]*\n.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL):
+        if fenced := BLOCK.fullmatch(block):
+            if fenced[1].strip() in ("", "sh", "bash"):
+                lines += [line.strip() for line in fenced[2].replace("\\\n", " ").splitlines()]
+        else:
+            lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", block)]
+    found = [part.strip() for line in lines for part in re.split("&&| [|] ", line)]
+    return [shlex.split(line, comments=True) for line in found if line.startswith(PROGRAMS)]
+
+
+ALL = [(name_of(page), words) for page in PAGES for words in commands(page)]
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1600
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_lines_are_short(page):
+    """Rows of tables and what programs printed cannot be broken."""
+    long = [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith(("|", "#", "!["))]
+    assert long == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        number = sum(1 for other in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other))
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page):
+    """`minidisp/model.py` in inline code is a file of the project; names with placeholders or of made files are not."""
+    named = re.findall(r"`((?:minidisp|csrc|data|bench|experiments|examples|tests|docs)/[\w./-]+\.\w+)`", prose(page))
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_the_file_tree_of_the_readme_is_the_tree():
+    """Both ways: what it names is there, and what is there it names. Names stand two spaces or fewer apart."""
+    tree = next(text for _, text in blocks(ROOT / "README.md") if text.startswith("train.py "))
+    named = {ROOT: set(), ROOT / "minidisp": set()}
+    for line in tree.splitlines():
+        indent, names = re.match(r"( *)(\S+(?: {1,2}\S+)*?)(?: {3,}|$)", line).groups()
+        named[ROOT / "minidisp" if indent else ROOT] |= {name.rstrip("/") for name in names.split()}
+    for folder, names in named.items():
+        assert {name for name in names if not (folder / name).exists()} == set()
+    modules = {path.name for path in (ROOT / "minidisp").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert modules - {"__init__.py", "__pycache__"} == named[ROOT / "minidisp"]
+
+
+# --- the command lines ---------------------------------------------------------------------------------------------------
+
+
+class Parsed(BaseException):
+    """Raised instead of what a program does after its command line was understood; no handler for errors stops it."""
+
+
+@contextlib.contextmanager
+def only_parsing():
+    """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with SystemExit(0)."""
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args, **kwargs):
+        original(parser, *args, **kwargs)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        try:
+            yield
+        except Parsed:
+            return
+        except SystemExit as end:
+            assert end.code == 0, "the command line is refused"  # noqa: PT017
+            return
+    pytest.fail("the program did not look at its command line")
+
+
+def extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if tomllib:
+        return set(tomllib.loads(text)["project"]["optional-dependencies"])
+    section = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.MULTILINE | re.DOTALL)[1]
+    return set(re.findall(r"^([\w-]+) *=", section, re.MULTILINE))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
+@pytest.mark.parametrize(("page", "words"), ALL, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in ALL])
+def test_every_command_is_understood(page, words, monkeypatch, tmp_path):
+    """By the real parser of its program: an unknown flag, a choice that is gone or a missing file fails."""
+    monkeypatch.chdir(tmp_path)
+    program, *rest = words
+    if program == "pip":
+        check_pip(rest)
+    elif program == "bash":
+        assert (ROOT / rest[0]).is_file()
+    elif program == "torchrun":
+        with only_parsing():
+            get_args_parser().parse_args(rest)
+        check_train(rest[rest.index("train.py") + 1 :])
+    elif rest[0] == "train.py":
+        check_train(rest[1:])
+    elif rest[0] == "-m" and rest[1] in WITHOUT_ARGUMENTS:
+        assert importlib.util.find_spec(rest[1])
+        assert rest[2:] == []
+    else:
+        with only_parsing():
+            run_program(rest)
+
+
+def check_pip(words: list[str]) -> None:
+    """Requirements files and extras exist; nothing is installed."""
+    assert words[0] in ("install", "wheel")
+    for before, word in itertools.pairwise(words):
+        if before == "-r":
+            assert (ROOT / word).is_file()
+        if extra := re.fullmatch(r"\.\[([\w,-]+)\]", word):
+            assert set(extra[1].split(",")) <= extras()
+
+
+def check_train(flags: list[str]) -> None:
+    """All checks of values and combinations; what --config names need not be a real run."""
+    if "--config" in flags:
+        saved = Path(flags[flags.index("--config") + 1])
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.write_text("{}")
+    if "--help" in flags:
+        with only_parsing():
+            parse(flags)
+    else:
+        parse(flags, begin_if_missing=True)
+
+
+def run_program(words: list[str]) -> None:
+    """`python words...` in this process. Raises SystemExit where the program does."""
+    argv, path = sys.argv, sys.path
+    sys.argv = words[1:] if words[0] == "-m" else words
+    sys.path = [str(ROOT if words[0] == "-m" else (ROOT / words[0]).parent), *path]
+    try:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=False)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    finally:
+        sys.argv, sys.path = argv, path
+
+
+# --- the commands, really run --------------------------------------------------------------------------------------------
+
+TINY = shlex.split(
+    "--max-steps 2 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --batch-size 2 --grad-accum 1 --n-layer 2 --n-head 2 "
+    "--n-kv-head 0 --head-dim 0 --mlp-dim 0 --n-embd 16 --block-size 32 --device cpu --threads 1 --dispersion-impl streamed"
+)
+TEXT = {".txt": "a text of a few words, number {}\n" * 40, ".md": "# a page, number {}\n" * 40, ".py": "x = {}\n" * 80}
+
+
+def runs_here(words: list[str]) -> bool:
+    """Whether a command runs offline, on a CPU, in one process, with what requirements-dev.txt installs."""
+    if words[0] != "python":
+        return False
+    line = " ".join(words)
+    needs = ("--hf", "--compile", "--wandb", "--gguf", "--device cuda", "--init-from openai", "--tokenizer hf:", "--input -", ".parquet", ".zst")  # fmt: skip
+    if any(need in f"{line} " for need in needs):
+        return False
+    return words[1] in ("train.py", "eval.py") or words[1:3] == ["-m", "minidisp.hf"] or "--input" in words
+
+
+def smaller(words: list[str], page: str) -> list[str]:
+    """The same command with flags that make it tiny. No two commands of the README may want the same folder."""
+    if words[0] == "train.py":
+        flags = [*words, *TINY, *(["--active-forgetting", "1"] if "--active-forgetting" in words else [])]
+        return flags if "--resume" in words or page == "README.md" else [*flags, "--overwrite"]
+    if words[0] == "eval.py":
+        return [*words, "--tokens", "300", "--device", "cpu"]
+    if words[0] == "data/prepare.py":
+        return [*words, "--workers", "1", "--overwrite", *([] if "--tokenizer" in words else ["--vocab-size", "300"])]
+    return words
+
+
+def provide(words: list[str], corpus: Path) -> None:
+    """Make what a command reads and no command before it has made: runs, corpora, texts."""
+    trained = Path("runs/pystdlib-tiny-d0-s0")
+    out = words[words.index("--out") + 1] if "--out" in words and "--resume" not in words else None
+    for word in words:
+        if word.startswith("runs/") and word != out and not Path(word).exists():
+            run = Path(*Path(word).parts[:2])
+            shutil.copytree(trained, run, dirs_exist_ok=True)
+            if not Path(word).exists():  # a numbered checkpoint
+                shutil.copy(run / "ckpt_last.pt", word)
+    for flag, word in itertools.pairwise(words):
+        if flag == "--data" and not Path(word).exists() and not Path("data", word).exists():
+            shutil.copytree(corpus, word if "/" in word else Path("data", word))
+    for word in itertools.takewhile(
+        lambda w: not w.startswith("--"), words[words.index("--input") + 1 :] if "--input" in words else []
+    ):
+        write_texts(word)
+
+
+def write_texts(pattern: str) -> None:
+    """Files that a pattern matches: enough for three splits where there may be several."""
+    suffix = Path(pattern.removesuffix(".gz")).suffix
+    names = [pattern.replace("*", f"{i}") for i in range(60 if "*" in pattern else 1)]
+    if not suffix:
+        names, suffix = [f"{pattern}/{i}.txt" for i in range(60)], ".txt"
+    for i, name in enumerate(names):
+        if suffix in TEXT:
+            text = TEXT[suffix].format(*[i] * 80)
+        else:
+            rows = [{"text": TEXT[".txt"].format(*[k] * 80)} for k in range(60)]
+            text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        data = text.encode()
+        Path(name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+
+
+def run_all(corpus: Path) -> None:
+    """In a copy of the project, as a child process: every command that can run here, in the order of the pages."""
+    from minidisp import report
+
+    done = set()
+    shutil.copytree(corpus, "data/pystdlib")
+    for page, words in ALL:
+        if not runs_here(words) or tuple(words) in done:
+            continue
+        done.add(tuple(words))
+        small = smaller(words[1:], page)
+        print(f"\n$ {shlex.join(small)}    ({page})", flush=True)
+        provide(small, corpus)
+        sys.stdin = io.StringIO("")
+        try:
+            run_program(small)
+        except SystemExit as end:
+            if end.code:
+                sys.exit(f"exit code {end.code}: {shlex.join(small)} ({page})")
+        if words[1] == "train.py":  # the figures, most of a tiny run's time, are drawn once
+            report.draw_run = lambda *arguments: []
+    print(f"\n{len(done)} commands were run")
+
+
+def test_the_commands_run(bpe_corpus, tmp_path):
+    """As a newcomer types them, one after the other, in a fresh copy of the project; tiny, and in one process."""
+    copy = tmp_path / "minidisp"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    done = subprocess.run(
+        [sys.executable, "tests/test_docs.py", str(bpe_corpus)], cwd=copy, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    for name in ("runs/pystdlib-tiny-d0.1-s0/summary.json", "data/mine/meta.json", "report.html", "figures"):
+        assert (copy / name).exists(), name
+    assert int(done.stdout.split()[-4]) > 10
+
+
+# --- Python in README and docs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "hacking.md"], ids=name_of)
+def test_python_is_valid(page):
+    """It compiles, and what it imports from the project is there. hacking.md shows lines to add, and has its own test."""
+    for language, text in blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("minidisp", "train", "eval", "data"):
+                home = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(home, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("minidisp."):
+                home = importlib.import_module(".".join(ast.unparse(node.func).split(".")[:-1]))
+                assert hasattr(home, node.func.attr), ast.unparse(node.func)
+
+
+def test_the_loss_of_the_readme_is_the_loss():
+    """The five lines, for one layer; they leave the diagonal out in words, so here it is left out by hand."""
+    text = next(text for language, text in blocks(ROOT / "README.md") if language == "python" and "arccos" in text)
+    z = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    off_diagonal = ~torch.eye(6, dtype=torch.bool)
+    for sequence in z:
+        names = {"z": sequence[None], "tau": 0.5, "cross_entropy": 2.0, "torch": torch}
+        lines = text.strip().splitlines()
+        assert len(lines) == 5
+        exec("\n".join(lines[:3]), names)
+        names["angle"] = names["angle"][:, off_diagonal]
+        exec("\n".join(lines[3:]), names)
+        wanted = minidisp.dispersion_loss(sequence[None], tau=0.5, impl="reference")
+        torch.testing.assert_close(names["disp"], wanted)
+        torch.testing.assert_close(names["objective"], 2 + 0.1 * wanted)
+
+
+def test_the_other_python_of_the_readme_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "runs/pystdlib-tiny-d0.1-s0")
+    hidden_states = [torch.randn(2, 6, 8) for _ in range(3)]
+    names = {"hidden_states": hidden_states, "cross_entropy": torch.tensor(2.0)}
+    others = [text for language, text in blocks(ROOT / "README.md") if language == "python" and "arccos" not in text]
+    for text in others:
+        exec(text, names)
+    assert len(others) >= 2
+    assert len(names["hidden_states"]) == 3
+    assert names["objective"] < 2
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))
