@@ -1,0 +1,155 @@
+"""The examples of docs/hacking.md: each is applied to a copy of the code, trained, killed and resumed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import small_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
+
+# Trains twice: to the end, and until it is killed in step 6, two steps behind a checkpoint. Then, in a new process, goes on.
+TRAIN = """
+import os, signal, sys
+from minidisp import report
+import train
+
+flags, folder = sys.argv[2:], sys.argv[1]
+report.draw_run = lambda *_: []
+learning_rate = train.learning_rate
+
+def killing(step, config):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learning_rate(step, config)
+
+assert train.cli([*flags, "--out", folder + "/whole"]) == 0
+train.learning_rate = killing
+train.cli([*flags, "--out", folder + "/killed"])
+"""
+RESUME = """
+import sys
+from minidisp import report
+import torch, train
+from minidisp.runtime import checkpoint
+
+folder = sys.argv[1]
+report.draw_run = lambda *_: []
+assert train.cli(["--resume", "--out", folder + "/killed"]) == 0
+whole, killed = (checkpoint.read(f"{folder}/{name}/ckpt_last.pt") for name in ("whole", "killed"))
+assert whole["model"].keys() == killed["model"].keys()
+for name, weight in whole["model"].items():
+    assert torch.equal(weight, killed["model"][name]), name
+for a, b in zip(whole.get("average", []), killed.get("average", []), strict=True):
+    assert torch.equal(a, b)
+print("average" in whole)
+"""
+# title: flags, and what the first lines or the log then have
+HACKS = {
+    "1. A term of the objective": (["--norm-penalty", "0.01"], "0.01 x mean squared hidden state"),
+    "2. Another block": (["--parallel"], None),
+    "3. A schedule": (["--schedule", "inverse_sqrt"], "inverse_sqrt schedule"),
+    "4. An optimiser": (["--optimizer", "nadam"], "nadam"),
+    "5. An average of the weights": ([], None),
+    "6. A number that is logged": ([], None),
+}
+
+
+def sections() -> dict[str, str]:
+    return {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
+
+
+def edits(section: str) -> list[tuple[str, str, str]]:
+    """The changes of a section as (file, text to find, text instead)."""
+    found, file = [], ""
+    (block,) = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    for hunk in re.split(r"^(?=--- )|^@@\n", block, flags=re.MULTILINE):
+        lines = hunk.splitlines()
+        if lines and lines[0].startswith("--- "):
+            file = lines.pop(0).removeprefix("--- ")
+        if lines:
+            before = "".join(line[1:] + "\n" for line in lines if line[:1] != "+")
+            after = "".join(line[1:] + "\n" for line in lines if line[:1] != "-")
+            found.append((file, before, after))
+    return found
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    """A checkout with what training needs, the extension that is built ahead included."""
+    code = folder / "code"
+    shutil.copytree(ROOT / "minidisp", code / "minidisp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc", code / "csrc")
+    (code / "data").mkdir()
+    for path in (ROOT / "data").glob("*.py"):
+        shutil.copy(path, code / "data")
+    shutil.copy(ROOT / "train.py", code)
+    return code
+
+
+def apply(section: str, code: Path) -> int:
+    """Make the changes, each of which must fit exactly one place; returns how many there were."""
+    changes = edits(section)
+    for file, before, after in changes:
+        text = (code / file).read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"{file} has {text.count(before)} places for\n{before}"
+        (code / file).write_text(text.replace(before, after), encoding="utf-8")
+    return len(changes)
+
+
+def python(code: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], cwd=code, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_every_example_is_here():
+    assert [title for title in sections() if title[0].isdigit()] == list(HACKS)
+
+
+@pytest.mark.parametrize("title", HACKS)
+def test_an_example_trains_and_resumes_exactly(corpus, tmp_path, title):
+    flags, expected = HACKS[title]
+    code = copy_of_the_code(tmp_path)
+    assert apply(sections()[title], code) <= 4
+    flags = [*small_flags(max_steps=8, save_every=4, eval_every=8), "--data", str(corpus), *flags]
+    killed = python(code, TRAIN, str(tmp_path), *flags)
+    assert killed.returncode == -9, killed.stderr
+    assert expected is None or expected in killed.stdout
+    resumed = python(code, RESUME, str(tmp_path))
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.splitlines()[-1] == str(title.startswith("5"))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    times = {"tokens_per_second", "seconds"}
+    assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
+    for a, b in zip(*logs, strict=True):
+        assert {key: a[key] for key in a.keys() - times} == {key: b[key] for key in b.keys() - times}
+    for number, name in (("1", "norm_penalty"), ("6", "largest_state")):
+        assert (name in logs[0][1]) == title.startswith(number)
+
+
+def test_another_block_is_not_exported(corpus, tmp_path):
+    """A block that the format cannot say is refused, and not written as an ordinary one."""
+    code = copy_of_the_code(tmp_path)
+    apply(sections()["2. Another block"], code)
+    script = """
+import sys
+from minidisp import hf, report
+import train
+report.draw_run = lambda *_: []
+assert train.cli([*sys.argv[2:], "--parallel", "--out", sys.argv[1] + "/run"]) == 0
+sys.exit(hf.main(["export", sys.argv[1] + "/run", sys.argv[1] + "/out"]))
+"""
+    done = python(code, script, str(tmp_path), *small_flags(max_steps=2), "--data", str(corpus))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "parallel" in done.stderr
+    assert not (tmp_path / "out").exists()
