@@ -409,10 +409,10 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
-    print(
-        f"{where}, {args.dtype}, torch {torch.__version__}; dispersion {DISPERSION}, all layers and tokens: "
-        f"{DispersionLoss().prepare(args.device)}\n"
-    )
+    print(f"{where}, {args.dtype}, torch {torch.__version__}", end="")
+    if args.forms is None or "dispersion" in args.forms:
+        print(f"; dispersion {DISPERSION}, all layers and tokens: {DispersionLoss().prepare(args.device)}", end="")
+    print("\n")
     print(
         f"| model | form | ms/step | tokens/s | speed | {' | '.join(PARTS)} | GFLOP/s | of the matrix product | peak MiB |"
     )

@@ -6,11 +6,13 @@
 //   W = weight of each pair   in place of S, while the values are summed
 //   G_I += W U_J,  G_J += W^T U_I
 // Then G, divided by the sum and taken back through the normalisation, is the gradient: 3 L^2 D multiply-adds, no L x L matrix.
-// Every tile is summed from zero before it is added, as a blocked product would. Sequences are dealt out to the threads; those
-// that remain, or a single one, are shared pair of blocks by pair of blocks, with one G per thread, added up in a fixed order:
-// for a given number of threads the result is always the same.
+// Every tile is summed from zero before it is added, as a blocked product would.
+// Sequences are dealt out to the threads. Those that remain are shared by teams of threads, all at once, pair of blocks by
+// pair of blocks: two threads have a G each; more than two share one, and go through the pairs in rounds in which no block
+// occurs twice. So every sum has a fixed order: for a given number of threads the result is always the same.
 // l2_repel does all this in double, as differences of nearly equal tokens need it, on copies of small pieces of z.
-// Memory beyond the gradient: per thread U and G, 2 L D floats (l2_repel: G in double), and tiles of half a megabyte.
+// Memory beyond the gradient: U and at most two G, 3 L D floats, for each sequence that is being worked on (l2_repel: G in
+// double, no U), and for each thread tiles of half a megabyte.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -115,13 +117,23 @@ void read_token(const at::Tensor& z, int64_t b, int64_t i, int64_t d, int64_t n,
   else read_as<c10::Half>(z.const_data_ptr(), offset, z.stride(2), n, out);
 }
 
-// What one thread works with. Threads that share a sequence use the first one's u, norm and so on, and a G each.
-struct Scratch {
-  float *u, *norm, *length, *tile, *panel;                                               // by cosines
-  float* g;
-  double *wide_g, *mean, *square, *wide_tile, *wide_panel, *wide_rows, *wide_columns;    // by distances
+// Beside the sum of weights, what a thread works with, and what it has found out.
+struct Thread {
+  float *tile, *panel;                                       // by cosines
+  double *wide_tile, *wide_panel, *wide_rows, *wide_columns;  // by distances
   double sum, square_sum;
   float most, bad;
+};
+
+// A sequence that is being worked on, by one thread or by several.
+constexpr int64_t kGradients = 2;
+int64_t gradients(int64_t threads) { return threads <= kGradients ? threads : 1; }  // how many G they have
+
+struct Sequence {
+  float *u, *norm, *length, *g[kGradients];          // by cosines
+  double *mean, *square, *wide_g[kGradients];        // by distances
+  double sum, square_sum, shift;
+  bool bad;
 };
 
 // One call: the sizes, and the phases through which a sequence goes.
@@ -136,118 +148,129 @@ struct Call {
   const int64_t width = round_up(by_distance ? D + 1 : D, kPad);  // by distances, column D counts: the sum of the weights
   const int64_t stride = width % 64 == 0 ? width + kPad : width;
 
-  int64_t scratch_bytes() const {
-    const int64_t rows = round_up(L, kPad);
-    if (by_distance)
-      return 8 * ((need_grad ? L * stride : 0) + round_up(D, kPad) + rows + kBlock * kTileStride +
-                  kWideDepth * kTileStride + 2 * kBlock * (kWideDepth + kPad));
-    return 4 * ((need_grad ? 2 : 1) * L * stride + 2 * rows + kBlock * kTileStride + kDepth * kTileStride);
+  int64_t thread_bytes() const {
+    if (by_distance) return 8 * ((kBlock + kWideDepth) * kTileStride + 2 * kBlock * (kWideDepth + kPad));
+    return 4 * (kBlock + kDepth) * kTileStride;
   }
 
-  Scratch lay_out(char* memory) const {
-    Scratch s{};
-    const int64_t rows = round_up(L, kPad);
+  int64_t sequence_bytes(int64_t gradients) const {
+    const int64_t rows = round_up(L, kPad), matrix = L * stride;
+    if (!need_grad) gradients = 0;
+    return by_distance ? 8 * (round_up(D, kPad) + rows + gradients * matrix) : 4 * (2 * rows + (1 + gradients) * matrix);
+  }
+
+  Thread thread_at(char* memory) const {
+    Thread t{};
     if (by_distance) {
       double* p = reinterpret_cast<double*>(memory);
-      const auto take = [&](int64_t n) { return std::exchange(p, p + n); };
-      s.wide_tile = take(kBlock * kTileStride);
-      s.wide_panel = take(kWideDepth * kTileStride);
-      s.wide_rows = take(kBlock * (kWideDepth + kPad));
-      s.wide_columns = take(kBlock * (kWideDepth + kPad));
-      s.mean = take(round_up(D, kPad));
-      s.square = take(rows);
-      s.wide_g = p;
+      t.wide_tile = std::exchange(p, p + kBlock * kTileStride);
+      t.wide_panel = std::exchange(p, p + kWideDepth * kTileStride);
+      t.wide_rows = std::exchange(p, p + kBlock * (kWideDepth + kPad));
+      t.wide_columns = p;
+    } else {
+      t.tile = reinterpret_cast<float*>(memory);
+      t.panel = t.tile + kBlock * kTileStride;
+    }
+    return t;
+  }
+
+  Sequence sequence_at(char* memory, int64_t gradients) const {
+    Sequence s{};
+    const int64_t rows = round_up(L, kPad), matrix = L * stride;
+    if (!need_grad) gradients = 0;
+    if (by_distance) {
+      double* p = reinterpret_cast<double*>(memory);
+      s.mean = std::exchange(p, p + round_up(D, kPad));
+      s.square = std::exchange(p, p + rows);
+      for (int64_t c = 0; c < gradients; ++c) s.wide_g[c] = std::exchange(p, p + matrix);
     } else {
       float* p = reinterpret_cast<float*>(memory);
-      const auto take = [&](int64_t n) { return std::exchange(p, p + n); };
-      s.tile = take(kBlock * kTileStride);
-      s.panel = take(kDepth * kTileStride);
-      s.norm = take(rows);
-      s.length = take(rows);
-      s.u = take(L * stride);
-      s.g = p;
+      s.norm = std::exchange(p, p + rows);
+      s.length = std::exchange(p, p + rows);
+      s.u = std::exchange(p, p + matrix);
+      for (int64_t c = 0; c < gradients; ++c) s.g[c] = std::exchange(p, p + matrix);
     }
     return s;
   }
 
   // Phase 1, by distances only: the mean token.
-  void find_mean(Scratch& s, int64_t b) const {
+  void find_mean(Thread& t, const Sequence& s, int64_t b) const {
     std::fill(s.mean, s.mean + D, 0.0);
     for (int64_t i = 0; i < L; ++i)
       for (int64_t d = 0; d < D; d += kWideDepth) {
         const int64_t n = std::min(kWideDepth, D - d);
-        read_token(z, b, i, d, n, s.wide_rows);
-        for (int64_t e = 0; e < n; ++e) s.mean[d + e] += s.wide_rows[e];
+        read_token(z, b, i, d, n, t.wide_rows);
+        for (int64_t e = 0; e < n; ++e) s.mean[d + e] += t.wide_rows[e];
       }
     for (int64_t d = 0; d < D; ++d) s.mean[d] /= static_cast<double>(L);
   }
 
-  // Phase 2: unit vectors, or squared norms, of the tokens from i to stop. first owns them, s remembers what else is learnt.
-  void prepare(Scratch& s, const Scratch& first, int64_t b, int64_t i, int64_t stop) const {
-    s.bad = 0;
-    s.square_sum = 0;
+  // Phase 2: unit vectors, or squared norms, of the tokens from i to stop. t remembers what else is learnt.
+  void prepare(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t stop) const {
+    t.bad = 0;
+    t.square_sum = 0;
     for (; i < stop; ++i) {
       if (!by_distance) {
-        float* u = first.u + i * stride;
+        float* u = s.u + i * stride;
         read_token(z, b, i, 0, D, u);
         std::fill(u + D, u + width, 0.0f);
-        s.bad += k.unit_row(o, u, D, first.norm + i, first.length + i);
+        t.bad += k.unit_row(o, u, D, s.norm + i, s.length + i);
         continue;
       }
       double square = 0;
       for (int64_t d = 0; d < D; d += kWideDepth) {
         const int64_t n = std::min(kWideDepth, D - d);
-        read_token(z, b, i, d, n, s.wide_rows);
+        read_token(z, b, i, d, n, t.wide_rows);
         for (int64_t e = 0; e < n; ++e) {
-          const double x = s.wide_rows[e], centred = x - first.mean[d + e];
-          s.square_sum += x * x;
+          const double x = t.wide_rows[e], centred = x - s.mean[d + e];
+          t.square_sum += x * x;
           square += centred * centred;
         }
       }
-      first.square[i] = square;
-      s.bad += static_cast<float>(square * 0);
+      s.square[i] = square;
+      t.bad += static_cast<float>(square * 0);
     }
   }
 
   // Rows of z as double, centred, with ones in column D and zeros beyond: features d to d + n of the tokens from i on.
-  void read_centred(const Scratch& first, int64_t b, int64_t i, int64_t rows, int64_t d, int64_t n, double* out) const {
+  void read_centred(const Sequence& s, int64_t b, int64_t i, int64_t rows, int64_t d, int64_t n, double* out) const {
     for (int64_t r = 0; r < rows; ++r, out += kWideDepth + kPad) {
       const int64_t real = std::min(n, D - d);
       if (real > 0) read_token(z, b, i + r, d, real, out);
-      for (int64_t e = 0; e < real; ++e) out[e] -= first.mean[d + e];
+      for (int64_t e = 0; e < real; ++e) out[e] -= s.mean[d + e];
       for (int64_t e = std::max<int64_t>(real, 0); e < n; ++e) out[e] = d + e == D ? 1.0 : 0.0;
     }
   }
 
   // S of the blocks that begin at tokens i and j and have m and n of them.
-  void products(Scratch& s, const Scratch& first, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
+  void products(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
     const bool diagonal = i == j;
     if (by_distance) {
       constexpr int64_t ld = kWideDepth + kPad;
       const int64_t padded = round_up(D, kPad);
       for (int64_t d = 0; d < padded; d += kWideDepth) {
         const int64_t depth = std::min(kWideDepth, padded - d);
-        read_centred(first, b, i, m, d, depth, s.wide_rows);
-        if (!diagonal) read_centred(first, b, j, n, d, depth, s.wide_columns);
-        k.wide_transpose(diagonal ? s.wide_rows : s.wide_columns, ld, n, depth, s.wide_panel, kTileStride);
+        read_centred(s, b, i, m, d, depth, t.wide_rows);
+        if (!diagonal) read_centred(s, b, j, n, d, depth, t.wide_columns);
+        k.wide_transpose(diagonal ? t.wide_rows : t.wide_columns, ld, n, depth, t.wide_panel, kTileStride);
         // Column D, the ones, takes no part in the products.
-        k.wide_multiply(m, round_up(n, kPad), std::min(depth, D - d), s.wide_rows, ld, s.wide_panel, kTileStride,
-                        s.wide_tile, kTileStride, d > 0, diagonal);
+        k.wide_multiply(m, round_up(n, kPad), std::min(depth, D - d), t.wide_rows, ld, t.wide_panel, kTileStride,
+                        t.wide_tile, kTileStride, d > 0, diagonal);
       }
     } else {
       for (int64_t d = 0; d < width; d += kDepth) {
         const int64_t depth = std::min(kDepth, width - d);
-        k.transpose(first.u + j * stride + d, stride, n, depth, s.panel, kTileStride);
-        k.multiply(m, round_up(n, kPad), depth, first.u + i * stride + d, stride, s.panel, kTileStride, s.tile,
-                   kTileStride, d > 0, diagonal);
+        k.transpose(s.u + j * stride + d, stride, n, depth, t.panel, kTileStride);
+        k.multiply(m, round_up(n, kPad), depth, s.u + i * stride + d, stride, t.panel, kTileStride, t.tile, kTileStride,
+                   d > 0, diagonal);
       }
     }
   }
 
-  // Phases 3 and 4: all that is done with part of the pairs of blocks: find the largest cosine, or sum values and weights.
+  // Calls function(i, j, m, n) for every n-th pair of blocks, from number t on.
   template <class Function>
-  void for_pairs(int64_t block, int64_t part, int64_t parts, Function function) const {
-    for (int64_t number = part; number < block_pairs((L + block - 1) / block); number += parts) {
+  void for_pairs(int64_t block, int64_t t, int64_t n, Function function) const {
+    for (int64_t number = t; number < block_pairs((L + block - 1) / block); number += n) {
       int64_t I, J;
       block_pair(number, &I, &J);
       const int64_t i = I * block, j = J * block;
@@ -255,106 +278,160 @@ struct Call {
     }
   }
 
-  void find_largest(Scratch& s, const Scratch& first, int64_t b, int64_t block, int64_t part, int64_t parts) const {
-    s.most = -2;
-    for_pairs(block, part, parts, [&](int64_t i, int64_t j, int64_t m, int64_t n) {
-      products(s, first, b, i, j, m, n);
-      s.most = std::max(s.most, k.largest(s.tile, kTileStride, m, n, i == j));
-    });
+  // The same for the pairs of one of rounds(block). In round r, block I meets block J = r - I modulo the number of rounds,
+  // which is odd: so every block is in one pair only, and after all rounds every pair has been there once.
+  int64_t rounds(int64_t block) const { return ((L + block - 1) / block) | 1; }
+
+  template <class Function>
+  void for_pairs_of_round(int64_t r, int64_t block, int64_t t, int64_t n, Function function) const {
+    const int64_t blocks = (L + block - 1) / block, all = rounds(block);
+    int64_t number = 0;
+    for (int64_t I = 0; I < blocks; ++I) {
+      const int64_t J = (r - I + all) % all, i = I * block, j = J * block;
+      if (J >= I && J < blocks && number++ % n == t) function(i, j, std::min(block, L - i), std::min(block, L - j));
+    }
   }
 
-  void sum_pairs(Scratch& s, const Scratch& first, int64_t b, double shift, int64_t block, int64_t part,
-                 int64_t parts) const {
-    s.sum = 0;
-    if (need_grad && by_distance) std::fill(s.wide_g, s.wide_g + L * stride, 0.0);
-    if (need_grad && !by_distance) std::fill(s.g, s.g + L * stride, 0.0f);
-    for_pairs(block, part, parts, [&](int64_t i, int64_t j, int64_t m, int64_t n) {
-      const bool diagonal = i == j;
-      products(s, first, b, i, j, m, n);
-      if (by_distance) {
-        s.sum += k.weigh_distances(o.tau, first.square + i, first.square + j, s.wide_tile, kTileStride, m, n, diagonal,
-                                   need_grad);
-        if (!need_grad) return;
-        constexpr int64_t ld = kWideDepth + kPad;
-        for (int64_t d = 0; d < width; d += kWideDepth) {
-          const int64_t depth = std::min(kWideDepth, width - d);
-          read_centred(first, b, j, n, d, depth, s.wide_columns);
-          k.wide_multiply(m, depth, n, s.wide_tile, kTileStride, s.wide_columns, ld, s.wide_g + i * stride + d, stride,
-                          true, false);
-          if (diagonal) continue;
-          read_centred(first, b, i, m, d, depth, s.wide_rows);
-          k.wide_multiply_transposed(n, depth, m, s.wide_tile, kTileStride, s.wide_rows, ld, s.wide_g + j * stride + d,
-                                     stride, true, false);
-        }
-      } else {
-        s.sum += k.weigh_cosines(o, shift, s.tile, kTileStride, m, n, diagonal, need_grad);
-        if (!need_grad) return;
-        k.multiply(m, width, n, s.tile, kTileStride, first.u + j * stride, stride, s.g + i * stride, stride, true, false);
-        if (diagonal) return;
-        k.multiply_transposed(n, width, m, s.tile, kTileStride, first.u + i * stride, stride, s.g + j * stride, stride,
-                              true, false);
+  // Phase 3, where it is needed: the largest cosine.
+  void find_largest(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
+    products(t, s, b, i, j, m, n);
+    t.most = std::max(t.most, k.largest(t.tile, kTileStride, m, n, i == j));
+  }
+
+  void clear_gradient(const Sequence& s, int64_t copy, int64_t i, int64_t stop) const {
+    if (!need_grad) return;
+    if (by_distance) std::fill(s.wide_g[copy] + i * stride, s.wide_g[copy] + stop * stride, 0.0);
+    else std::fill(s.g[copy] + i * stride, s.g[copy] + stop * stride, 0.0f);
+  }
+
+  // Phase 4, of a pair of blocks: the sum of the values, and the weights times the other tokens, added to a G.
+  void sum_pair(Thread& t, const Sequence& s, int64_t copy, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
+    const bool diagonal = i == j;
+    products(t, s, b, i, j, m, n);
+    if (by_distance) {
+      t.sum += k.weigh_distances(o.tau, s.square + i, s.square + j, t.wide_tile, kTileStride, m, n, diagonal, need_grad);
+      if (!need_grad) return;
+      constexpr int64_t ld = kWideDepth + kPad;
+      double* const g = s.wide_g[copy];
+      for (int64_t d = 0; d < width; d += kWideDepth) {
+        const int64_t depth = std::min(kWideDepth, width - d);
+        read_centred(s, b, j, n, d, depth, t.wide_columns);
+        k.wide_multiply(m, depth, n, t.wide_tile, kTileStride, t.wide_columns, ld, g + i * stride + d, stride, true, false);
+        if (diagonal) continue;
+        read_centred(s, b, i, m, d, depth, t.wide_rows);
+        k.wide_multiply_transposed(n, depth, m, t.wide_tile, kTileStride, t.wide_rows, ld, g + j * stride + d, stride, true,
+                                   false);
       }
-    });
+    } else {
+      t.sum += k.weigh_cosines(o, s.shift, t.tile, kTileStride, m, n, diagonal, need_grad);
+      if (!need_grad) return;
+      float* const g = s.g[copy];
+      k.multiply(m, width, n, t.tile, kTileStride, s.u + j * stride, stride, g + i * stride, stride, true, false);
+      if (diagonal) return;
+      k.multiply_transposed(n, width, m, t.tile, kTileStride, s.u + i * stride, stride, g + j * stride, stride, true, false);
+    }
   }
 
-  // Phase 5: the gradient of the tokens from i to stop, from everybody's G. sum is over the pairs i < j.
-  void finish(Scratch* all, int64_t n, int64_t b, double sum, int64_t i, int64_t stop) const {
+  // Phase 5: the gradient of the tokens from i to stop, from the first `copies` G. s.sum is over the pairs i < j.
+  void finish(const Sequence& s, int64_t copies, int64_t b, int64_t i, int64_t stop) const {
     const double tokens = static_cast<double>(L), pairs = tokens * (tokens - 1), batch = static_cast<double>(B);
-    std::vector<float*> parts(n);
+    float* parts[kGradients] = {};
+    if (s.bad) {
+      std::fill(grad + (b * L + i) * D, grad + (b * L + stop) * D, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
     for (; i < stop; ++i) {
       float* out = grad + (b * L + i) * D;
       if (by_distance) {
-        double* g = all[0].wide_g + i * stride;
-        for (int64_t t = 1; t < n; ++t)
-          for (int64_t d = 0; d <= D; ++d) g[d] += all[t].wide_g[i * stride + d];
-        const double scale = 4 / (o.tau * (2 * sum + tokens) * batch);
+        double* g = s.wide_g[0] + i * stride;
+        for (int64_t c = 1; c < copies; ++c)
+          for (int64_t d = 0; d <= D; ++d) g[d] += s.wide_g[c][i * stride + d];
+        const double scale = 4 / (o.tau * (2 * s.sum + tokens) * batch);
         const double pull = 0.2 / (batch * tokens * static_cast<double>(D));
         read_token(z, b, i, 0, D, out);
         for (int64_t d = 0; d < D; ++d) {
           const double x = out[d];
-          out[d] = static_cast<float>(scale * (g[d] - g[D] * (x - all[0].mean[d])) + pull * x);
+          out[d] = static_cast<float>(scale * (g[d] - g[D] * (x - s.mean[d])) + pull * x);
         }
       } else {
-        double scale = 2 / (kPi * o.tau * 2 * sum);
+        double scale = 2 / (kPi * o.tau * 2 * s.sum);
         if (o.variant == Variant::orthogonalization) scale = 4 / (kPi * pairs);
         if (o.variant == Variant::decorrelation) scale = 4 / pairs;
-        for (int64_t t = 0; t < n; ++t) parts[t] = all[t].g + i * stride;
-        k.gradient_row(o, parts.data(), static_cast<int>(n), all[0].u + i * stride, D, all[0].norm[i], all[0].length[i],
+        for (int64_t c = 0; c < copies; ++c) parts[c] = s.g[c] + i * stride;
+        k.gradient_row(o, parts, static_cast<int>(copies), s.u + i * stride, D, s.norm[i], s.length[i],
                        static_cast<float>(scale / batch), out);
       }
     }
   }
 
-  double loss(double sum, double square_sum, double shift) const {
+  double loss(const Sequence& s) const {
+    if (s.bad) return std::numeric_limits<double>::quiet_NaN();
     const double tokens = static_cast<double>(L), pairs = tokens * (tokens - 1);
-    if (o.variant == Variant::angular_spread) return std::log(2 * sum / pairs) - shift / (kPi * o.tau);
+    if (o.variant == Variant::angular_spread) return std::log(2 * s.sum / pairs) - s.shift / (kPi * o.tau);
     if (by_distance)
-      return std::log((2 * sum + tokens) / (tokens * tokens)) + 0.1 * square_sum / (tokens * static_cast<double>(D));
-    return 2 * sum / pairs;
+      return std::log((2 * s.sum + tokens) / (tokens * tokens)) + 0.1 * s.square_sum / (tokens * static_cast<double>(D));
+    return 2 * s.sum / pairs;
   }
 
-  // A whole sequence by n threads, each with a Scratch; split(f) runs f(t) for every t < n.
+  // `count` sequences from b on, at once, by n threads each. All go through a phase before the next one begins: split(f) runs
+  // f(q, t) for all q < count, t < n. Thread t of sequence q has threads[q * n + t], and the tokens from first(t) on.
   template <class Split>
-  double sequence(Scratch* all, int64_t n, int64_t b, Split split) const {
-    const int64_t block = n > 1 && L < 4 * kBlock ? kBlock / 2 : kBlock;  // smaller ones are easier to share
-    if (by_distance) find_mean(all[0], b);
-    split([&](int64_t t) { prepare(all[t], all[0], b, t * L / n, (t + 1) * L / n); });
-    double bad = 0, sum = 0, square_sum = 0, shift = o.smallest_angle();
-    for (int64_t t = 0; t < n; ++t) bad += all[t].bad, square_sum += all[t].square_sum;
-    if (bad != 0 || std::isnan(bad)) {
-      if (need_grad) std::fill(grad + b * L * D, grad + (b + 1) * L * D, std::numeric_limits<float>::quiet_NaN());
-      return std::numeric_limits<double>::quiet_NaN();
+  void run(Sequence* sequences, int64_t count, Thread* threads, int64_t n, int64_t b, double* losses, Split split) const {
+    const int64_t copies = gradients(n);
+    int64_t block = kBlock;  // smaller ones are easier to share
+    const int64_t least = n == 1 ? kBlock : copies > 1 ? kBlock / 2 : kBlock / 4;
+    while (block > least && L < 2 * n * block) block /= 2;
+    const auto first = [&](int64_t t) { return t * L / n; };
+    const auto for_members = [&](int64_t q, auto function) {
+      for (int64_t t = 0; t < n; ++t) function(threads[q * n + t]);
+    };
+
+    if (by_distance)
+      split([&](int64_t q, int64_t t) {
+        if (t == 0) find_mean(threads[q * n], sequences[q], b + q);
+      });
+    split([&](int64_t q, int64_t t) { prepare(threads[q * n + t], sequences[q], b + q, first(t), first(t + 1)); });
+    for (int64_t q = 0; q < count; ++q) {
+      double bad = 0;
+      sequences[q].square_sum = 0;
+      for_members(q, [&](const Thread& t) { bad += t.bad, sequences[q].square_sum += t.square_sum; });
+      sequences[q].bad = bad != 0 || std::isnan(bad);
+      sequences[q].shift = o.smallest_angle();
     }
+
     if (o.shift_must_be_found()) {
-      split([&](int64_t t) { find_largest(all[t], all[0], b, block, t, n); });
-      double most = o.clamp - 1;
-      for (int64_t t = 0; t < n; ++t) most = std::max(most, static_cast<double>(all[t].most));
-      shift = std::acos(std::min(most, 1 - o.clamp));
+      split([&](int64_t q, int64_t t) {
+        threads[q * n + t].most = -2;
+        if (sequences[q].bad) return;
+        for_pairs(block, t, n, [&](auto... pair) { find_largest(threads[q * n + t], sequences[q], b + q, pair...); });
+      });
+      for (int64_t q = 0; q < count; ++q) {
+        double most = o.clamp - 1;
+        for_members(q, [&](const Thread& t) { most = std::max(most, static_cast<double>(t.most)); });
+        sequences[q].shift = std::acos(std::min(most, 1 - o.clamp));
+      }
     }
-    split([&](int64_t t) { sum_pairs(all[t], all[0], b, shift, block, t, n); });
-    for (int64_t t = 0; t < n; ++t) sum += all[t].sum;
-    if (need_grad) split([&](int64_t t) { finish(all, n, b, sum, t * L / n, (t + 1) * L / n); });
-    return loss(sum, square_sum, shift);
+
+    split([&](int64_t q, int64_t t) {
+      threads[q * n + t].sum = 0;
+      if (copies < n) clear_gradient(sequences[q], 0, first(t), first(t + 1));
+      else clear_gradient(sequences[q], t, 0, L);
+      if (copies < n || sequences[q].bad) return;
+      for_pairs(block, t, n, [&](auto... pair) { sum_pair(threads[q * n + t], sequences[q], t, b + q, pair...); });
+    });
+    for (int64_t round = 0; copies < n && round < rounds(block); ++round)
+      split([&](int64_t q, int64_t t) {
+        if (sequences[q].bad) return;
+        for_pairs_of_round(round, block, t, n,
+                           [&](auto... pair) { sum_pair(threads[q * n + t], sequences[q], 0, b + q, pair...); });
+      });
+    for (int64_t q = 0; q < count; ++q) {
+      sequences[q].sum = 0;
+      for_members(q, [&](const Thread& t) { sequences[q].sum += t.sum; });
+      losses[b + q] = loss(sequences[q]);
+    }
+    if (need_grad)
+      split([&](int64_t q, int64_t t) { finish(sequences[q], copies, b + q, first(t), first(t + 1)); });
   }
 };
 
@@ -366,26 +443,41 @@ std::tuple<at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_v
   const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, kernels};
 
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t bytes = round_up(call.scratch_bytes(), 64) + 192;  // 192: off the powers of two, again
-  const at::Tensor memory = at::empty({threads * bytes + 64}, z.options().dtype(at::kByte));
-  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data_ptr()) % 64);
-  char* start = static_cast<char*>(memory.data_ptr()) + (misaligned ? 64 - misaligned : 0);
-  std::vector<Scratch> all(threads);
-  for (int64_t t = 0; t < threads; ++t) all[t] = call.lay_out(start + t * bytes);
+  const int64_t dealt = call.B / threads * threads, left = call.B - dealt;
+  // Those that are left over go at once if that gives each of them two threads, else in two turns.
+  const int64_t teams = 2 * left <= threads ? left : (left + 1) / 2;
+  const int64_t team_gradients = gradients(threads / std::max<int64_t>(teams, 1));
 
-  const auto split = [&](const auto& function) {
-    at::parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
-      for (; t < stop; ++t) function(t);
-    });
-  };
-  const auto alone = [](const auto& function) { function(0); };
-  const int64_t dealt = call.B / threads * threads;
+  const auto spaced = [](int64_t bytes) { return round_up(bytes, 64) + 192; };  // 192: off the powers of two, again
+  const int64_t thread_bytes = spaced(call.thread_bytes());
+  const int64_t dealt_bytes = spaced(call.sequence_bytes(1)), team_bytes = spaced(call.sequence_bytes(team_gradients));
+  const int64_t bytes = threads * thread_bytes + std::max(dealt ? threads * dealt_bytes : 0, teams * team_bytes);
+  const at::Tensor memory = at::empty({bytes + 64}, z.options().dtype(at::kByte));
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data_ptr()) % 64);
+  char* const start = static_cast<char*>(memory.data_ptr()) + (misaligned ? 64 - misaligned : 0);
+  char* const rest = start + threads * thread_bytes;
+  std::vector<Thread> all(threads);
+  std::vector<Sequence> sequences(threads);
+  for (int64_t t = 0; t < threads; ++t) all[t] = call.thread_at(start + t * thread_bytes);
+
   std::vector<double> losses(call.B);
-  if (dealt > 0)
-    split([&](int64_t t) {
-      for (int64_t b = t; b < dealt; b += threads) losses[b] = call.sequence(&all[t], 1, b, alone);
+  if (dealt > 0) {
+    for (int64_t t = 0; t < threads; ++t) sequences[t] = call.sequence_at(rest + t * dealt_bytes, 1);
+    at::parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
+      for (; t < stop; ++t)
+        for (int64_t b = t; b < dealt; b += threads)
+          call.run(&sequences[t], 1, &all[t], 1, b, losses.data(), [](const auto& function) { function(0, 0); });
     });
-  for (int64_t b = dealt; b < call.B; ++b) losses[b] = call.sequence(all.data(), threads, b, split);
+  }
+  for (int64_t q = 0; q < teams; ++q) sequences[q] = call.sequence_at(rest + q * team_bytes, team_gradients);
+  for (int64_t b = dealt; b < call.B; b += teams) {
+    const int64_t count = std::min(teams, call.B - b), n = threads / count;
+    call.run(sequences.data(), count, all.data(), n, b, losses.data(), [&](const auto& function) {
+      at::parallel_for(0, count * n, 1, [&](int64_t i, int64_t stop) {
+        for (; i < stop; ++i) function(i / n, i % n);
+      });
+    });
+  }
 
   double loss = 0;
   for (double x : losses) loss += x;

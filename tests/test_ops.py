@@ -1,5 +1,6 @@
 """minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference."""
 
+import contextlib
 import functools
 import math
 import os
@@ -92,19 +93,46 @@ def test_streamed_in_float64(variant, case):
 @every_run
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 129, 33), (1, 300, 70), (5, 31, 257)])
 @pytest.mark.parametrize("spread", [1.0, 0.01])  # 0.01: nearly parallel
-@pytest.mark.parametrize("threads", [1, 2])
-def test_odd_sizes(impl, variant, device, shape, spread, threads):
+@pytest.mark.parametrize("number", [1, 2])
+def test_odd_sizes(impl, variant, device, shape, spread, number):
     B, _, C = shape
     z = (randn(B, 1, C, seed=1) * (spread < 1) + spread * randn(*shape)).float()
-    if impl == "streamed" and threads == 2:
+    if impl == "streamed" and number == 2:
         pytest.skip("has no threads of its own")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         for tau in (1.0, 1e-3):
             assert_as_good_as_reference(z, variant, impl, device, tau=tau)
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+@needs_fused
+@pytest.mark.parametrize("variant", ops.FUSED_VARIANTS)
+@pytest.mark.parametrize(("number", "B"), [(3, 1), (3, 5), (4, 2), (4, 7), (7, 3), (7, 6), (16, 1)])
+def test_teams_of_threads(variant, number, B):
+    """Sequences that cannot be dealt out evenly: teams of two with a gradient each, larger ones that share it, in turns."""
+    for T in (2, 37, 300):
+        z = randn(B, T, 40).float()
+        with threads(number):
+            for tau in (1.0, 1e-3):
+                assert_as_good_as_reference(z, variant, "fused", "cpu", rounding=2e-6, tau=tau)
+            value, gradient = value_and_gradient(z, variant, "fused")
+            again, gradient_again = value_and_gradient(z, variant, "fused")
+            assert value == again == dispersion_loss(z, variant, impl="fused").item()
+            assert torch.equal(gradient, gradient_again)
+            z[-1, 1, 3] = math.nan
+            value, gradient = value_and_gradient(z, variant, "fused")
+        assert math.isnan(value)
+        assert gradient[-1].isnan().all()
+        assert gradient[:-1].isfinite().all()
 
 
 @every_run
@@ -216,7 +244,7 @@ import re, sys, torch
 from minidisp import ops
 from minidisp.dispersion import dispersion_loss
 ops.find_or_build("cpu")
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[3]))
 # Not getrusage's peak, which a child takes over from its parent: that of pytest hides everything.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
 dispersion_loss(torch.randn(1, 300, 64, requires_grad=True), sys.argv[2], impl=sys.argv[1]).backward()
@@ -225,11 +253,12 @@ before = peak()
 dispersion_loss(z, sys.argv[2], impl=sys.argv[1]).backward()
 print(peak() - before)
 """
-    runs = [("streamed", "angular_spread", 16), ("streamed", "perplexity_entropy", 56)]
-    runs += [("fused", "angular_spread", 8), ("fused", "l2_repel", 10)] if FUSED else []
-    runs += [("reference", "angular_spread", None)]
-    for impl, variant, limit_mib in runs:
-        command = [sys.executable, "-c", script, impl, variant]
+    runs = [("streamed", "angular_spread", 1, 16), ("streamed", "perplexity_entropy", 1, 56)]
+    runs += [("fused", "angular_spread", 1, 8), ("fused", "l2_repel", 1, 10)] if FUSED else []
+    runs += [("fused", "angular_spread", 32, 16)] if FUSED else []  # 1/4 MiB per thread; a gradient per thread is 1 MiB
+    runs += [("reference", "angular_spread", 1, None)]
+    for impl, variant, number, limit_mib in runs:
+        command = [sys.executable, "-c", script, impl, variant, str(number)]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         if limit_mib:
             assert float(result.stdout) < limit_mib, (impl, variant)

@@ -172,14 +172,3 @@ def check_cuda() -> str:
     except OSError as error:  # no place to write
         return f"the CUDA kernels could not be checked: {build.first_line(error)}; {build.OTHER_FOLDER}"
     return "" if passed else f"the CUDA kernels failed their check on this GPU; see {log} (delete it to try again)"
-
-
-# As they were called before train.py asked DispersionLoss.prepare
-
-
-def resolve(impl: str, device: str) -> str:
-    return select(impl, "angular_spread", torch.float32, device)[0]
-
-
-def explain(device: str) -> str:
-    return describe("auto", "angular_spread", torch.float32, device)
