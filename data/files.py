@@ -28,8 +28,12 @@ def say(line: str) -> None:
 
 def printable(text: str | Path) -> str:
     """A text on one line, with an escape for what cannot be printed: bytes that are no UTF-8 in a file's name, newlines."""
-    text = os.fsencode(text).decode("utf-8", errors="backslashreplace")
-    return "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if is_plain(c) else _escape(c) for c in str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)  # Python writes a byte of a name that is no UTF-8 as U+DC00 + the byte
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
 # --- a file, the same each time that it is read -----------------------------------------------------------------------

@@ -388,7 +388,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     if args.corpus not in (None, *BUILT_IN):
-        parser.error(f"{args.corpus}: no built-in corpus ({', '.join(BUILT_IN)}); for your own text use --input")
+        parser.error(
+            f"{printable(args.corpus)}: no built-in corpus ({', '.join(BUILT_IN)}); for your own text use --input"
+        )
     own = [flag for flag, value in (("--input", args.input), ("--hf", args.hf)) if value]
     if len(own) + (args.corpus is not None) > 1:
         parser.error("prepare one corpus at a time: NAME, --input or --hf")

@@ -109,7 +109,7 @@ def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
     text = record
     if isinstance(record, dict):
         if field not in record:
-            fields = ", ".join(map(str, record)) or "none at all"
+            fields = printable(", ".join(map(str, [*record][:20]))[:200]) or "none at all"
             return BadRow("no such field", f"{where}: no field {field!r} but {fields}; see {flag}")
         text = record[field]
     elif not isinstance(record, str):
@@ -209,7 +209,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     try:
         with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             if field not in (names := table.schema_arrow.names):
-                message = f"{file.name}: no column {field!r} but {', '.join(names)}; see --field"
+                message = f"{file.name}: no column {field!r} but {printable(', '.join(names[:20]))}; see --field"
                 yield BadRow("no such field", message)
                 return
             for batch in table.iter_batches(batch_size=1000, columns=[field]):
@@ -220,7 +220,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                         yield row({field: value.as_py()}, field, "--field", where)
                     except UnicodeDecodeError as error:
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, ValueError):  # the last for names that are not UTF-8
         yield damaged(file, f"row {number}")
 
 

@@ -165,6 +165,7 @@ BAD_ROWS = {
     "half a surrogate pair": (rb'{"text": "x\ud800y"}', "half a surrogate pair at character 1"),
     "not a text": (b'{"text": ["a"]}', 'not a text but ["a"]'),
     "no such field": (b'{"txt": "a"}', "no field 'text' but txt"),
+    "no such field ": (rb'{"a\nb\u2028\ud800": "a"}', r"no field 'text' but a\nb\u2028\ud800"),
     "not an object": (b"17", "not a JSON object"),
     "not JSON": (b'{"text": "a"', "not JSON"),
     "not UTF-8": (b'{"text": "\xe9"}', "not UTF-8"),
@@ -176,6 +177,7 @@ BAD_ROWS = {
 def test_bad_rows_stop_or_are_counted(run, monkeypatch, reason):
     monkeypatch.setattr(sources, "MAX_ROW_BYTES", 4000)
     bad, message = BAD_ROWS[reason]
+    reason = reason.strip()
     texts = make_texts()
     good = [json.dumps({"text": text}).encode() for text in texts]
     Path("a.jsonl").write_bytes(b"\n".join([*good[:57], bad, *good[57:], bad, b""]))
