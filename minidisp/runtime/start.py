@@ -1,9 +1,8 @@
 """Weights that a new run begins with, from another run or a Hugging Face folder: --init-from."""
 
 import dataclasses
-from pathlib import Path
 
-from minidisp import InputError, hf
+from minidisp import InputError, families, hf
 from minidisp.config import Config, from_dict, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT, GPTConfig
@@ -13,7 +12,7 @@ from minidisp.runtime import checkpoint
 def architecture_of(source: str) -> GPTConfig:
     """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it."""
     if hf.is_folder(source):
-        return hf.read_config(Path(source))
+        return families.read_config(hf.find_folder(source))[1]
     path = checkpoint.find(source)
     beside = path.parent / "config.json"
     saved = read_json(beside) if beside.is_file() else checkpoint.read(path)["config"]
