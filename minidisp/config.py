@@ -7,6 +7,7 @@ A field declared with `flag(default, help)` is the flag of the same name in keba
 import argparse
 import dataclasses
 import math
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,8 @@ def parse(
     architecture_of: the model that --init-from names. Its architecture is taken over; a flag that says otherwise is refused.
     """
     given = vars(_parser(prog).parse_args(argv))
+    for name in {"config", "out", "data", "init_from", "distill"} & given.keys():
+        given[name] = os.path.expanduser(given[name])  # where no shell has done so
     base = {}
     if given.get("resume") and given.get("init_from"):
         raise InputError("--resume goes on with a run's own weights: leave out --init-from")

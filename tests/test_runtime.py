@@ -1,0 +1,271 @@
+"""What keeps a run safe: good checkpoints, threads, launchers, compilers, and what the terminal says."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from minidisp import InputError, loss, report
+from minidisp.config import parse
+from minidisp.runtime import checkpoint, device, processes
+from minidisp.runtime.processes import World
+from tests.conftest import small_config, small_flags
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+
+
+# --- a checkpoint that is called good ---------------------------------------------------------------------------------
+
+
+def outputs_are_finite(run: Path) -> bool:
+    model, _ = checkpoint.load(run / checkpoint.LAST)
+    weights = all(torch.isfinite(p).all() for p in model.parameters())
+    return bool(weights and torch.isfinite(model(torch.arange(20)[None]).logits).all())
+
+
+@pytest.mark.parametrize("lr", ["1e8", "1e30", "1e38"])
+def test_what_is_called_good_has_been_seen_to_work(corpus, tmp_path, capsys, lr):
+    """The weights after a huge step are finite, at first, and give NaN: no such checkpoint replaces a good one."""
+    run = tmp_path / "run"
+    flags = small_flags(max_steps=40, lr=lr, warmup_steps=0, grad_clip=0, save_every=1, eval_every=100)
+    code = train.cli([*flags, "--data", str(corpus), "--out", str(run)])
+    error = capsys.readouterr().err
+    if code == 0:
+        assert outputs_are_finite(run)
+        return
+    assert code == 3
+    assert ("nothing was saved" in error) != ("is good" in error)
+    if "is good" in error:
+        assert outputs_are_finite(run)
+    else:
+        assert not (run / checkpoint.LAST).exists()
+
+
+def test_a_run_that_diverged_goes_on_from_its_good_checkpoint(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    base = ["--data", str(corpus), "--out", str(run)]
+    assert train.cli([*small_flags(max_steps=4, save_every=2), *base]) == 0
+    assert train.cli(["--resume", "--out", str(run), "--max-steps", "40", "--lr", "1e38", "--grad-clip", "0"]) == 3
+    assert f"{run / checkpoint.LAST} is good, step " in capsys.readouterr().err
+    assert outputs_are_finite(run)
+    assert train.cli(["--resume", "--out", str(run), "--max-steps", "12", "--lr", "1e-3", "--grad-clip", "1"]) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path):
+    with ExitStack() as at_exit:
+        trainer = train.Trainer(small_config(corpus, tmp_path / "run"), train.ALONE, at_exit)
+        trainer.progress = report.Progress(12, 0, 0.0, hidden=True)
+        assert trainer.is_good()
+        with torch.no_grad():
+            trainer.model.wpe.weight[31, 0] = math.nan
+        assert not trainer.is_good()
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cross_entropy_that_is_changed_in_one_form_alone_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    plain = loss.plain
+    monkeypatch.setattr(
+        loss, "plain", lambda x, weight, targets, reduction="mean": plain(x, weight, targets, reduction) * 1.1
+    )
+    assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    assert "minidisp/loss.py differ" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- threads, launchers, compilers ------------------------------------------------------------------------------------
+
+
+def test_training_in_a_thread(corpus, tmp_path):
+    """As web demos do; signals belong to the main thread."""
+    summaries = []
+    thread = threading.Thread(target=lambda: summaries.append(train.main(small_config(corpus, tmp_path / "run"))))
+    thread.start()
+    thread.join()
+    assert summaries[0]["last"]["step"] == 12
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, True),
+        ({"TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # a batch script
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "two", "RANK": "1"}, "WORLD_SIZE is two"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "below WORLD_SIZE"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "SLURM_PROCID"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_the_launcher_is_read_off_the_environment(monkeypatch, variables, expected):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, bool):
+        assert processes.is_launched() == expected
+        return
+    with pytest.raises(InputError, match=expected) as error:
+        processes.is_launched()
+    assert "\n" not in str(error.value)
+
+
+def test_processes_without_torchrun_train_one_run(corpus, tmp_path):
+    """As srun and mpirun start them: RANK, WORLD_SIZE, MASTER_ADDR and nothing of torchrun's."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "train.py",
+        *small_flags(max_steps=2),
+        "--data",
+        str(corpus),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "2 processes" in printed[0]
+    assert not printed[1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["processes"] == 2
+
+
+def test_compiling_without_a_compiler_is_one_line(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run"), "--compile", "on"]) == 2
+    error = capsys.readouterr().err
+    assert "compiler" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert not device.compiles("auto", torch.device("cuda"))  # which goes on without
+    assert "not compiled" in capsys.readouterr().err
+    assert not device.compiles("auto", torch.device("cpu"))
+    assert not device.compiles("off", torch.device("cuda"))
+
+
+def test_a_compiler_that_fails_is_one_line(corpus, tmp_path, monkeypatch):
+    """The first step compiles, and what goes wrong there has pages of traceback."""
+    environment = {**os.environ, "CXX": shutil.which("false"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = [*small_flags(max_steps=1), "--data", str(corpus), "--out", str(tmp_path / "run"), "--compile", "on"]
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: torch.compile failed")
+
+
+# --- what the terminal says -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("--learning-rate", "--lr"), ("--max_iters", "--max-steps"), ("--gradient-accumulation-steps", "--grad-accum"),
+     ("--n_layers", "--n-layer"), ("--d-model", "--n-embd"), ("--lambda", "--dispersion"), ("--output_dir", "--out"),
+     ("--context-length=8", "--block-size")],
+)  # fmt: skip
+def test_the_usual_names_lead_to_the_flag(theirs, ours):
+    with pytest.raises(InputError, match=f"did you mean {ours}\\?"):
+        parse([theirs, "1"])
+
+
+def test_every_name_from_elsewhere_leads_to_a_flag():
+    from minidisp.config import ELSEWHERE, GROUPS, flags
+
+    names = {field.name for field in flags()}
+    assert set(ELSEWHERE.values()) <= names
+    assert not set(ELSEWHERE) & names
+    assert set(GROUPS.values()) <= names
+
+
+def test_help_has_groups_and_no_false_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for group in ("run:", "data:", "model:", "dispersion:", "optimisation:", "system:", "logging:"):
+        assert f"\n{group}\n" in text
+    assert "default False" not in text
+    assert text.index("--n-layer") < text.index("--dispersion ")
+
+
+def test_a_run_that_is_all_warm_up_says_so(corpus, tmp_path, capsys):
+    train.main(small_config(corpus, tmp_path / "run", max_steps=2, warmup_steps=40))
+    out = capsys.readouterr().out
+    assert "all of it warm-up" in out
+    assert "--warmup-steps 40" in out
+    train.main(small_config(corpus, tmp_path / "another", max_steps=3, warmup_steps=2))
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_without_a_terminal_there_are_lines(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minidisp.report.progress.SECONDS_BETWEEN_LINES", 0)
+    train.main(small_config(corpus, tmp_path / "run", log_every=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 1 of 12", "step 4 of 12", "step 8 of 12", "step 12 of 12"]
+    assert all("tokens/s" in line and "left" in line for line in lines)
+
+
+def test_resume_of_a_run_that_is_not_there_says_so(tmp_path, capsys):
+    assert train.cli(["--resume", "--out", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert f"--resume: there is no run in {tmp_path / 'nowhere'}" in error
+    assert error.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["--out", "~/x"]).run_dir == tmp_path / "x"
+
+
+# --- --init-from ------------------------------------------------------------------------------------------------------
+
+
+def test_init_from_brings_its_architecture_and_refuses_what_was_typed_otherwise(corpus, run, tmp_path, capsys):
+    """Also where what was typed is what the flag has by default."""
+    base = ["--init-from", str(run), "--data", str(corpus), "--max-steps", "1", "--device", "cpu"]
+    for flags, expected in (
+        (["--n-layer", "8"], "n_layer 2, not 8"),
+        (["--n-embd", "192"], "n_embd 32, not 192"),
+        (["--arch", "qwen3"], "arch gpt2, not qwen3"),
+        (["--recipe", "fast"], "arch gpt2, not qwen3"),
+    ):
+        assert train.cli([*base, *flags, "--out", str(tmp_path / "refused")]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "refused").exists()
+    assert train.cli([*base, "--n-layer", "2", "--eval-tokens", "256", "--out", str(tmp_path / "next")]) == 0
+    saved = json.loads((tmp_path / "next" / "config.json").read_text())
+    assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 32)
+
+
+def test_a_world_shares_a_batch_evenly_or_says_what_to_change():
+    assert World(rank=1, size=2).share_of(6) == 3
+    with pytest.raises(InputError, match="2 processes cannot share evenly"):
+        World(rank=0, size=2).share_of(7)
