@@ -28,7 +28,7 @@ from minidisp import InputError, hf, report
 from minidisp.config import Config, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, make_printable
 from minidisp.runtime.device import pick_device
 from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts
@@ -377,14 +377,14 @@ def measure_writing(
 
 def write_json(path: Path, scores: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, scores)
+    files.write_json(path, scores)
 
 
 def write_page(path: Path, measured_on: str, subjects: list[Subject], scores: list[dict], found: Findings) -> None:
     metrics = [s.metrics for s in subjects]
     page = report.html_page(measured_on, found.sentences, found.tables, found.details, scores, metrics)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(path, lambda file: file.write(page.encode()))
+    files.write_atomic(path, lambda file: file.write(page.encode()))
 
 
 def sample_prompts(

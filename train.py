@@ -33,7 +33,7 @@ from minidisp.data import Batches, Dataset, micro_batches
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
 from minidisp.optim import build_optimizers, learning_rate, step_where
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 from minidisp.runtime.device import compiles, describe_use, fetched, get_rng_state, set_rng_state, set_up, to_device
 from minidisp.runtime.guard import Diverged, Guard, first_bad_tensor, half_of, is_finite, refuse_too_large
 from minidisp.runtime.launch import catch_signals, leave, run_command, stop
@@ -379,7 +379,7 @@ class Trainer:
         config, path = self.config, self.run.path
         tokens = config.max_steps * config.tokens_per_step
         summary = report.summarise(path, self.model.num_params(), tokens, self.progress.seconds, self.guard.total)
-        checkpoint.write_json(path / "summary.json", summary)
+        files.write_json(path / "summary.json", summary)
         print("\n" + report.summary_table(summary))
         title = f"{self.dataset.meta['name']}, {config.n_layer} x {config.n_embd}, dispersion {config.dispersion:g}"
         for figure in report.draw_run(report.read_metrics(path / "metrics.jsonl"), title, path / "figures"):

@@ -28,7 +28,7 @@ import train  # noqa: E402
 from minidisp import InputError, report  # noqa: E402
 from minidisp.config import Config, parse, read_json, to_dict  # noqa: E402
 from minidisp.metrics import paired_interval  # noqa: E402
-from minidisp.runtime import checkpoint  # noqa: E402
+from minidisp.runtime import checkpoint, files  # noqa: E402
 from minidisp.runtime.cli import Parser, exit_code  # noqa: E402
 
 # What most studies train at each scale, as flags of train.py by their names in Config; a study says where it differs.
@@ -206,8 +206,8 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         )
     text = "\n\n".join(tables)
     print("\n" + text)
-    checkpoint.write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
-    checkpoint.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
+    files.write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
+    files.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
     labels = {key: label for key, label, *_ in MEASURES[:2]}
     figures = report.draw_differences(compared[views[0].__name__], labels, title, out / "differences.png")
     if len(evaluations) <= len(report.CYCLE):

@@ -302,7 +302,7 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     try:
         for name, text in files.items():
             (building / name).parent.mkdir(exist_ok=True)
-            checkpoint.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
+            files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
         safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
         if folder.exists():

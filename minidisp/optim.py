@@ -1,29 +1,24 @@
 """Optimisers and learning-rate schedules: a name and its function stand in one dictionary each, OPTIMIZERS and SCHEDULES.
 
-Flags, checks and messages follow from them. To add one, write its function and put it into the dictionary.
+Flags, checks and messages follow from them. To add one, write its function and put it into the dictionary. `config` is the
+Config of a run, which is not named here, as its choices come from here.
 """
-
-from __future__ import annotations  # config.py, to the right of this file, takes its choices from here
 
 import gc
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from minidisp.config import Config
-
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
 
-def adamw(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+def adamw(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101) for everything, with decoupled weight decay on matrices only."""
     return [_adamw(model.parameters(), config)]
 
 
-def muon(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices and AdamW for the rest (Keller Jordan; arXiv 2502.16982 for the size of its step).
 
     Both have the same learning rate, since Muon's update is scaled to the root mean square of AdamW's.
@@ -36,7 +31,7 @@ def muon(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     return [_adamw((p for p in model.parameters() if id(p) not in taken), config), optimizer]
 
 
-def _adamw(parameters, config: Config) -> torch.optim.AdamW:
+def _adamw(parameters, config) -> torch.optim.AdamW:
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -50,7 +45,7 @@ def _adamw(parameters, config: Config) -> torch.optim.AdamW:
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
-def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """The optimisers of a run; they share the learning rate, which the trainer sets before every step."""
     gc.disable()  # AdamW loads torch's compiler: looking for garbage in what it brings would take half a second
     optimizers = OPTIMIZERS[config.optimizer](model, config)
@@ -63,25 +58,25 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 WSD_DECAY = 0.2  # share of the steps in which warmup-stable-decay goes down
 
 
-def cosine(step: int, config: Config) -> float:
+def cosine(step: int, config) -> float:
     """Half a cosine down to final_lr (arXiv 1608.03983)."""
     share = 0.5 * (1 + math.cos(math.pi * _progress(step, config.warmup_steps, config)))
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
-def wsd(step: int, config: Config) -> float:
+def wsd(step: int, config) -> float:
     """lr until the last fifth, then a straight line down to final_lr (warmup-stable-decay, arXiv 2404.06395)."""
     start = max(config.warmup_steps, round((1 - WSD_DECAY) * config.max_steps))
     share = 1 - _progress(step, start, config)
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
-def constant(step: int, config: Config) -> float:
+def constant(step: int, config) -> float:
     """lr to the end."""
     return config.lr
 
 
-def _progress(step: int, start: int, config: Config) -> float:
+def _progress(step: int, start: int, config) -> float:
     """How much of the way from step `start` to the end is done, from 0 to 1."""
     return min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
 
@@ -90,7 +85,7 @@ def _progress(step: int, start: int, config: Config) -> float:
 SCHEDULES = {"cosine": cosine, "wsd": wsd, "constant": constant}
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, config) -> float:
     """The learning rate of optimiser step `step` = 0, 1, ..., max_steps - 1: linear warm-up to lr, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)

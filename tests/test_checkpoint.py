@@ -7,25 +7,25 @@ import pytest
 import torch
 
 from minidisp import InputError
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_atomic(path, lambda file: file.write(b"old"))
+    files.write_atomic(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the new")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomic(path, fail)
+        files.write_atomic(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_has_no_nan(tmp_path):
-    checkpoint.write_json(tmp_path / "x.json", {"a": [1.5, math.nan, {"b": (math.inf, None)}], "c": True})
+    files.write_json(tmp_path / "x.json", {"a": [1.5, math.nan, {"b": (math.inf, None)}], "c": True})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.5, None, {"b": [None, None]}], "c": True}
 
 

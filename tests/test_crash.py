@@ -18,7 +18,7 @@ import torch
 
 import train
 from minidisp import report
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 from tests.conftest import small_config, small_flags
 from tests.test_train import assert_same_state, lines
 
@@ -209,11 +209,11 @@ def test_a_full_disk_costs_nothing(half_done, capsys, monkeypatch, target, write
 
     before = checkpoint.read(half_done / checkpoint.LAST)["step"]
     if target == "checkpoint":
-        original = checkpoint._Writer.__init__
-        monkeypatch.setattr(checkpoint._Writer, "__init__", lambda self, file: original(self, Full(file)))
+        original = files._Writer.__init__
+        monkeypatch.setattr(files._Writer, "__init__", lambda self, file: original(self, Full(file)))
     else:
-        append = checkpoint.append_line
-        monkeypatch.setattr(checkpoint, "append_line", lambda file, text: append(Full(file), text))
+        append = files.append_line
+        monkeypatch.setattr(files, "append_line", lambda file, text: append(Full(file), text))
     code = resume(half_done)
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1)
@@ -352,7 +352,7 @@ def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
 @pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"]])
 def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, flags):
     before = {path.name: path.read_bytes() for path in half_done.iterdir()}
-    with checkpoint.open_log(half_done / "metrics.jsonl", print):
+    with files.open_log(half_done / "metrics.jsonl", print):
         code = train.cli([*small_flags(), "--data", str(corpus), "--out", str(half_done), *flags])
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1)
@@ -365,10 +365,10 @@ def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     said = []
-    with checkpoint.open_log(tmp_path / "metrics.jsonl", said.append) as file:
-        checkpoint.append_line(file, "{}")
+    with files.open_log(tmp_path / "metrics.jsonl", said.append) as file:
+        files.append_line(file, "{}")
     assert len(said) == 1
     assert "do not train twice" in said[0]
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"

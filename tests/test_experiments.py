@@ -13,7 +13,7 @@ from scipy import stats
 
 import train
 from minidisp import report
-from minidisp.runtime import checkpoint
+from minidisp.runtime import files
 
 STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe")
 FOLDER = Path(train.__file__).parent / "experiments"
@@ -99,7 +99,7 @@ def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus,
     assert script.main(flags) == 0
     assert "one seed can show no difference" in capsys.readouterr().out
     config = tmp_path / "mlp-4-s0" / "config.json"
-    checkpoint.write_json(config, {**json.loads(config.read_text()), "lr": 0.5})
+    files.write_json(config, {**json.loads(config.read_text()), "lr": 0.5})
     assert script.main(flags) == 2
     error = capsys.readouterr().err
     assert "lr 0.5" in error

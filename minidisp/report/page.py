@@ -7,7 +7,7 @@ import numpy as np
 
 from minidisp.report.figures import PAIR_DENSITY, line_styles
 from minidisp.report.tables import FURTHER, Table
-from minidisp.runtime.checkpoint import to_json
+from minidisp.runtime.files import to_json
 
 PAGE_POINTS = 100  # evaluations of a run, and training steps times ten, that the page shows at most
 

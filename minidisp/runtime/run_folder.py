@@ -15,7 +15,7 @@ import torch
 from minidisp import InputError, read_bytes, report
 from minidisp.config import Config, from_dict, to_dict
 from minidisp.data import Dataset
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 from minidisp.runtime.device import describe_environment
 from minidisp.runtime.launch import warn
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
@@ -70,23 +70,23 @@ class RunFolder:
                 self._open_metrics()
                 refuse_occupied(self.path, config)  # once more, now that nobody else can begin a run there
                 remove_run(self.path)
-            checkpoint.remove_unfinished(self.path)
+            files.remove_unfinished(self.path)
             last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
             for logger in self._loggers:
                 logger.open(self.path, to_dict(config), saved_step or 0)
-            checkpoint.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
+            files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
             vocabulary = (dataset.folder / "tokenizer.model").read_bytes()
-            checkpoint.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
+            files.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
         newest = self._world.max(-1 if last_eval is None else last_eval)
         return None if newest < 0 else newest
 
     def _open_metrics(self) -> None:
-        self._metrics = self._at_exit.enter_context(checkpoint.open_log(self.path / "metrics.jsonl", warn))
+        self._metrics = self._at_exit.enter_context(files.open_log(self.path / "metrics.jsonl", warn))
 
     def log(self, line: dict) -> None:
         """A line of metrics.jsonl, which the other loggers get, too."""
         if self._world.main:
-            checkpoint.append_line(self._metrics, checkpoint.to_json(line))
+            files.append_line(self._metrics, files.to_json(line))
             for logger in self._loggers:
                 logger.log(line)
 
@@ -101,7 +101,7 @@ class RunFolder:
         """Write ckpt_best.pt; likewise."""
         state = checkpoint.gathered(state, self._world.main)
         if self._world.main:
-            checkpoint.write_atomic(self.path / checkpoint.BEST, lambda file: torch.save(state, file))
+            files.write_atomic(self.path / checkpoint.BEST, lambda file: torch.save(state, file))
 
     def close_loggers(self) -> None:
         for logger in self._loggers:

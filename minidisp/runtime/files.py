@@ -1,0 +1,132 @@
+"""Files that are written whole or not at all, and the log that one process at a time may write."""
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from minidisp import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call write(temporary file), flush it to disk, and only then give it its name: all of it or nothing is there.
+
+    Raises OSError naming `path` if the disk is full or cannot be written; then the file that was there before is intact.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    file = None
+    try:
+        with open(temporary, "wb") as raw:
+            file = _Writer(raw)
+            write(file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns what went wrong in write() into a RuntimeError about positions.
+        failure = error if isinstance(error, OSError) else file and file.error
+        if failure is None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):  # what went wrong before is the error to report
+            temporary.unlink(missing_ok=True)
+
+
+class _Writer(io.RawIOBase):
+    """Passes everything on to a file and remembers the first error."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder to disk: a renamed file is under its new name for good only then. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
+    """metrics.jsonl, open for appending without a buffer, and locked until it is closed or the process is gone.
+
+    Raises InputError if another process holds the lock. Where the file system has no locks, that is said with `warn`.
+    """
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115, outlives the call
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(1 << 30)  # a byte that is never written: on Windows, what is locked cannot be read either
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if fcntl and not isinstance(error, BlockingIOError):
+            warn(f"cannot lock {path} ({error.strerror}): do not train twice into this folder at the same time")
+            return file
+        file.close()
+        raise InputError(
+            f"{path.parent} is in use by another training: wait for it, stop it, or give another --out"
+        ) from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def append_line(file: BinaryIO, text: str) -> None:
+    """Write a line at the end of an unbuffered file. Raises OSError naming the file."""
+    data = memoryview((text + "\n").encode())
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a process that was killed has left half-written in a run folder; nobody else may be writing there."""
+    for name in ("ckpt_*.pt", "*.json", "tokenizer.model"):
+        for stale in run.glob(name + ".tmp"):
+            stale.unlink()
+
+
+def write_json(path: Path, values) -> None:
+    """Write an object or list as indented JSON; NaN and infinities become null."""
+    write_atomic(path, lambda file: file.write((to_json(values, indent=2) + "\n").encode()))
+
+
+def to_json(values, indent: int | None = None) -> str:
+    """The values as JSON, which knows no NaN and no infinity: they become null."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(values):
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
