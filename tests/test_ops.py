@@ -118,7 +118,7 @@ def threads(number):
 @pytest.mark.parametrize("variant", ops.FUSED_VARIANTS)
 @pytest.mark.parametrize(("number", "B"), [(3, 1), (3, 5), (4, 2), (4, 7), (7, 3), (7, 6), (16, 1)])
 def test_teams_of_threads(variant, number, B):
-    """Sequences that cannot be dealt out evenly: teams of two with a gradient each, larger ones that share it, in turns."""
+    """Sequences that cannot be dealt out evenly: teams of two with a gradient each; larger ones share it, in turns."""
     for T in (2, 37, 300):
         z = randn(B, T, 40).float()
         with threads(number):
@@ -505,12 +505,18 @@ def test_without_a_folder_to_build_in_one_line_says_what_to_set(unbuilt, tmp_pat
 @pytest.mark.parametrize("how", ["writable by all", "writable by the group", "of another user"])
 @pytest.mark.parametrize("built", [True, False])
 def test_what_others_could_have_put_there_is_not_run(unbuilt, how, built, monkeypatch):
-    folder = build.make_cache_folder()
-    assert folder.stat().st_mode & 0o777 == 0o700
+    before = os.umask(0)
+    try:
+        folder = build.make_cache_folder()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
     if built:
         (folder / build.BINARY).touch()
         (folder / "done").touch()
     if how == "of another user":
+        if os.getuid() == 0:  # whom everybody trusts
+            os.chown(folder, 4321, -1)
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     else:
         folder.chmod(0o707 if how == "writable by all" else 0o770)

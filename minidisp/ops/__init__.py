@@ -3,15 +3,16 @@
     minidisp::dispersion           fused: C++ in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
     minidisp::dispersion_streamed  streamed: plain PyTorch (streamed.py), on any device; those and perplexity_entropy
 
-Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass over
-the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T matrix is
-kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in the
+Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass
+over the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T matrix
+is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in the
 computing dtype.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
 depends on it. On a GPU the kernels are checked once, before they are first used. `python -m minidisp.ops` shows it all.
 """
 
+import contextlib
 import functools
 import re
 import subprocess
@@ -84,7 +85,8 @@ def check_name(impl: str) -> None:
 def choose(impl: str, variant: str, dtype: torch.dtype, device_type: str, missing: str = "") -> tuple[str, str]:
     """What computes a loss, "fused", "streamed" or "reference", and why not a faster one; "" if it was asked for.
 
-    Nothing is looked for or built. impl: a name in IMPLEMENTATIONS. dtype, device_type: of z. missing: why the extension is not there; "" if it is.
+    Nothing is looked for or built. impl: a name in IMPLEMENTATIONS. dtype, device_type: of z.
+    missing: why the extension is not there; "" if it is.
     """
     check_name(impl)
     if impl == "reference":
@@ -160,8 +162,8 @@ def check_cuda() -> str:
     try:
         folder = build.make_cache_folder()
         log = folder / f"check-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.log"
-        with build.locked(folder / "check.lock"):
-            if not log.exists():
+        with contextlib.nullcontext() if log.exists() else build.locked(folder / "check.lock"):
+            if not log.exists():  # still, now that nobody else is at it
                 print(f"minidisp: checking the CUDA kernels on this GPU ({name}), once", file=sys.stderr, flush=True)
                 child = subprocess.run(
                     [sys.executable, "-m", "minidisp.ops", "check", f"cuda:{torch.cuda.current_device()}"],

@@ -1,9 +1,9 @@
 """The extension, csrc/ compiled: where it lies, how it is found, and how it is built on first use.
 
 It is looked for in this order: built ahead by `pip install --no-build-isolation -e .`, in the folder of the package;
-built before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are a
-C++ compiler and ninja. A failed build is remembered. find() and find_or_build() never raise, as training goes on without
-the extension: what they return says why there is none.
+built before, in torch's cache of extensions. Else it is built into that cache, in a process of its own, where there are
+a C++ compiler and ninja. A failed build is remembered. find() and find_or_build() never raise, as training goes on
+without the extension: what they return says why there is none.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def builds_cuda() -> bool:
 def file_stem() -> str:
     """Of the extension built ahead. It names all that the binary depends on, so a stale one is not loaded, but left."""
     digest = hashlib.sha256("\0".join((*CXX_FLAGS, *NVCC_FLAGS, str(builds_cuda()))).encode())
-    for path in sorted(SOURCE_FOLDER.glob("*")):
+    for path in sorted(SOURCE_FOLDER.glob("*.*")):
         digest.update(path.name.encode() + path.read_bytes())
     return f"_fused_{torch.__version__.replace('.', '_').replace('+', '_')}_{digest.hexdigest()[:12]}"
 
@@ -133,15 +133,15 @@ def cache_folder() -> Path:
 def make_cache_folder() -> Path:
     """The cache folder, which exists from now on. Raises OSError if it cannot be made, or as check_owner does."""
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     check_owner(folder)
     return folder
 
 
 def check_owner(folder: Path) -> None:
-    """Raise OSError if another user could have put a binary into a folder: what lies there is loaded and run."""
+    """Raise OSError if another user, but root, could have put a binary into a folder: what lies there is run."""
     found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
         raise OSError(f"other users can write into {folder}, so that nothing from there is run")
 
 
@@ -165,7 +165,8 @@ def first_line(error: Exception) -> str:
 def child_environment(**changes: str) -> dict[str, str]:
     """For a child process that runs `python -m minidisp.ops`, wherever this one was started."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
+    # Safe: a module in the working folder that has the name of another one is not seen by train.py, either.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", **changes}
 
 
 # Finding and building
@@ -254,7 +255,7 @@ def _build(folder: Path) -> str:
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if child.returncode:
-        (folder / "build.log").write_bytes(child.stdout)
+        (folder / "build.log").write_bytes(child.stdout + b"\nexit code %d\n" % child.returncode)
     else:
         (folder / "done").touch()
     return f"built now in {time.monotonic() - start:.0f} s"

@@ -1,7 +1,8 @@
 """The dispersion loss and its gradient in plain PyTorch, on strips of rows: no T x T matrix is kept, on any device.
 
-Only half of the pairs is visited: a strip holds the rows start <= i < stop with all j >= start, and stands for its mirror
-image as well. The formulas are in minidisp/dispersion.py; float64 z is computed in float64, all other dtypes in float32.
+Only half of the pairs is visited: a strip holds the rows start <= i < stop with all j >= start, and stands for its
+mirror image as well. The formulas are in minidisp/dispersion.py; float64 z is computed in float64, all other dtypes in
+float32.
 """
 
 import math
