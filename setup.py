@@ -7,6 +7,7 @@ MINIDISP_BUILD=0 leaves the extension out, MINIDISP_BUILD=1 makes its failure an
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import setuptools
@@ -18,13 +19,16 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # whose complaint about pypr
     )
 
 
-def extension() -> dict:
+def extension(tools: Path) -> dict:
+    """What setup() needs to build the extension. tools: an empty folder that is there while it does."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     from minidisp.ops import build
 
+    if os.environ.get("CXX") and build.compiler():
+        os.environ.update(build.compiler_environment(tools))
     cuda = build.builds_cuda()
     if cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
@@ -48,9 +52,10 @@ def extension() -> dict:
 
 
 options = {}
+tools = tempfile.TemporaryDirectory()
 if os.environ.get("MINIDISP_BUILD") != "0" and os.name == "posix" and sys.platform != "darwin":
     try:
-        options = extension()
+        options = extension(Path(tools.name))
     except ImportError as error:
         if os.environ.get("MINIDISP_BUILD") == "1":
             raise SystemExit(
@@ -60,4 +65,5 @@ if os.environ.get("MINIDISP_BUILD") != "0" and os.name == "posix" and sys.platfo
             f"minidisp: the extension is not built ahead ({error}); use --no-build-isolation to build it",
             file=sys.stderr,
         )
-setuptools.setup(**options)
+with tools:
+    setuptools.setup(**options)

@@ -137,7 +137,7 @@ def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
     """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
 
     As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So
-    this is exactly the mean of the cosines that angular_spread sees; and where all of them exceed its clamp, the gradient of
+    this is exactly the mean of the cosines that angular_spread sees. Where all of them exceed its clamp, the gradient of
     angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
     """
     B, T, _ = z.shape
@@ -179,9 +179,9 @@ def dispersion_loss(
     z: hidden states, (B, T, C), any floating dtype. T >= 2; C >= 2, or 1 for l2_repel and perplexity_entropy.
     variant: a name in VARIANTS; each uses those of the options that its function has and ignores the others.
     tau: temperature, > 0. clamp: cosines are held in [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >= 0.
-    impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but keeps
-    no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but float64;
-    what it lacks is streamed. "auto" is fused where there is the extension, or it can be built, now; else streamed.
+    impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but
+    keeps no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but
+    float64; what it lacks is streamed. "auto" is fused where the extension is or can be built, now; else streamed.
     mean_cosine has no pairs and is the same under every name.
     Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
     """
@@ -261,8 +261,8 @@ class DispersionLoss(nn.Module):
     def prepare(self, device_type: str, dtype: torch.dtype = torch.float32) -> str:
         """Find or build what this loss will run with on hidden states of that kind, and say in a few words what it is.
 
-        device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used. Without
-        this call, the first forward does the same. Raises InputError if impl is fused and there is no extension.
+        device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used.
+        Without this call, the first forward does the same. Raises InputError if impl is fused and there is none.
         Returns "fused", "fused, built now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found", ...
         """
         if self.variant in CLOSED_FORM:

@@ -4,9 +4,9 @@
     minidisp::dispersion_streamed  streamed: plain PyTorch (streamed.py), on any device; those and perplexity_entropy
 
 Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass
-over the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T matrix
-is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in the
-computing dtype.
+over the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T
+matrix is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in
+the computing dtype.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
 depends on it. On a GPU the kernels are checked once, before they are first used. `python -m minidisp.ops` shows it all.

@@ -106,6 +106,20 @@ def missing_tool() -> str:
     return "" if ninja() else "ninja was not found (pip install ninja)"
 
 
+def compiler_environment(folder: Path) -> dict[str, str]:
+    """What makes torch compile with compiler(). Writes a script into folder.
+
+    torch takes CXX for the path of one program. A script in the path can be any command, and its name has no spaces.
+    Nothing is put before it that CXX does not say: torch would put ccache there. That it works is seen from what it
+    makes: torch would ask the first word for its version.
+    """
+    script = folder / "minidisp-c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
+    script.chmod(0o700)
+    path = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
+    return {"CXX": script.name, "PATH": path, "TORCH_NO_COMPILER_WRAPPER": "1", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+
+
 # The cache
 
 
@@ -238,14 +252,8 @@ def _build(folder: Path) -> str:
     seconds = EXPECTED_SECONDS[builds_cuda()]
     print(f"minidisp: compiling the extension, once, in about {seconds} s", file=sys.stderr, flush=True)
     start = time.monotonic()
-    # torch takes CXX for the path of one program. A script in the path can be any command, and its name has no spaces.
-    script = folder / "minidisp-c++"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
-    script.chmod(0o700)
-    path = os.pathsep.join([str(folder), str(Path(ninja()).parent), os.environ.get("PATH", os.defpath)])
-    environment = child_environment(CXX=script.name, PATH=path)
-    # Nothing is put before it that it does not say, and that it works is seen from what it makes.
-    environment.update(TORCH_NO_COMPILER_WRAPPER="1", TORCH_DONT_CHECK_COMPILER_ABI="1")
+    environment = child_environment(**compiler_environment(folder))
+    environment["PATH"] = os.pathsep.join([environment["PATH"], str(Path(ninja()).parent)])
     if not shutil.which(environment.get("CC", "")):
         environment.pop("CC", None)  # given to nvcc as the path of one program, too
     if builds_cuda() and not torch.cuda.is_available():
