@@ -137,8 +137,8 @@ def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
     """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
 
     As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So
-    this is exactly the mean of the cosines that angular_spread sees. Where all of them exceed its clamp, the gradient of
-    angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
+    this is exactly the mean of the cosines that angular_spread sees. Where all of them exceed its clamp, the gradient
+    of angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
     """
     B, T, _ = z.shape
     u = _unit(z, eps)
