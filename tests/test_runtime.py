@@ -100,7 +100,8 @@ def test_training_in_a_thread(corpus, tmp_path):
     assert summaries[0]["last"]["step"] == 12
 
 
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE")  # fmt: skip
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID",
+             *(name for names in processes.OTHER_LAUNCHERS.values() for name in names))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -111,14 +112,16 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RU
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}, False),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, True),
         ({"TORCHELASTIC_RUN_ID": "x"}, True),
-        ({"SLURM_NTASKS": "4"}, False),  # a batch script
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation, in which nothing was started yet
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "two", "RANK": "1"}, "WORLD_SIZE is two"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "below WORLD_SIZE"),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "SLURM_PROCID"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "SLURM_LOCALID"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "torchrun"),
     ],
 )
 def test_the_launcher_is_read_off_the_environment(monkeypatch, variables, expected):

@@ -15,12 +15,11 @@ from minidisp.model import GPT
 
 PATIENCE = timedelta(minutes=10)  # of a process with another one that does not answer
 
-# What other launchers than torchrun set by themselves, and do not mean as an address: (their number of processes, how to go on).
+# What other launchers set by themselves, which is no address yet: (processes, this one's number, its number on this machine).
 OTHER_LAUNCHERS = {
-    "SLURM_NTASKS": "srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID python train.py ...' with "
-    "MASTER_ADDR set to the first host, or one torchrun per host",
-    "OMPI_COMM_WORLD_SIZE": "mpirun bash -c 'RANK=$OMPI_COMM_WORLD_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE "
-    "LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK python train.py ...' with MASTER_ADDR set to the first host, or one torchrun per host",
+    "srun": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
 }
 
 
@@ -43,12 +42,12 @@ def is_launched() -> bool:
         if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
             raise InputError(f"RANK is {os.environ['RANK']}, but must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
         return int(os.environ["WORLD_SIZE"]) > 1
-    for name, how in OTHER_LAUNCHERS.items():
-        # A batch script of SLURM has the same variables as its tasks, but for the number of the step.
-        in_a_step = name != "SLURM_NTASKS" or "SLURM_STEP_ID" in os.environ
-        if in_a_step and os.environ.get(name, "1") not in ("", "1"):
+    for launcher, (size, rank, local_rank) in OTHER_LAUNCHERS.items():
+        if rank in os.environ and os.environ.get(size, "1") not in ("", "1"):
             raise InputError(
-                f"{os.environ[name]} processes were started, and each would train alone in one folder: {how}"
+                f"{launcher} started {os.environ[size]} processes, and each would train alone: {launcher} bash -c 'RANK=${rank} "
+                f"WORLD_SIZE=${size} LOCAL_RANK=${local_rank} python train.py ...', with MASTER_ADDR set to the first host, lets them "
+                f"train together, and so does torchrun; for one alone, unset {size}"
             )
     return False
 

@@ -51,7 +51,7 @@ class RunFolder:
         last = max((line["step"] for line in read_metrics(self.path / "metrics.jsonl")), default=0)
         if last > config.save_every:
             raise InputError(
-                f"--resume: {self.path} got to step {last}, but its checkpoints are gone; --overwrite starts it again"
+                f"--resume: {self.path} got to step {last}, but its checkpoints are gone, or none was good; --overwrite starts it again"
             )
         self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
         return None
