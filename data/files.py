@@ -129,7 +129,10 @@ class _FixedFile(io.RawIOBase):
         if not self._left:
             return 0
         part = memoryview(buffer)[: self._left]
-        n = self._file.readinto(part)
+        try:
+            n = self._file.readinto(part)
+        except OSError as error:
+            raise InputError(f"{self._source.name}: {error.strerror}") from error
         if not n:
             raise InputError(f"{self._source.name} became shorter while it was read: prepare it when it is at rest")
         self._digest.update(part[:n])

@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from data.downloads import BUILT_IN, DOWNLOADS, built_in
 from data.files import changed, printable, say
 from data.hub import hugging_face
-from data.pieces import Piece, by_hash, by_position, joined, survey, usable, write_shards
+from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, survey, usable, write_shards
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, read_bytes
 from minidisp.data import FORMAT, SPLITS, Dataset
@@ -148,7 +149,7 @@ def prepare_corpus(
 
 def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer, exact: bool, workers: int) -> dict:
     """Write tokenizer and shards, or what is missing of them; returns meta.json. exact: the size of the vocabulary is."""
-    options, skipped = meta["options"], Counter()
+    options, skipped, started = meta["options"], Counter(), time.monotonic()
 
     def documents() -> Iterator[Document]:
         found = usable(source.documents(), options["bad_rows"] == "skip", skipped)
@@ -185,6 +186,8 @@ def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer,
         (folder / f"{PROGRESS}.tmp").write_text(state, encoding="utf-8")
         (folder / f"{PROGRESS}.tmp").replace(folder / PROGRESS)
 
+    if time.monotonic() - started >= SAVE_EVERY_S and not encoded:
+        save({"pieces": 0})
     say(f"encoding {known['chars']:,} characters, {workers} threads")
     splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save)
     return {
@@ -253,6 +256,10 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         )
     if (out / INPUTS).is_file() and source.inputs is not None:
         records = [parse_json(line, out / INPUTS) for line in read_bytes(out / INPUTS).splitlines()]
+        if not all(
+            isinstance(record, dict) and {"file", "bytes", "times", "sha256"} <= {*record} for record in records
+        ):
+            raise InputError(f"{out / INPUTS} is damaged: prepare the corpus again with --overwrite")
         if change := changed(records, source.inputs):
             raise InputError(
                 f"{out} is there, but its input is another now: {change}; "

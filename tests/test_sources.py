@@ -391,6 +391,8 @@ def test_a_changed_input_is_said(run):
     Path("in/d.txt").write_text("more")
     refused(run(*argv), "in/d.txt is new")
     assert files_of(Path("out")) == before
+    Path("out", prepare.INPUTS).write_text('{"file": "in/d.txt"}')
+    refused(run(*argv), "inputs.jsonl is damaged", "--overwrite")
     assert run(*argv, "--overwrite")[0] == 0
     assert text_of().endswith("\nmore")
     assert_nothing_left(Path(), but=("out",))
@@ -454,6 +456,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     Path("a.txt").unlink()
     with pytest.raises(InputError, match=r"a\.txt: No such file"):
         read(file)
+
+
+def test_a_long_survey_is_not_repeated(run, monkeypatch):
+    """Interrupted before anything is encoded, but after the text was read and the tokenizer trained."""
+    monkeypatch.setattr(prepare, "SAVE_EVERY_S", 0)
+    write_jsonl(Path("a.jsonl"), make_texts())
+    argv = ["--input", "a.jsonl", "--name", "t", "--vocab-size", "310"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(prepare, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*argv)[0] == 130
+    monkeypatch.setattr(prepare, "train_sentencepiece", None)
+    monkeypatch.setattr(prepare, "survey", None)
+    assert run(*argv)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(make_texts())
+    assert_nothing_left(Path(), but=("out",))
 
 
 @pytest.mark.parametrize("how", ["append", "rewrite"])
