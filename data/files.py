@@ -163,7 +163,7 @@ class _Unzstd(io.RawIOBase):
             raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
         self._file, self._new_frame, self._damage = (
             file,
-            zstandard.ZstdDecompressor().decompressobj,
+            zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
             zstandard.ZstdError,
         )
         self._frame, self._packed, self._content = None, b"", memoryview(b"")

@@ -93,7 +93,7 @@ def _no_text(file: Input, block: str, lines: int, at: int) -> BadRow:
     if start in (b"\xff\xfe", b"\xfe\xff"):
         return BadRow("UTF-16", f"{file.name}: UTF-16 text, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
     if start == b"\x1f\x8b":
-        return BadRow("binary", f"{file.name}: a gzip file without .gz at the end of its name")
+        return BadRow("binary", f"{file.name}: packed by gzip, but its name does not end in .gz; unpack it")
     if block[at] == "\0":
         return BadRow("binary", f"{file.name}: a binary file (it has NUL bytes, the first in line {line}), not text")
     return BadRow("not UTF-8", f"{file.name}: not UTF-8 text, in line {line}; convert it, or leave it out")

@@ -668,6 +668,7 @@ def test_find_or_prepare(run, tmp_path, monkeypatch):
         ),
         ("/other/out", "/other/out: no prepared corpus there; .*--data PATH"),
         ("nonsense", "nonsense: no such corpus; built in are pystdlib"),
+        ("../a.txt", r"a\.txt: no prepared corpus there, .*--input \.\./a\.txt --name NAME"),
     ]:
         with pytest.raises(InputError, match=message):
             prepare.find_or_prepare(name)
