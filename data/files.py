@@ -68,10 +68,14 @@ class Input:
     def hash(self) -> str:
         """The sha256 of the content; reads the file unless it has been read already."""
         if self.sha256 is None:
-            with self.open() as file:
-                while file.read(1 << 20):
-                    pass
+            self.check()
         return self.sha256
+
+    def check(self) -> None:
+        """Read it all, which is an error if another reading saw something else."""
+        with self.open() as file:
+            while file.read(1 << 20):
+                pass
 
     def open(self) -> BinaryIO:
         """The content, as bytes."""

@@ -205,7 +205,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
             "a .parquet file needs the optional package pyarrow: pip install 'minidisp[parquet]'"
         ) from error
     number = 0
-    file.hash()
+    file.check()  # as it is not read from its start to its end
     try:
         with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             if field not in (names := table.schema_arrow.names):
@@ -271,6 +271,8 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
     inputs: list[Input] = []
     read_as: dict[object, str] = {}  # the name that a file is read under
     left_out: dict[str, list[str]] = {}
+    # A prepared corpus or a run, which may lie in the folder that the text is in.
+    is_ours = functools.cache(lambda folder: os.path.isfile(os.path.join(folder, "tokenizer.model")))
     for pattern in dict.fromkeys(map(os.path.expanduser, patterns)):
         if pattern == "-":
             inputs.append(StandardInput(folder, kind or "text"))
@@ -303,12 +305,6 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                 f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"
             )
     return inputs, left_out
-
-
-@functools.lru_cache(maxsize=1000)
-def is_ours(folder: str) -> bool:
-    """Whether a folder is a prepared corpus or a run, which may lie in the folder that the text is in."""
-    return os.path.isfile(os.path.join(folder, "tokenizer.model"))
 
 
 def _fault(file: Input) -> BadRow | None:

@@ -106,6 +106,14 @@ def test_parquet(run):
     assert "left out: 2 null" in run("--input", "nulls.parquet", *BYTES, "--overwrite", "--bad-rows", "skip")[1]
     assert all_documents_of(Path("out")) == sorted(texts)
 
+    file = files.Input("a.parquet", "parquet")
+    rows = [*sources.READERS["parquet"](file, "body")]
+    assert ["".join(row.blocks) for row in rows] == texts
+    table = pyarrow.table({"n": range(len(texts)), "body": texts[::-1]})
+    parquet.write_table(table, "a.parquet", row_group_size=17)
+    with pytest.raises(InputError, match=r"a\.parquet (changed|became shorter) while it was read"):
+        next(sources.READERS["parquet"](file, "body"))
+
     whole = Path("a.parquet").read_bytes()
     Path("cut.parquet").write_bytes(whole[: len(whole) // 2])
     refused(run("--input", "cut.parquet", *BYTES, "--overwrite"), "cut.parquet: damaged parquet file")
