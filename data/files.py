@@ -68,10 +68,14 @@ class Input:
     def hash(self) -> str:
         """The sha256 of the content; reads the file unless it has been read already."""
         if self.sha256 is None:
-            with self.open() as file:
-                while file.read(1 << 20):
-                    pass
+            self.check()
         return self.sha256
+
+    def check(self) -> None:
+        """Read it all, which is an error if another reading saw something else."""
+        with self.open() as file:
+            while file.read(1 << 20):
+                pass
 
     def open(self) -> BinaryIO:
         """The content, as bytes."""
@@ -129,7 +133,10 @@ class _FixedFile(io.RawIOBase):
         if not self._left:
             return 0
         part = memoryview(buffer)[: self._left]
-        n = self._file.readinto(part)
+        try:
+            n = self._file.readinto(part)
+        except OSError as error:
+            raise InputError(f"{self._source.name}: {error.strerror}") from error
         if not n:
             raise InputError(f"{self._source.name} became shorter while it was read: prepare it when it is at rest")
         self._digest.update(part[:n])
@@ -160,7 +167,7 @@ class _Unzstd(io.RawIOBase):
             raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
         self._file, self._new_frame, self._damage = (
             file,
-            zstandard.ZstdDecompressor().decompressobj,
+            zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
             zstandard.ZstdError,
         )
         self._frame, self._packed, self._content = None, b"", memoryview(b"")

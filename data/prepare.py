@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from data.downloads import BUILT_IN, DOWNLOADS, built_in
 from data.files import changed, printable, say
 from data.hub import hugging_face
-from data.pieces import Piece, by_hash, by_position, joined, survey, usable, write_shards
+from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, survey, usable, write_shards
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, read_bytes
 from minidisp.data import FORMAT, SPLITS, Dataset
@@ -76,17 +77,19 @@ def find_or_prepare(name: str) -> Path:
     if name in BUILT_IN:
         print(f"preparing the corpus {name}, once:", flush=True)
         return prepare(name)
-    by_hand = "prepare your own with python data/prepare.py --input FILES --name NAME"
-    if len(given.parts) != 1:
-        relative = "" if given.is_absolute() else f", which is {given.absolute()} from here"
+    shown, here = printable(name), given.exists()
+    make = f"python data/prepare.py --input {shown if here else 'FILES'} --name NAME"
+    if here or len(given.parts) != 1:
+        relative = "" if given.is_absolute() else f", which is {printable(given.absolute())} from here"
         raise InputError(
-            f"--data {name}: no prepared corpus there{relative}; say where it is with --data PATH, or {by_hand}"
+            f"--data {shown}: no prepared corpus there{relative}; say where it is with --data PATH, "
+            + (f"or prepare this text with {make}" if here else f"or prepare your own with {make}")
         )
     prepared = sorted(meta.parent.name for meta in DATA.glob("*/meta.json"))
     raise InputError(
-        f"--data {name}: no such corpus; built in are {', '.join(BUILT_IN)}"
+        f"--data {shown}: no such corpus; built in are {', '.join(BUILT_IN)}"
         + (f", prepared {', '.join(prepared)}" if prepared else "")
-        + f"; or {by_hand}"
+        + f"; or prepare your own with {make}"
     )
 
 
@@ -148,7 +151,7 @@ def prepare_corpus(
 
 def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer, exact: bool, workers: int) -> dict:
     """Write tokenizer and shards, or what is missing of them; returns meta.json. exact: the size of the vocabulary is."""
-    options, skipped = meta["options"], Counter()
+    options, skipped, started = meta["options"], Counter(), time.monotonic()
 
     def documents() -> Iterator[Document]:
         found = usable(source.documents(), options["bad_rows"] == "skip", skipped)
@@ -180,11 +183,15 @@ def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer,
         tokenizer.save(folder / "tokenizer.model")
 
     def save(encoded: dict) -> None:
-        inputs = None if source.inputs is None else [file.record() for file in source.inputs]
+        if source.inputs is None:
+            return  # there would be nothing to tell by whether it is the same text
+        inputs = [file.record() for file in source.inputs]
         state = json.dumps({"meta": meta, "inputs": inputs, "known": known, "encoded": encoded})
         (folder / f"{PROGRESS}.tmp").write_text(state, encoding="utf-8")
         (folder / f"{PROGRESS}.tmp").replace(folder / PROGRESS)
 
+    if time.monotonic() - started >= SAVE_EVERY_S and not encoded:
+        save({"pieces": 0})
     say(f"encoding {known['chars']:,} characters, {workers} threads")
     splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save)
     return {
@@ -231,7 +238,7 @@ def _left_off(folder: Path, meta: dict, source: Source) -> dict:
     except InputError:  # it did not get so far
         return {}
     same = isinstance(state, dict) and state.get("meta") == meta and source.inputs is not None
-    return state if same and state["inputs"] is not None and not changed(state["inputs"], source.inputs) else {}
+    return state if same and not changed(state["inputs"], source.inputs) else {}
 
 
 def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool:
@@ -253,6 +260,10 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         )
     if (out / INPUTS).is_file() and source.inputs is not None:
         records = [parse_json(line, out / INPUTS) for line in read_bytes(out / INPUTS).splitlines()]
+        if not all(
+            isinstance(record, dict) and {"file", "bytes", "times", "sha256"} <= {*record} for record in records
+        ):
+            raise InputError(f"{out / INPUTS} is damaged: prepare the corpus again with --overwrite")
         if change := changed(records, source.inputs):
             raise InputError(
                 f"{out} is there, but its input is another now: {change}; "
@@ -317,7 +328,7 @@ def _built_aside(out: Path, left_off: Callable[[Path], dict]) -> Iterator[Path]:
             out.rename(old)
         build.rename(out)
     except BaseException as error:
-        if isinstance(error, Exception) or not left_off(build):
+        if isinstance(error, Exception) or not (build / PROGRESS).exists():
             shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
         else:
             say("interrupted; type the same command again to go on from here")
@@ -444,7 +455,7 @@ def _tokenizer(args: argparse.Namespace) -> str | Tokenizer:
 def command(argv: list[str] | None) -> None:
     """What the command line asks for."""
     args = parse_args(argv)
-    out = Path(os.path.expanduser(args.out or DATA / (args.name or args.corpus or "pystdlib"))).resolve()
+    out = Path(os.path.realpath(os.path.expanduser(args.out or DATA / (args.name or args.corpus or "pystdlib"))))
     name = args.name or args.corpus or (printable(out.name) if args.input or args.hf else "pystdlib")
     if not out.name:
         raise InputError(f"--out {out}: that is no folder for a corpus alone")

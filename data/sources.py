@@ -93,7 +93,7 @@ def _no_text(file: Input, block: str, lines: int, at: int) -> BadRow:
     if start in (b"\xff\xfe", b"\xfe\xff"):
         return BadRow("UTF-16", f"{file.name}: UTF-16 text, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
     if start == b"\x1f\x8b":
-        return BadRow("binary", f"{file.name}: a gzip file without .gz at the end of its name")
+        return BadRow("binary", f"{file.name}: packed by gzip, but its name does not end in .gz; unpack it")
     if block[at] == "\0":
         return BadRow("binary", f"{file.name}: a binary file (it has NUL bytes, the first in line {line}), not text")
     return BadRow("not UTF-8", f"{file.name}: not UTF-8 text, in line {line}; convert it, or leave it out")
@@ -205,7 +205,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
             "a .parquet file needs the optional package pyarrow: pip install 'minidisp[parquet]'"
         ) from error
     number = 0
-    file.hash()
+    file.check()  # as it is not read from its start to its end
     try:
         with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             if field not in (names := table.schema_arrow.names):
@@ -271,6 +271,8 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
     inputs: list[Input] = []
     read_as: dict[object, str] = {}  # the name that a file is read under
     left_out: dict[str, list[str]] = {}
+    # A prepared corpus or a run, which may lie in the folder that the text is in.
+    is_ours = functools.cache(lambda folder: os.path.isfile(os.path.join(folder, "tokenizer.model")))
     for pattern in dict.fromkeys(map(os.path.expanduser, patterns)):
         if pattern == "-":
             inputs.append(StandardInput(folder, kind or "text"))
@@ -303,12 +305,6 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                 f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"
             )
     return inputs, left_out
-
-
-@functools.lru_cache(maxsize=1000)
-def is_ours(folder: str) -> bool:
-    """Whether a folder is a prepared corpus or a run, which may lie in the folder that the text is in."""
-    return os.path.isfile(os.path.join(folder, "tokenizer.model"))
 
 
 def _fault(file: Input) -> BadRow | None:

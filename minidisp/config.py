@@ -194,7 +194,8 @@ class Config(GPTConfig):
     def run_dir(self) -> Path:
         if self.out:
             return Path(self.out)
-        return Path("runs") / f"{Path(self.data).name}-{self.preset}-d{self.dispersion:g}-s{self.seed}"
+        corpus = Path(os.path.abspath(self.data)).name  # a name also for "." and ".."
+        return Path("runs") / f"{corpus}-{self.preset}-d{self.dispersion:g}-s{self.seed}"
 
     @property
     def tokens_per_step(self) -> int:

@@ -16,6 +16,13 @@ def test_defaults_are_the_tiny_preset():
     assert parse(["--dispersion", "0.1", "--seed", "3", "--data", "a/b"]).run_dir.name == "b-tiny-d0.1-s3"
 
 
+def test_a_run_is_named_after_the_folder_of_its_corpus(tmp_path, monkeypatch):
+    (tmp_path / "text" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "text" / "below")
+    for data, name in ((".", "below"), ("..", "text"), ("../", "text"), ("pystdlib", "pystdlib")):
+        assert parse(["--data", data]).run_dir.name == f"{name}-tiny-d0-s0"
+
+
 def test_every_field_but_the_vocabulary_has_a_flag_with_a_help_text():
     assert {field.name for field in flags()} == {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
     assert all(len(field.metadata["help"]) > 10 for field in flags())

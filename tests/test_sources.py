@@ -106,6 +106,14 @@ def test_parquet(run):
     assert "left out: 2 null" in run("--input", "nulls.parquet", *BYTES, "--overwrite", "--bad-rows", "skip")[1]
     assert all_documents_of(Path("out")) == sorted(texts)
 
+    file = files.Input("a.parquet", "parquet")
+    rows = [*sources.READERS["parquet"](file, "body")]
+    assert ["".join(row.blocks) for row in rows] == texts
+    table = pyarrow.table({"n": range(len(texts)), "body": texts[::-1]})
+    parquet.write_table(table, "a.parquet", row_group_size=17)
+    with pytest.raises(InputError, match=r"a\.parquet (changed|became shorter) while it was read"):
+        next(sources.READERS["parquet"](file, "body"))
+
     whole = Path("a.parquet").read_bytes()
     Path("cut.parquet").write_bytes(whole[: len(whole) // 2])
     refused(run("--input", "cut.parquet", *BYTES, "--overwrite"), "cut.parquet: damaged parquet file")
@@ -391,6 +399,8 @@ def test_a_changed_input_is_said(run):
     Path("in/d.txt").write_text("more")
     refused(run(*argv), "in/d.txt is new")
     assert files_of(Path("out")) == before
+    Path("out", prepare.INPUTS).write_text('{"file": "in/d.txt"}')
+    refused(run(*argv), "inputs.jsonl is damaged", "--overwrite")
     assert run(*argv, "--overwrite")[0] == 0
     assert text_of().endswith("\nmore")
     assert_nothing_left(Path(), but=("out",))
@@ -454,6 +464,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     Path("a.txt").unlink()
     with pytest.raises(InputError, match=r"a\.txt: No such file"):
         read(file)
+
+
+def test_a_long_survey_is_not_repeated(run, monkeypatch):
+    """Interrupted before anything is encoded, but after the text was read and the tokenizer trained."""
+    monkeypatch.setattr(prepare, "SAVE_EVERY_S", 0)
+    write_jsonl(Path("a.jsonl"), make_texts())
+    argv = ["--input", "a.jsonl", "--name", "t", "--vocab-size", "310"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(prepare, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*argv)[0] == 130
+    monkeypatch.setattr(prepare, "train_sentencepiece", None)
+    monkeypatch.setattr(prepare, "survey", None)
+    assert run(*argv)[0] == 0
+    assert all_documents_of(Path("out")) == sorted(make_texts())
+    assert_nothing_left(Path(), but=("out",))
 
 
 @pytest.mark.parametrize("how", ["append", "rewrite"])
@@ -651,6 +676,7 @@ def test_find_or_prepare(run, tmp_path, monkeypatch):
         ),
         ("/other/out", "/other/out: no prepared corpus there; .*--data PATH"),
         ("nonsense", "nonsense: no such corpus; built in are pystdlib"),
+        ("../a.txt", r"a\.txt: no prepared corpus there, .*--input \.\./a\.txt --name NAME"),
     ]:
         with pytest.raises(InputError, match=message):
             prepare.find_or_prepare(name)
