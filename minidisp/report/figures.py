@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minidisp.runtime.checkpoint import write_atomic
+from minidisp.runtime.files import write_atomic
 
 # Okabe-Ito, told apart by colour-blind readers and in print.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"
