@@ -78,6 +78,8 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
         args = parse_arguments(name, doc, scales, argv)
         scale, out = scales[args.scale], Path(args.out or f"runs/{name}-{args.scale}")
         plan = make_plan(scale, arms(scale), out, args)
+        if reason := report.cannot_draw():
+            print(reason, flush=True)
         for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
             how = finish(config, flags)
             summary = read_json(config.run_dir / "summary.json")

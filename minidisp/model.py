@@ -162,6 +162,8 @@ class KVCache:
     A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
     """
 
+    mask = None  # a new token sees all before it
+
     def __init__(self, config: GPTConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
         shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
         self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -173,6 +175,28 @@ class KVCache:
         self.blocks[layer][0, :, :, self.length : end] = k
         self.blocks[layer][1, :, :, self.length : end] = v
         return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
+
+
+class PrefixTree:
+    """Texts that share their beginnings, in one row: a token sees those on the way from the root of its tree to itself.
+
+    Stands where a KVCache does. parents: (B, T) int64, the index of the token before each, which is smaller, and its own
+    for a root; depth: (B, T) int64, tokens before it, which is its position.
+    """
+
+    length = 0
+
+    def __init__(self, parents: Tensor, depth: Tensor):
+        B, T = parents.shape
+        rows, self.depth = torch.arange(B, device=parents.device), depth
+        self.mask = torch.zeros(B, 1, T, T, dtype=torch.bool, device=parents.device)
+        for i in range(T):
+            self.mask[:, 0, i] = self.mask[rows, 0, parents[:, i]]
+            self.mask[:, 0, i, i] = True
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """There is nothing before the tree."""
+        return k, v
 
 
 class Attention(nn.Module):
@@ -199,14 +223,17 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if self.rotary:
             q, k = rotate(q, *positions), rotate(k, *positions)
+        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            mask = cache.mask
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1,  # a single new token sees everything in the cache
+            is_causal=mask is None and T > 1,  # a single new token sees everything in the cache
             enable_gqa=self.n_kv_head != self.n_head,
         )
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
@@ -293,32 +320,42 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         return_hidden_states: bool = False,
         loss_reduction: Literal["mean", "none"] = "mean",
+        tree: PrefixTree | None = None,
     ) -> Output:
         """Logits of the next tokens, or, with targets, the cross-entropy (and then no logits, to save memory).
 
         idx, targets: (B, T) int64, T <= block_size; a target of -1 is not counted.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
+        tree: the rows are no texts but trees of them, with a depth below block_size; then T may be any.
         Returns Output(logits, loss, hidden_states). Raises ValueError if T > block_size.
         """
-        x, hidden_states = self._backbone(idx, return_hidden_states)
+        x, hidden_states = self._backbone(idx, return_hidden_states, tree)
         if targets is None:
             return Output(self.lm_head(x), None, hidden_states)
         return Output(None, self._cross_entropy(x, targets, loss_reduction), hidden_states)
 
-    def _backbone(self, idx: Tensor, return_hidden_states: bool = False, cache: KVCache | None = None):
+    def _backbone(
+        self, idx: Tensor, return_hidden_states: bool = False, cache: KVCache | PrefixTree | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The hidden states that enter the output layer, (B, T, C), and all of them if asked."""
         start = cache.length if cache is not None else 0
         end = start + idx.shape[1]
-        if end > self.config.block_size:
+        if isinstance(cache, PrefixTree):
+            where = cache.depth
+        elif end > self.config.block_size:
             raise ValueError(
                 f"a sequence of {end} tokens is longer than the model's context of {self.config.block_size}"
             )
+        else:
+            where = slice(start, end)
         x, positions = self.wte(idx), None
         if self.config.arch == "gpt2":
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe.weight[where]
+        elif isinstance(cache, PrefixTree):
+            positions = self.cos[where].unsqueeze(1), self.sin[where].unsqueeze(1)  # (B, 1, T, D)
         else:
-            positions = self.cos[start:end], self.sin[start:end]
+            positions = self.cos[where], self.sin[where]
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         hidden_states = [x]

@@ -26,11 +26,12 @@ from minidisp.metrics import (
     repeated_ngrams,
     word_perplexity,
 )
-from minidisp.model import GPT
+from minidisp.model import GPT, PrefixTree
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
 BLOCK_BYTES = 1024  # what the bootstrap resamples
 BATCH_TOKENS = 4096  # per forward pass
+ROW_TOKENS = 96  # of sentences that share their beginnings: more would share more, and cost more attention
 PROMPT_TOKENS, CONTINUATION_TOKENS, TOP_P = 32, 128, 0.95  # of `writing`; the first two as in arXiv 2202.06417
 ROWS = 64  # sequences that are generated at a time
 
@@ -253,31 +254,68 @@ def _parse_pair(line: bytes, where: str, name: str) -> Pair:
     )
 
 
+class Forest(NamedTuple):
+    """Sentences that begin alike, in one row of the model: what they share is there once."""
+
+    tokens: list[int]
+    targets: list[int]  # what is to be predicted behind each token
+    parents: list[int]  # see PrefixTree
+    depth: list[int]
+    sentences: list[tuple[int, list[int]]]  # index of each, and the places of its tokens
+
+
+def plant(texts: list[list[int]], eos_id: int) -> list[Forest]:
+    """Rows of up to ROW_TOKENS tokens, or one longer sentence, that hold all the texts, each of at least one token."""
+    rows, last = [], []
+    for i in sorted(range(len(texts)), key=texts.__getitem__):  # so that neighbours share most
+        ids = texts[i]
+        shared = next((n for n, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
+        if not rows or len(rows[-1].tokens) + len(ids) - shared > ROW_TOKENS:
+            rows.append(Forest([], [], [], [], []))
+            shared, path = 0, []
+        row, new = rows[-1], len(rows[-1].tokens)
+        path = [*path[:shared], *range(new, new + len(ids) - shared)]
+        row.tokens.extend([eos_id, *ids][shared:-1])
+        row.targets.extend(ids[shared:])
+        row.parents.extend(path[max(0, depth - 1)] for depth in range(shared, len(ids)))
+        row.depth.extend(range(shared, len(ids)))
+        row.sentences.append((i, path))
+        last = ids
+    return rows
+
+
+@torch.no_grad()
 def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
     """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64.
 
-    Sentences of one length go through the model together, so that nothing is padded; one that occurs again is not
-    computed again. A sentence that is longer than the context is read in windows that overlap by half.
+    A sentence that occurs again, or begins like another one, is not computed again. Rows of one length go through the
+    model together, so that nothing is padded. A sentence longer than the context is read in windows that overlap by half.
     """
-    distinct = dict.fromkeys(sentences)
-    encoded = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
-    block_size, by_length = model.config.block_size, {}
-    for sentence, ids in zip(distinct, encoded, strict=True):
-        by_length.setdefault(len(ids), []).append((sentence, ids))
-    progress = tqdm(total=len(distinct), unit="sentence", unit_scale=True, leave=False, disable=None)
-    for length, group in sorted(by_length.items()):
-        size = max(1, BATCH_TOKENS // max(1, length)) if length <= block_size else 1
-        for start in range(0, len(group), size):
-            batch = group[start : start + size]
-            if length <= block_size:
-                totals = _nats(model, np.array([[vocabulary.eos_id, *ids] for _, ids in batch]), device).sum(axis=1)
-            else:
-                ids = np.array(batch[0][1])
-                totals = [token_nats(model, ids, vocabulary.eos_id, max(1, block_size // 2), device).sum()]
-            distinct.update(zip((sentence for sentence, _ in batch), totals, strict=True))
-            progress.update(len(batch))
+    distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
+    texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
+    block_size, nats = model.config.block_size, np.zeros(len(texts))
+    for i, ids in enumerate(texts):
+        if len(ids) > block_size:
+            nats[i] = token_nats(model, np.array(ids), vocabulary.eos_id, max(1, block_size // 2), device).sum()
+    short = [i for i, ids in enumerate(texts) if len(ids) <= block_size]
+    by_length = {}
+    for row in plant([texts[i] for i in short], vocabulary.eos_id):
+        by_length.setdefault(len(row.tokens), []).append(row)
+    progress = tqdm(total=len(short), unit="sentence", unit_scale=True, leave=False, disable=None)
+    for length, rows in by_length.items():
+        size = max(1, BATCH_TOKENS // length)
+        for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
+            idx, targets, parents, depth = (
+                torch.tensor([row[field] for row in batch], device=device) for field in range(4)
+            )
+            tree = PrefixTree(parents, depth)
+            loss = model(idx, targets, loss_reduction="none", tree=tree).loss.double().cpu().numpy()
+            for row, row_loss in zip(batch, loss, strict=True):
+                for i, path in row.sentences:
+                    nats[short[i]] = row_loss[path].sum()
+            progress.update(sum(len(row.sentences) for row in batch))
     progress.close()
-    return np.array([distinct[sentence] for sentence in sentences], dtype=np.float64)
+    return nats[[distinct[sentence] for sentence in sentences]]
 
 
 def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -563,6 +564,37 @@ def check_ngrams(found, rows):
     for n in (1, 2):
         grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
         assert found[f"distinct_{n}"] == pytest.approx(len(set(grams)) / len(grams), abs=1e-12)
+
+
+def test_every_key_is_explained(run, tmp_path):
+    """docs/metrics.md names all keys of the JSON file and of metrics.jsonl."""
+    page = (Path(evaluation.__file__).parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", page))
+    pairs = write_pairs(tmp_path / "pairs", n=3)
+    flags = [
+        "--tokens",
+        "2000",
+        "--texts",
+        "2",
+        "--minimal-pairs",
+        str(pairs),
+        "--sample",
+        "a",
+        "--max-new-tokens",
+        "2",
+    ]
+    scores = evaluation.main([str(run), str(run), *flags])[1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = {"syntax", "t0", "t1", "t2", "first", "second"}  # of what the pairs are about
+
+    def keys(value) -> set[str]:
+        if isinstance(value, list):
+            return {key for item in value for key in keys(item)}
+        return (
+            value.keys() | {key for item in value.values() for key in keys(item)} if isinstance(value, dict) else set()
+        )
+
+    assert keys([scores, lines]) - names <= explained
 
 
 def test_too_little_text_to_write_on(run):

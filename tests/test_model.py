@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
 from minidisp.loss import LinearCrossEntropy
-from minidisp.model import GPT, GPTConfig, sample
+from minidisp.model import GPT, GPTConfig, PrefixTree, sample
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 KINDS = {
@@ -408,3 +408,18 @@ def test_impossible_configs_name_the_flag(change, word):
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(ValueError, match=r"17 tokens .* 16"):
         GPT(GPTConfig(**SMALL))(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_tree_of_texts_is_the_texts(arch):
+    """Texts that share beginnings, in one row behind another tree: the same logits as one by one."""
+    model = GPT(GPTConfig(**SMALL, arch=arch)).eval().double()
+    #      3 -> 1 -> 4 and 3 -> 1 -> 5 -> 9, 3 -> 2; then a tree of its own, 7 -> 1
+    idx = torch.tensor([[3, 1, 4, 5, 9, 2, 7, 1]])
+    parents = torch.tensor([[0, 0, 1, 1, 3, 0, 6, 6]])
+    depth = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1]])
+    got = model(idx, tree=PrefixTree(parents, depth)).logits[0]
+    for path in ([0, 1, 2], [0, 1, 3, 4], [0, 5], [6, 7]):
+        torch.testing.assert_close(got[path], model(idx[:, path]).logits[0], atol=1e-12, rtol=1e-12)
+    loss = model(idx, idx, loss_reduction="none", tree=PrefixTree(parents, depth)).loss[0]
+    torch.testing.assert_close(loss, -got.log_softmax(-1).gather(1, idx[0, :, None])[:, 0])

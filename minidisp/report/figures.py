@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minidisp.runtime.checkpoint import write_atomic
+from minidisp.runtime.files import write_atomic
 
 # Okabe-Ito, told apart by colour-blind readers and in print.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"
@@ -46,20 +46,20 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
     """Decorator: the function draws with our style, whatever the environment says, and never fails.
 
     It returns the paths of its figures. If drawing goes wrong, it returns none, and the reason is one line on stderr: a
-    run that is finished is worth more than its figures.
+    run that is finished is worth more than its figures. Where cannot_draw has a reason, commands say it before they begin.
     """
 
     @functools.wraps(draw)
     def draw_or_warn(*args, **kwargs) -> list[Path]:
-        reason = cannot_draw()
-        if reason is None:
-            try:
-                with _our_style():
-                    return draw(*args, **kwargs)
-            except Exception as error:  # matplotlib, its fonts and its settings can fail in any way
-                reason = " ".join(f"no figures: {type(error).__name__}: {error}".split())
-        print(f"warning: {reason}", file=sys.stderr)
-        return []
+        if cannot_draw():
+            return []
+        try:
+            with _our_style():
+                return draw(*args, **kwargs)
+        except Exception as error:  # matplotlib, its fonts and its settings can fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: no figures: {reason}", file=sys.stderr)
+            return []
 
     return draw_or_warn
 

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 from minidisp import InputError, read_bytes
-from minidisp.runtime.checkpoint import write_atomic
+from minidisp.runtime.files import write_atomic
 from minidisp.runtime.metrics_log import read_metrics
 
 
