@@ -148,14 +148,15 @@ class Parsed(BaseException):
 @contextlib.contextmanager
 def only_parsing():
     """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with SystemExit(0)."""
-    original = argparse.ArgumentParser.parse_args
-
-    def stop(parser, *args, **kwargs):
-        original(parser, *args, **kwargs)
-        raise Parsed
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            original = getattr(argparse.ArgumentParser, name)
+
+            def stop(*args, original=original, **kwargs):
+                original(*args, **kwargs)
+                raise Parsed
+
+            patch.setattr(argparse.ArgumentParser, name, stop)
         try:
             yield
         except Parsed:
