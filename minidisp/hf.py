@@ -27,7 +27,7 @@ from minidisp import InputError, read_bytes
 from minidisp.config import read_json
 from minidisp.families import FAMILIES, Settings, read_config, stored_form, weights
 from minidisp.model import GPT, GPTConfig
-from minidisp.runtime import checkpoint
+from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
@@ -295,12 +295,12 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
         raise InputError(f"{folder} is there already: choose another folder")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
-    files = _files(config | {"dtype": dtype}, vocabulary)
+    texts = _files(config | {"dtype": dtype}, vocabulary)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
     building.mkdir(parents=True)
     try:
-        for name, text in files.items():
+        for name, text in texts.items():
             (building / name).parent.mkdir(exist_ok=True)
             files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
         safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})

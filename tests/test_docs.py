@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
 
 import minidisp  # noqa: E402
-from minidisp.config import parse  # noqa: E402
+from minidisp.config import flags, parse  # noqa: E402
 
 try:
     import tomllib
@@ -138,6 +138,16 @@ def test_the_file_tree_of_the_readme_is_the_tree():
     assert modules - {"__init__.py", "__pycache__"} == named[ROOT / "minidisp"]
 
 
+def test_what_resume_may_change_is_what_the_flags_say():
+    """The table in resuming.md; flags that only name things (the folder, the corpus) are left out there."""
+    rows = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
+    naming = {"out", "resume", "overwrite", "preset", "data", "init_from", "distill"}
+    for kind, words in (("free", "| change freely"), ("said", "| change, and")):
+        row = next(line for line in rows if line.startswith(words))
+        listed = {flag.replace("-", "_") for flag in re.findall(r"`([\w-]+)`", row)}
+        assert listed == {field.name for field in flags() if field.metadata["resume"] == kind} - naming
+
+
 # --- the command lines ---------------------------------------------------------------------------------------------------
 
 
@@ -148,14 +158,15 @@ class Parsed(BaseException):
 @contextlib.contextmanager
 def only_parsing():
     """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with SystemExit(0)."""
-    original = argparse.ArgumentParser.parse_args
-
-    def stop(parser, *args, **kwargs):
-        original(parser, *args, **kwargs)
-        raise Parsed
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            original = getattr(argparse.ArgumentParser, name)
+
+            def stop(*args, original=original, **kwargs):
+                original(*args, **kwargs)
+                raise Parsed
+
+            patch.setattr(argparse.ArgumentParser, name, stop)
         try:
             yield
         except Parsed:
@@ -208,17 +219,17 @@ def check_pip(words: list[str]) -> None:
             assert set(extra[1].split(",")) <= extras()
 
 
-def check_train(flags: list[str]) -> None:
+def check_train(line: list[str]) -> None:
     """All checks of values and combinations; what --config names need not be a real run."""
-    if "--config" in flags:
-        saved = Path(flags[flags.index("--config") + 1])
+    if "--config" in line:
+        saved = Path(line[line.index("--config") + 1])
         saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_text("{}")
-    if "--help" in flags:
+    if "--help" in line:
         with only_parsing():
-            parse(flags)
+            parse(line)
     else:
-        parse(flags, begin_if_missing=True)
+        parse(line, begin_if_missing=True)
 
 
 def run_program(words: list[str]) -> None:
@@ -258,10 +269,10 @@ def runs_here(words: list[str]) -> bool:
 def smaller(words: list[str], page: str) -> list[str]:
     """The same command with flags that make it tiny. No two commands of the README may want the same folder."""
     if words[0] == "train.py":
-        flags = [*words, *TINY, *(["--active-forgetting", "1"] if "--active-forgetting" in words else [])]
-        return flags if "--resume" in words or page == "README.md" else [*flags, "--overwrite"]
+        tiny = [*words, *TINY, *(["--active-forgetting", "1"] if "--active-forgetting" in words else [])]
+        return tiny if "--resume" in words or page == "README.md" else [*tiny, "--overwrite"]
     if words[0] == "eval.py":
-        return [*words, "--tokens", "300", "--device", "cpu"]
+        return [*words, "--device", "cpu", *([] if "none" in words else ["--tokens", "300"])]
     if words[0] == "data/prepare.py":
         return [*words, "--workers", "1", "--overwrite", *([] if "--tokenizer" in words else ["--vocab-size", "300"])]
     return words
