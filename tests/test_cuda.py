@@ -38,7 +38,16 @@ def test_compiles_without_spilling_registers(architecture, tmp_path):
     generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # all that torch without CUDA lacks
     generated.parent.mkdir(parents=True)
     generated.touch()
-    command = ["nvcc", "-cubin", f"-arch={architecture}", *ops.build.NVCC_FLAGS, "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command = [
+        "nvcc",
+        "-cubin",
+        f"-arch={architecture}",
+        *ops.build.NVCC_FLAGS,
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+    ]
     command += ["-isystem", str(INCLUDE), "-I", str(tmp_path), str(SOURCE), "-o", str(tmp_path / "kernels.cubin")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
