@@ -391,20 +391,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("export",), help="export: write a run as a folder for transformers")
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
     parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist yet, or be empty")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights (default float32)",
-    )
+    parser.add_argument("--dtype", type=str.lower, choices=("float32", "bfloat16", "float16", "q8_0"), default="float32",
+                        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf")  # fmt: skip
+    parser.add_argument("--gguf", action="store_true", help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead; "
+                        "needs pip install 'minidisp[gguf]'")  # fmt: skip
 
     def command() -> None:
         args = parser.parse_args(argv)
         try:
-            folder = export(args.run, args.folder, args.dtype)
+            if args.gguf:
+                from minidisp import gguf
+
+                print(f"{gguf.export_run(args.run, args.folder, args.dtype)}: for llama.cpp, Ollama or LM Studio")
+            elif args.dtype == "q8_0":
+                raise InputError("--dtype q8_0 goes with --gguf: transformers' files have float32, bfloat16 or float16")
+            else:
+                folder = export(args.run, args.folder, args.dtype)
+                print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
         except OSError as error:
             raise InputError(f"{error.filename or args.folder}: {error.strerror}") from None
-        print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
 
     return exit_code("minidisp.hf", command)
 

@@ -1,0 +1,284 @@
+"""GGUF files: gguf's own tables are the oracle for names, a few lines of SentencePiece for tokens, and llama.cpp for all."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gguf")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+import gguf
+import tokenizers
+from safetensors.torch import load_file
+
+from minidisp import InputError, hf
+from minidisp import gguf as ours
+from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_sentencepiece
+from tests import llama_cpp
+from tests.test_hf import write_run
+from tests.test_tokenizer import HARD, SOURCE_CODE, byte_level_bpe
+
+KINDS = {
+    "gpt2": {"gelu": "tanh"},
+    "gpt2-untied": {"gelu": "tanh", "tied": False, "bias": False, "norm_eps": 1e-3, "mlp_dim": 96},
+    "qwen3": {"arch": "qwen3"},
+    "qwen3-grouped": {
+        "arch": "qwen3",
+        "n_kv_head": 2,
+        "head_dim": 12,
+        "rope_theta": 300.0,
+        "tied": False,
+        "mlp_dim": 96,
+    },
+    "fast": {"arch": "qwen3", "mlp": "relu2", "n_kv_head": 2, "norm_eps": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer():
+    return train_sentencepiece([SOURCE_CODE], 320)
+
+
+def read(path: Path) -> tuple[dict, dict]:
+    """The settings and the tensors, as numbers, of a file."""
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_says_what_the_one_for_transformers_says(tmp_path, kind):
+    """Tensor by tensor, under the names that gguf has for those of transformers; and setting by setting."""
+    model = write_run(tmp_path / "run", ByteTokenizer(), **KINDS[kind])
+    settings, tensors = read(ours.export_run(tmp_path / "run", tmp_path / "out"))
+    folder = hf.export(tmp_path / "run", tmp_path / "folder")
+    config, theirs = json.loads((folder / "config.json").read_text()), load_file(folder / hf.WEIGHTS)
+    arch = settings["general.architecture"]
+    assert arch == config["model_type"]
+    (number,) = (number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(number, 2)
+    found = {}
+    for name, tensor in theirs.items():
+        transposed = arch == "gpt2" and ".h." in name and tensor.ndim == 2
+        found[names.get_name(name, (".weight", ".bias"))] = (tensor.T if transposed else tensor).numpy()
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensors[name], tensor, err_msg=name)
+    wanted = {
+        "context_length": ("n_positions", "max_position_embeddings"),
+        "embedding_length": ("n_embd", "hidden_size"),
+        "block_count": ("n_layer", "num_hidden_layers"),
+        "feed_forward_length": ("n_inner", "intermediate_size"),
+        "attention.head_count": ("n_head", "num_attention_heads"),
+        "attention.head_count_kv": (None, "num_key_value_heads"),
+        "attention.key_length": (None, "head_dim"),
+        "attention.value_length": (None, "head_dim"),
+        "attention.layer_norm_epsilon": ("layer_norm_epsilon", None),
+        "attention.layer_norm_rms_epsilon": (None, "rms_norm_eps"),
+        "rope.freq_base": (None, "rope_theta"),
+        "rope.dimension_count": (None, "head_dim"),
+    }
+    for key, of in wanted.items():
+        name = of[arch != "gpt2"]
+        assert settings.get(f"{arch}.{key}") == (name and pytest.approx(config[name])), key
+    assert model.config.block_size == settings[f"{arch}.context_length"]
+
+
+def test_relu2_is_the_xielu_that_the_file_asks_for(tmp_path):
+    write_run(tmp_path / "run", ByteTokenizer(), **KINDS["fast"])
+    settings, _ = read(ours.export_run(tmp_path / "run", tmp_path / "out"))
+    x = torch.linspace(-9, 9, 500)
+    for layer in range(2):
+        raw_p, raw_n, beta, eps = (settings[f"xielu.{name}"][layer] for name in ("alpha_p", "alpha_n", "beta", "eps"))
+        alpha_p, alpha_n = (torch.nn.functional.softplus(torch.tensor(raw)) for raw in (raw_p, raw_n))
+        above = alpha_p * x**2 + beta * x
+        below = (alpha_n + beta) * (torch.expm1(x.clamp(max=eps)) - x) + beta * x  # arXiv 2411.13010
+        torch.testing.assert_close(torch.where(x > 0, above, below), x.relu() ** 2, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ours.DTYPES)
+def test_dtypes(tmp_path, dtype):
+    model = write_run(tmp_path / "run", ByteTokenizer(), **KINDS["gpt2"], mlp_dim=50)
+    path = ours.export_run(tmp_path / "run", tmp_path / "out", dtype)
+    assert path.name == f"run-{ours.DTYPES[dtype]}.gguf"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    vectors = {name for name in kinds if name.endswith(".bias") or "norm" in name} | {"position_embd.weight"}
+    assert {kinds[name] for name in vectors} == {"F32"}
+    assert kinds["blk.1.ffn_down.weight"] == {"q8_0": "F16"}.get(dtype, ours.DTYPES[dtype])  # rows of 50
+    assert {kind for name, kind in kinds.items() if name not in vectors | {f"blk.{i}.ffn_down.weight" for i in (0, 1)}} == {ours.DTYPES[dtype]}  # fmt: skip
+    _, tensors = read(path)
+    wanted = model.wte.weight.detach().numpy()
+    bits = {"float32": 24, "float16": 11, "bfloat16": 8, "q8_0": 7}[dtype]
+    largest = np.abs(wanted).reshape(-1, 32).max(1).repeat(32).reshape(wanted.shape)
+    assert (np.abs(tensors["token_embd.weight"] - wanted) <= largest * 2.0**-bits).all()
+    if dtype != "float32":
+        assert not np.array_equal(tensors["token_embd.weight"], wanted)
+
+
+def merged(text: str, settings: dict) -> list[int]:
+    """Tokens of a text as SentencePiece merges them: always the best pair of neighbours, of equals the leftmost."""
+    tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    parts = list(text.replace(" ", "\u2581"))
+    while True:
+        pairs = [(-settings["tokenizer.ggml.scores"][ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]  # fmt: skip
+        if not pairs:
+            break
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    found = []
+    for part in parts:
+        if part in ids:
+            assert kinds[ids[part]] == gguf.TokenType.NORMAL
+        found += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "reimported"])
+def test_tokens(tmp_path, sentencepiece_tokenizer, kind):
+    vocabulary = ByteTokenizer() if kind == "byte" else sentencepiece_tokenizer
+    write_run(tmp_path / "run", vocabulary, **KINDS["gpt2"])
+    if kind == "reimported":  # the same BPE, as the package tokenizers has it
+        vocabulary = hf.load_tokenizer(hf.export(tmp_path / "run", tmp_path / "folder"))
+        (tmp_path / "again").mkdir()
+        write_run(tmp_path / "again" / "run", vocabulary, **KINDS["gpt2"])
+    settings, _ = read(ours.export_run(next(tmp_path.glob("again/run"), tmp_path / "run"), tmp_path / "out"))
+    for text in [*HARD, *llama_cpp.TEXTS]:
+        if "\u2581" not in text and len(text) < 1000:
+            assert merged(text, settings) == vocabulary.encode(text)
+    assert settings["tokenizer.ggml.model"] == "llama"
+    assert settings["tokenizer.ggml.add_space_prefix"] is False
+    assert settings["tokenizer.ggml.bos_token_id"] == settings["tokenizer.ggml.eos_token_id"] == vocabulary.eos_id
+    types = settings["tokenizer.ggml.token_type"]
+    assert len(types) == vocabulary.vocab_size
+    assert types.count(gguf.TokenType.BYTE) == (255 if kind == "byte" else 256)  # a space is no byte there
+    assert types[vocabulary.eos_id] == gguf.TokenType.CONTROL
+
+
+def bpe_with(pre_tokenizer, rows: int = 0, files: dict | None = None, **changes) -> HuggingFaceTokenizer:
+    """A byte-level tokenizer that cuts words in another way."""
+    base = byte_level_bpe(qwen=True).tokenizer_json
+    pre_tokenizer = json.loads(pre_tokenizer.__getstate__())
+    packed = {**base, "pre_tokenizer": pre_tokenizer, "model": {**base["model"], **changes}}
+    return HuggingFaceTokenizer(HuggingFaceTokenizer.pack(packed, "<|endoftext|>", rows, files))
+
+
+def words(kind: str):
+    """The ways to cut words that have a name in llama.cpp, as the models' own files have them."""
+    pre, in_bytes = (
+        tokenizers.pre_tokenizers,
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    )
+    digits = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}.get(kind)
+    if digits:
+        pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # fmt: skip
+        return pre.Sequence([pre.Split(tokenizers.Regex(pattern), "isolated"), in_bytes])
+    own = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre.Sequence([pre.Digits(individual_digits=True), own]) if kind == "smollm" else own
+
+
+WORDS = ("gpt-2", "qwen2", "llama-bpe", "smollm")
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_an_imported_tokenizer(tmp_path, kind):
+    files = {"tokenizer_config.json": json.dumps({"pad_token": "<|im_start|>", "chat_template": "{{ messages }}"})}
+    vocabulary = bpe_with(words(kind), 300, files, ignore_merges=kind == "llama-bpe")
+    write_run(tmp_path / "run", vocabulary, **KINDS["qwen3"])
+    settings, _ = read(ours.export_run(tmp_path / "run", tmp_path / "out"))
+    assert (settings["tokenizer.ggml.model"], settings["tokenizer.ggml.pre"]) == ("gpt2", kind)
+    tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
+    model = vocabulary.tokenizer_json["model"]
+    assert all(tokens[i] == token for token, i in model["vocab"].items())
+    assert [merge.split(" ") for merge in settings["tokenizer.ggml.merges"]] == [[*merge] for merge in model["merges"]]
+    assert (len(tokens), kinds[-1]) == (300, gguf.TokenType.UNUSED)
+    assert {tokens[i]: kind for i, kind in enumerate(kinds) if kind not in (1, 5)} == {
+        "<|endoftext|>": gguf.TokenType.CONTROL, "<|im_start|>": gguf.TokenType.CONTROL, "<think>": gguf.TokenType.USER_DEFINED,
+    }  # fmt: skip
+    assert tokens[settings["tokenizer.ggml.padding_token_id"]] == "<|im_start|>"
+    assert settings["tokenizer.chat_template"] == "{{ messages }}"
+    assert settings["tokenizer.ggml.add_bos_token"] is False  # as its own settings say
+
+
+def test_what_llama_cpp_does_not_have_is_refused_with_the_way_out(tmp_path, capsys, sentencepiece_tokenizer):
+    tokenizer = byte_level_bpe(qwen=True)
+    folder = (
+        hf.export(tmp_path / "plain", tmp_path / "folder")
+        if write_run(tmp_path / "plain", sentencepiece_tokenizer)
+        else None
+    )
+    packed = hf.load_tokenizer(folder).tokenizer_json
+
+    def changed(**model) -> HuggingFaceTokenizer:
+        both = {**packed, "model": {**packed["model"], **model}}
+        return HuggingFaceTokenizer(HuggingFaceTokenizer.pack(both, "</s>", 0))
+
+    merges, space = packed["model"]["merges"], {"vocab": {**packed["model"]["vocab"], "a\u2581": 320}}
+    parts = {"vocab": {**packed["model"]["vocab"], "</": 320, "s>": 321}, "merges": [*merges, ["<", "/"], ["s", ">"]]}
+    for number, (vocabulary, fields, expected) in enumerate([
+        (ByteTokenizer(), {}, "--gelu tanh"),
+        (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
+        (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
+        (tokenizer, {"arch": "qwen3"}, "no name for the way"),
+        (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "no name for the way"),
+        (changed(merges=merges[1:]), {"arch": "qwen3"}, "not all pairs"),
+        (changed(**space), {"arch": "qwen3"}, "U+2581"),
+        (changed(**parts), {"arch": "qwen3"}, "'</s>' out of text"),
+    ]):  # fmt: skip
+        run = tmp_path / f"run{number}"
+        write_run(run, vocabulary, **fields)
+        assert hf.main(["export", str(run), str(tmp_path / "out"), "--gguf"]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run", ByteTokenizer(), **KINDS["fast"])
+    flags = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--gguf", "--dtype", "Q8_0"]
+    assert hf.main(flags) == 0
+    assert str(tmp_path / "out" / "run-Q8_0.gguf") in capsys.readouterr().out
+    assert hf.main(flags) == 2
+    assert "there already" in capsys.readouterr().err
+    assert hf.main([*flags[:4], "--dtype", "float16"]) == 0  # beside it
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "here" / "a.gguf"), "--gguf"]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*.*") if path.suffix != ".pt") == [
+        "a.gguf", "run-F16.gguf", "run-Q8_0.gguf", "tokenizer.model",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert hf.main([*flags[:3], "--dtype", "q8_0"]) == 2
+    assert "--gguf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert hf.main(flags) == 2
+    assert "minidisp[gguf]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not llama_cpp.installed(), reason="LLAMA_CPP names no folder with node-llama-cpp: see llama_cpp.py")
+@pytest.mark.parametrize("kind", [*KINDS, "byte", *WORDS])
+def test_llama_cpp_tokenizes_and_continues_in_the_same_way(tmp_path, kind):
+    run = tmp_path / "run"
+    if kind in WORDS:
+        vocabulary = bpe_with(words(kind), 300, ignore_merges=kind == "llama-bpe")
+    else:
+        vocabulary = ByteTokenizer() if kind == "byte" else train_sentencepiece([SOURCE_CODE, *llama_cpp.TEXTS], 700)
+    write_run(run, vocabulary, **{"block_size": 96, **KINDS.get(kind, KINDS["qwen3"])})
+    for dtype in ours.DTYPES if kind in KINDS else ["float32"]:
+        assert llama_cpp.compare(run, dtype) == []
+
+
+def test_refused_before_anything_is_written(tmp_path):
+    model = write_run(tmp_path / "run", ByteTokenizer(), **KINDS["gpt2"])
+    state = torch.load(tmp_path / "run" / "ckpt_last.pt")
+    state["model"]["h.1.attn.c_attn.weight"][0, 0] = 1e6
+    torch.save(state, tmp_path / "run" / "ckpt_last.pt")
+    with pytest.raises(InputError, match=r"blk.1.attn_qkv.weight has numbers up to 1e\+06, too large for float16"):
+        ours.export_run(tmp_path / "run", tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+    assert model
