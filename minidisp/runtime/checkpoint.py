@@ -240,6 +240,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
     fresh = optimizer.state_dict()
     members = [group["params"] for group in fresh["param_groups"]]
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    kept_by = {p.ndim: _kept_by(optimizer, p) for p in parameters.values()}
     try:
         state = saved["state"]
         groups = [group["params"] for group in saved["param_groups"]]
@@ -247,11 +248,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
         fits = all(type(group) is list and all(type(index) is int for index in group) for group in groups)
         fits = fits and groups == members and all(type(index) is int for index in state)
         for index, values in state.items():
-            shapes = _state_shapes(optimizer, parameters[index])
-            fits = fits and values.keys() == shapes.keys()
+            shape = parameters[index].shape
+            kept, sizes = kept_by[len(shape)], dict(zip(SMALL, shape, strict=False))
+            fits = fits and values.keys() == kept.keys()
             for name, value in values.items():
-                fits = fits and isinstance(value, torch.Tensor) and value.shape == shapes[name]
-                fits = fits and value.is_floating_point()
+                wanted = tuple(sizes.get(size, size) for size in kept[name])
+                fits = fits and isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == wanted
     except (KeyError, TypeError, AttributeError, IndexError):
         fits = False
     if not fits:
@@ -266,22 +268,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
     optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
 
 
-def _state_shapes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """What an optimizer keeps for a parameter, and in which shapes: as it does for a small one, in a step of a copy of it.
+SMALL = (2, 3, 5, 7)  # sizes that stand for those of a real parameter
 
-    So nobody has to write down what a new optimizer keeps. Sizes of the small parameter stand for those of the real one.
+
+def _kept_by(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """The tensors that an optimizer keeps for a parameter of so many dimensions, and their shapes, with sizes of SMALL.
+
+    It is seen in a step of a copy of it on a small parameter, so nobody has to write down what a new optimizer keeps.
     """
-    sizes = dict(zip((2, 3, 5, 7, 11), parameter.shape, strict=False))
-    small = torch.zeros(tuple(sizes), dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    small = torch.zeros(SMALL[: parameter.ndim], dtype=parameter.dtype, device=parameter.device, requires_grad=True)
     small.grad = torch.zeros_like(small)
     probe = copy.copy(optimizer)
     probe.state = defaultdict(dict)
     probe.param_groups = [{**optimizer.param_groups[0], "params": [small]}]
     probe.step()
-    return {
-        name: tuple(sizes.get(size, size) for size in value.shape) if isinstance(value, torch.Tensor) else None
-        for name, value in probe.state[small].items()
-    }
+    return {name: tuple(value.shape) for name, value in probe.state[small].items()}
 
 
 def find(run: str | Path) -> Path:
