@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.split != "none":
         corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
         text = Text.read(corpus, args.split, args.tokens)
+        chosen = choose_texts(text, [s.tokenizer for s in subjects], args.texts) if args.texts else None
         measure_text(subjects, scores, found, text, args.stride, device)
         measured_on = (
             f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if pairs:
         measure_pairs(subjects, scores, found, pairs, device)
     if args.texts:
-        measure_writing(subjects, scores, found, text, args.texts, args.seed or 0, device)
+        measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
 
     # Files first: whatever is printed or sampled then can fail without taking the numbers along.
     if args.json:
@@ -359,13 +360,12 @@ def measure_writing(
     subjects: list[Subject],
     scores: list[dict],
     found: Findings,
-    text: Text,
-    count: int,
+    texts: list[str],
+    kind: str,
     seed: int,
     device: torch.device,
 ) -> None:
-    """How often the continuations of held-out documents repeat themselves."""
-    texts, kind = choose_texts(text, [s.tokenizer for s in subjects], count)
+    """How often the continuations of held-out texts repeat themselves. kind: what choose_texts says of them."""
     for subject, score in zip(subjects, scores, strict=True):
         ways = writing(subject.model, subject.tokenizer, texts, seed, device)
         score["writing"] = {"texts": len(texts), "of": kind, "seed": seed, **ways}
