@@ -8,9 +8,9 @@
     python eval.py runs/NAME --minimal-pairs "blimp/*.jsonl" --split none
     python eval.py --hf FOLDER --data NAME
 
-Every token of the split is predicted exactly once, from as much text before it as fits: windows are as long as the model's
-context, and each one advances by --stride tokens. The first token of the split follows an end-of-document token.
-Exit codes: 0 done; 2 bad usage or input.
+Every token of the split is predicted exactly once, from as much text before it as fits: windows are as long as the
+model's context, and each one advances by --stride tokens. The first token of the split follows an end-of-document
+token. Exit codes: 0 done; 2 bad usage or input.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.split != "none":
         corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
         text = Text.read(corpus, args.split, args.tokens)
+        chosen = choose_texts(text, [s.tokenizer for s in subjects], args.texts) if args.texts else None
         measure_text(subjects, scores, found, text, args.stride, device)
         measured_on = (
             f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if pairs:
         measure_pairs(subjects, scores, found, pairs, device)
     if args.texts:
-        measure_writing(subjects, scores, found, text, args.texts, args.seed or 0, device)
+        measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
 
     # Files first: whatever is printed or sampled then can fail without taking the numbers along.
     if args.json:
@@ -177,8 +178,8 @@ def _add_flags(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a GPT-2 or Qwen3 model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may be "
-        "repeated",
+        help="a GPT-2 or Qwen3 model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may "
+        "be repeated",
     )
     what.add_argument(
         "--block-size", type=int, default=0, metavar="N", help="context of the --hf models in tokens; 0 = their own"
@@ -200,8 +201,8 @@ def _add_flags(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens a window advances by, 1 to the model's context; smaller is slower and gives every token more context "
-        "(default: half the context)",
+        help="tokens a window advances by, 1 to the model's context; smaller is slower and gives every token more "
+        "context (default: half the context)",
     )
     text.add_argument("--layers", action="store_true", help="print the further metrics layer by layer, too")
     text.add_argument(
@@ -209,8 +210,8 @@ def _add_flags(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help=f"let every run go on with the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} more, "
-        "greedy and nucleus, and measure how often it repeats itself",
+        help=f"let every run go on with the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} "
+        "more, greedy and nucleus, and measure how often it repeats itself",
     )
 
     pairs = parser.add_argument_group("minimal pairs")
@@ -325,7 +326,7 @@ def refuse_broken(subjects: list[Subject]) -> None:
             )
 
 
-# --- what is measured: each adds to the scores, and to what is shown ---------------------------------------------------
+# --- what is measured: each adds to the scores, and to what is shown --------------------------------------------------
 
 
 def measure_text(
@@ -359,13 +360,12 @@ def measure_writing(
     subjects: list[Subject],
     scores: list[dict],
     found: Findings,
-    text: Text,
-    count: int,
+    texts: list[str],
+    kind: str,
     seed: int,
     device: torch.device,
 ) -> None:
-    """How often the continuations of held-out documents repeat themselves."""
-    texts, kind = choose_texts(text, [s.tokenizer for s in subjects], count)
+    """How often the continuations of held-out texts repeat themselves. kind: what choose_texts says of them."""
     for subject, score in zip(subjects, scores, strict=True):
         ways = writing(subject.model, subject.tokenizer, texts, seed, device)
         score["writing"] = {"texts": len(texts), "of": kind, "seed": seed, **ways}

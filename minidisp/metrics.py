@@ -133,9 +133,9 @@ class Condensation:
         sequences, tokens_per_sequence: what was measured.
         mean_cosine_by_layer: mean of the averaged cosine matrix, diagonal included (the paper's mu), l = 0..n_layer.
         off_diagonal_mean_by_layer: the same over the pairs i != j alone, so that T does not matter.
-        spearman, kendall: rank correlation of mean_cosine_by_layer with l; +1 = each layer condenses more than the last.
+        spearman, kendall: rank correlation of mean_cosine_by_layer with l; +1 = each layer condenses more.
         last_half_mean: mean of mean_cosine_by_layer over the late half of layers 1..n_layer (see select_layers).
-        last_1_to_5_means: the same over the last 1, 2, .. 5 layers, as far as there are that many; never the embeddings.
+        last_1_to_5_means: the same over the last 1, 2, .. 5 layers, as far as there are so many; never the embeddings.
         histogram_by_layer: density of the entries of the averaged matrix, the paper's heat map; BINS bins on [-1, 1].
         pair_histogram_by_layer: density of the individual cosines, i != j. Averaging sequences narrows a histogram, and
             the diagonal adds a peak at 1: this one has neither.
@@ -190,10 +190,10 @@ def singular_entropy(s: Tensor) -> Tensor:
 def isoscore_star(covariance: np.ndarray) -> float:
     """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it lies in one.
 
-    (k - 1) / (C - 1) if it is equal in k of them. Algorithm 1 of Rudman & Eickhoff (arXiv 2305.19358) takes the eigenvalues
-    e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C - sqrt C)), phi = (C - delta^2 (C - sqrt C))^2 /
-    C^2 and returns (C phi - 1) / (C - 1). Put together, C phi = (sum e)^2 / sum e^2, which needs no eigenvalues:
-    sum e is the trace and sum e^2 the squared Frobenius norm. For fewer points than a few C, shrink first:
+    (k - 1) / (C - 1) if it is equal in k of them. Algorithm 1 of Rudman & Eickhoff (arXiv 2305.19358) takes eigenvalues
+    e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C - sqrt C)), phi = (C - delta^2 (C - sqrt
+    C))^2 / C^2 and returns (C phi - 1) / (C - 1). Put together, C phi = (sum e)^2 / sum e^2, which needs no
+    eigenvalues: sum e is the trace and sum e^2 the squared Frobenius norm. For fewer points than a few C, shrink first:
     (1 - zeta) covariance + zeta covariance_of_more_points, as the authors do. NaN if the covariance is 0 or C is 1.
     """
     C = len(covariance)
@@ -203,7 +203,8 @@ def isoscore_star(covariance: np.ndarray) -> float:
 
 class FullCondensation(Condensation):
     """Condensation and, per layer, the scores that show what a mean cosine alone can hide. For evaluations rather than
-    for training: all of it is computed in float64 on the CPU, which takes about as long as the model's forward pass there.
+    for training: all of it is computed in float64 on the CPU, which takes about as long as the model's forward pass
+    there.
 
     Keeps a C x C matrix more per layer, and 32 tokens of each of the first 128 sequences.
     """
@@ -252,19 +253,20 @@ class FullCondensation(Condensation):
     def result(self) -> dict:
         """Condensation.result and, for the layers 0..n_layer:
 
-        centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token from each, so
-            a direction that all tokens of all texts share no longer counts. The mean is over SAMPLED_TOKENS tokens of each
-            of many sequences, and the pairs are of these: centred on its own mean, any one sequence would come out near 0.
-            With 100 sequences the sampling error is below about 0.01.
-        standardised_mean_by_layer: the same after dividing each dimension by its standard deviation, so the few dimensions
-            with far larger values than the others count no more than they (Timkey & van Schijndel 2021, arXiv 2109.04404).
-        isoscore_star_by_layer: see isoscore_star; of the covariance of all tokens of all sequences, without shrinkage, and
-            so too low for fewer tokens than several C.
+        centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token from each,
+            so a direction that all tokens of all texts share no longer counts. The mean is over SAMPLED_TOKENS tokens
+            of each of many sequences, and the pairs are of these: centred on its own mean, any one sequence would come
+            out near 0. With 100 sequences the sampling error is below about 0.01.
+        standardised_mean_by_layer: the same after dividing each dimension by its standard deviation, so the few
+            dimensions with far larger values than the others count no more than they (Timkey & van Schijndel 2021,
+            arXiv 2109.04404).
+        isoscore_star_by_layer: see isoscore_star; of the covariance of all tokens of all sequences, without shrinkage,
+            and so too low for fewer tokens than several C.
         Of each sequence's (T, C) matrix X with singular values s_i, averaged over the sequences:
         mev_by_layer: s_1^2 / sum s_i^2, the share of the strongest direction, from 1 / min(T, C) to 1.
-        singular_entropy_by_layer, effective_rank_by_layer: see singular_entropy; the rank is averaged, not the exponent.
-        hfc_lfc_ratio_by_layer: ||HFC||_2 / ||LFC||_2, spectral norms. LFC is X with each token replaced by the sequence's
-            mean token, HFC = X - LFC; 0 = all tokens are equal.
+        singular_entropy_by_layer, effective_rank_by_layer: see singular_entropy; the rank itself is averaged.
+        hfc_lfc_ratio_by_layer: ||HFC||_2 / ||LFC||_2, spectral norms. LFC is X with each token replaced by the
+            sequence's mean token, HFC = X - LFC; 0 = all tokens are equal.
         log_hfc_growth_by_layer: ln(||HFC_l||_F / ||HFC_0||_F), 0 for the embeddings.
         """
         scores = super().result()
@@ -290,8 +292,8 @@ class FullCondensation(Condensation):
 def _sample_positions(T: int, sequence: int) -> np.ndarray:
     """Up to SAMPLED_TOKENS positions in a sequence, the same ones each time.
 
-    They differ between sequences, or what is due to the position would be centred away. The first token is left out: many
-    models give it a norm that dwarfs all others.
+    They differ between sequences, or what is due to the position would be centred away. The first token is left out:
+    many models give it a norm that dwarfs all others.
     """
     if T <= SAMPLED_TOKENS:
         return np.arange(T)
@@ -309,9 +311,10 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Difference in bits per byte between two models on the same text, second minus first, with a 95 % interval.
 
-    first, second: nats of each model per block of text, (N,) float64; n_bytes: bytes of each block. Blocks are resampled
-    together for both models (Efron's percentile bootstrap), so what makes a block hard for both cancels; blocks rather than
-    tokens, since neighbouring tokens are not independent. Returns (difference, low, high); low and high are NaN if N < 2.
+    first, second: nats of each model per block of text, (N,) float64; n_bytes: bytes of each block. Blocks are
+    resampled together for both models (Efron's percentile bootstrap), so what makes a block hard for both cancels;
+    blocks rather than tokens, since neighbouring tokens are not independent. Returns (difference, low, high); low and
+    high are NaN if N < 2.
     """
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     n_bytes, N = np.asarray(n_bytes, np.float64), len(difference)
@@ -341,10 +344,10 @@ def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> 
 
 
 def minimal_pair_values(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """1 where the good sentence of a pair is likelier, 1/2 where both are equal, 0 where the bad one is (arXiv 1912.00582).
+    """1 where the good sentence of a pair is likelier, 1/2 where both are equally so, else 0 (arXiv 1912.00582).
 
-    good, bad: total log-probability of each sentence, (N,). Their mean is the accuracy; guessing gives 1/2. A pair with a
-    NaN counts 0.
+    good, bad: total log-probability of each sentence, (N,). Their mean is the accuracy; guessing gives 1/2. A pair with
+    a NaN counts 0.
     """
     return (good > bad) + (good == bad) / 2
 
@@ -361,8 +364,8 @@ def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
     """distinct-n: different n-grams in all texts together over all n-grams there, in (0, 1]; NaN if there are none.
 
-    Li et al. (arXiv 1510.03055) divide by the number of tokens, which is the same for n = 1. It falls as texts are added,
-    so compare equal numbers of equally long texts.
+    Li et al. (arXiv 1510.03055) divide by the number of tokens, which is the same for n = 1. It falls as texts are
+    added, so compare equal numbers of equally long texts.
     """
     ngrams = [ngram for tokens in texts for ngram in _ngrams(tokens, n)]
     return _ratio(len(set(ngrams)), len(ngrams))
@@ -398,7 +401,8 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     """Mean of the paired differences second - first (over seeds, say), their standard deviation, and a 95 % interval.
 
     The interval is Student's, mean +- t sd / sqrt(n), and so is right for normal differences also with few of them.
-    Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have n >= 1 values.
+    Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have n >= 1
+    values.
     """
     if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"{len(first)} and {len(second)} values are no pairs")

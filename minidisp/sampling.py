@@ -92,8 +92,9 @@ def stream_sample(
 ) -> dict:
     """Go on with one prompt and call write(text) with every bit of it as soon as it is there, in whole characters.
 
-    The sample ends with EOS, before sampling.stop, or after max_new_tokens. Returns what goes into the JSON file: prompt,
-    seed, continuation, new_tokens and seconds. Bytes that are no UTF-8 become U+FFFD, as Tokenizer.decode has it.
+    The sample ends with EOS, before sampling.stop, or after max_new_tokens. Returns what goes into the JSON file:
+    prompt, seed, continuation, new_tokens and seconds. Bytes that are no UTF-8 become U+FFFD, as Tokenizer.decode has
+    it.
     """
     idx = torch.tensor([prompt_ids(vocabulary, prompt)], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -128,8 +129,8 @@ def _begun(text: str, stop: str) -> int:
 def sample_all(model: GPT, vocabulary, prompts: list[str], sampling: Sampling) -> list[dict]:
     """The samples of all prompts, in their order; those of equally many tokens are drawn together.
 
-    So what is drawn for a prompt depends on the others, but is the same each time. Returns what stream_sample does, with
-    an equal share of the seconds each.
+    So what is drawn for a prompt depends on the others, but is the same each time. Returns what stream_sample does,
+    with an equal share of the seconds each.
     """
     by_length = {}
     for i, prompt in enumerate(prompts):

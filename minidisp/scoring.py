@@ -123,7 +123,8 @@ def _nats(model: GPT, rows: np.ndarray, device: torch.device) -> np.ndarray:
 
 @torch.no_grad()
 def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
-    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is shorter."""
+    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is
+    shorter."""
     T = min(SEQUENCE_TOKENS, model.config.block_size, len(tokens))
     n = min(SEQUENCES, len(tokens) // T)
     starts = np.linspace(0, len(tokens) - T, n).astype(np.int64)
@@ -169,8 +170,9 @@ def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, devic
 def compare_texts(results: list[Result]) -> list[str]:
     """What the text says about every run against the first, in a line each; the numbers go into the scores, too.
 
-    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are the
-    same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count half).
+    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are
+    the same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count
+    half).
     """
     first, lines = results[0], []
     n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
@@ -188,11 +190,10 @@ def compare_texts(results: list[Result]) -> list[str]:
             versus["nats_per_token"] = float(per_token.mean())
             versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
             remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
-        lines.append(
-            f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, 95 % interval {low:+.5f} to "
-            f"{high:+.5f}: {verdict}" + (" that this text can show" if verdict == "no difference" else "")
-            + (f" ({', '.join(remarks)})" if remarks else "")
-        )  # fmt: skip
+        line = f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, "
+        line += f"95 % interval {low:+.5f} to {high:+.5f}: {verdict}"
+        line += " that this text can show" if verdict == "no difference" else ""
+        lines.append(line + (f" ({', '.join(remarks)})" if remarks else ""))
         other.scores["versus_first"] = versus
     return lines
 
@@ -216,7 +217,8 @@ class Pair(NamedTuple):
 
 
 def read_pairs(pattern: str) -> list[Pair]:
-    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv 1912.00582).
+    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv
+    1912.00582).
 
     A line is a JSON object with sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises
     InputError naming file and line of one that is not.
@@ -289,7 +291,8 @@ def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.de
     """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64.
 
     A sentence that occurs again, or begins like another one, is not computed again. Rows of one length go through the
-    model together, so that nothing is padded. A sentence longer than the context is read in windows that overlap by half.
+    model together, so that nothing is padded. A sentence longer than the context is read in windows that overlap by
+    half.
     """
     distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
     texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
@@ -338,17 +341,15 @@ def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
             scores["versus_first"] = {"accuracy": difference, "low": low, "high": high}
         return scores
 
-    groups = {}
+    summaries = [summary(np.arange(len(pairs)), model) for model in range(len(values))]
     for key in ("field", "term", "file"):
-        groups[f"by_{key}"] = members = {}
+        members: dict[str, list[int]] = {}
         for i, pair in enumerate(pairs):
             if (name := getattr(pair, key)) is not None:
                 members.setdefault(name, []).append(i)
-    return [
-        {**summary(np.arange(len(pairs)), model),
-         **{key: {name: summary(np.array(which), model) for name, which in sorted(members.items())} for key, members in groups.items()}}
-        for model in range(len(values))
-    ]  # fmt: skip
+        for model, scores in enumerate(summaries):
+            scores[f"by_{key}"] = {name: summary(np.array(which), model) for name, which in sorted(members.items())}
+    return summaries
 
 
 def compare_pairs(names: list[str], summaries: list[dict]) -> list[str]:
@@ -359,8 +360,8 @@ def compare_pairs(names: list[str], summaries: list[dict]) -> list[str]:
         difference, low, high = (versus[key] for key in ("accuracy", "low", "high"))
         versus["verdict"] = _verdict("better" if low > 0 else "worse" if high < 0 else "", low)
         lines.append(
-            f"{name} against {names[0]}: {difference:+.2%} of the minimal pairs, 95 % interval {low:+.2%} to {high:+.2%}: "
-            + versus["verdict"]
+            f"{name} against {names[0]}: {difference:+.2%} of the minimal pairs, "
+            f"95 % interval {low:+.2%} to {high:+.2%}: {versus['verdict']}"
             + (" that these pairs can show" if versus["verdict"] == "no difference" else "")
         )
     return lines

@@ -291,6 +291,10 @@ def provide(words: list[str], corpus: Path) -> None:
     for flag, word in itertools.pairwise(words):
         if flag == "--data" and not Path(word).exists() and not Path("data", word).exists():
             shutil.copytree(corpus, word if "/" in word else Path("data", word))
+        if flag == "--minimal-pairs":
+            pairs = Path(word.replace("*", "some"))
+            pairs.parent.mkdir(parents=True, exist_ok=True)
+            pairs.write_text('{"sentence_good": "they are", "sentence_bad": "they is"}\n')
     for word in itertools.takewhile(
         lambda w: not w.startswith("--"), words[words.index("--input") + 1 :] if "--input" in words else []
     ):

@@ -370,7 +370,8 @@ def test_the_further_metrics_agree_with_numpy(T, C):
 
 
 def test_what_the_mean_cosine_hides():
-    """One shared direction, or one loud dimension, makes all cosines large; centred or standardised, nothing is left."""
+    """One shared direction, or one loud dimension, makes all cosines large; centred or standardised, nothing is
+    left."""
     z = randn(60, 20, 64)
     offset, loud = z + 3 * randn(64, seed=1), z.clone()
     loud[..., 0] = 40 * (1 + 0.1 * loud[..., 0])

@@ -46,7 +46,8 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
     """Decorator: the function draws with our style, whatever the environment says, and never fails.
 
     It returns the paths of its figures. If drawing goes wrong, it returns none, and the reason is one line on stderr: a
-    run that is finished is worth more than its figures. Where cannot_draw has a reason, commands say it before they begin.
+    run that is finished is worth more than its figures. Where cannot_draw has a reason, commands say it before they
+    begin.
     """
 
     @functools.wraps(draw)
@@ -68,8 +69,8 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
 def _our_style() -> Iterator[None]:
     """Import matplotlib late, since it takes half a second, and draw as it does by default but for STYLE.
 
-    MPLBACKEND names a way to show windows, which Jupyter sets for all commands. Figures here are only written to files, so
-    no backend is chosen; but importing matplotlib alone fails where the one named is not installed. The user's
+    MPLBACKEND names a way to show windows, which Jupyter sets for all commands. Figures here are only written to files,
+    so no backend is chosen; but importing matplotlib alone fails where the one named is not installed. The user's
     matplotlibrc counts no more: it may ask for LaTeX, for example.
     """
     log = logging.getLogger("matplotlib")  # that it keeps its fonts elsewhere, since HOME cannot be written, is no news
@@ -160,8 +161,8 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
     """Draw evaluated models side by side into `folder`; returns the paths. Each figure is a PNG and, for papers, a PDF.
 
     heatmap: a row per model, the paper's averaged matrices on the left and the individual pairs on the right.
-    cosine_by_layer: mean cosine against layer fraction. loss_by_step: for the models with metrics (a list each, which may
-    be empty), if there is one.
+    cosine_by_layer: mean cosine against layer fraction. loss_by_step: for the models with metrics (a list each, which
+    may be empty), if there is one.
     """
     paths = []
 
@@ -223,10 +224,10 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
 
 def line_styles(n: int) -> list[dict]:
     """Line styles that differ in colour, dashes and marker."""
+    looks = zip(range(n), itertools.cycle(CYCLE), itertools.cycle(DASHES), itertools.cycle(MARKERS), strict=False)
     return [
-        {"color": CYCLE[i % len(CYCLE)], "ls": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)], "ms": 4.5, "lw": 1.6}
-        for i in range(n)
-    ]  # fmt: skip
+        {"color": color, "ls": dashes, "marker": marker, "ms": 4.5, "lw": 1.6} for _, color, dashes, marker in looks
+    ]
 
 
 def _shorten(name: str) -> str:
@@ -239,7 +240,7 @@ def _label(name: str) -> str:
 
 
 def draw_heatmap(axes, histogram_by_layer: list[list[float]], mean_cosine_by_layer: list[float], density: float = 10):
-    """The paper's heat map on matplotlib axes: one column per layer, cosine upwards, density as colour (0..10 in the paper).
+    """The paper's heat map on matplotlib axes: a column per layer, cosine upwards, density as colour (its: 0..10).
 
     A line through it shows the mean cosine. Returns the image, for a colour bar.
     """

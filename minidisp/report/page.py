@@ -22,8 +22,8 @@ def html_page(
 ) -> str:
     """The text of one HTML page that needs nothing but itself: tables, curves, and heat maps through the training.
 
-    details: tables to fold away. metrics: a list of lines for every model, empty where there are none. All text is escaped, and
-    the page forbids itself to load anything.
+    details: tables to fold away. metrics: a list of lines for every model, empty where there are none. All text is
+    escaped, and the page forbids itself to load anything.
     """
     runs = []
     styles = line_styles(len(scores))

@@ -74,8 +74,13 @@ def score_table(scores: list[dict]) -> Table:
     """Loss and what follows from it, one column per run."""
     mark = " *" if len({s["tokenizer"] for s in scores}) > 1 else ""
     rows = [["tokens", *(f"{s['tokens']:,}" for s in scores)]]
-    for label, key, digits in ((f"loss (nats/token){mark}", "loss", 4), (f"perplexity{mark}", "perplexity", 2),
-                               ("bits per byte", "bits_per_byte", 4), ("word perplexity", "word_perplexity", 1)):  # fmt: skip
+    measures = [
+        (f"loss (nats/token){mark}", "loss", 4),
+        (f"perplexity{mark}", "perplexity", 2),
+        ("bits per byte", "bits_per_byte", 4),
+        ("word perplexity", "word_perplexity", 1),
+    ]
+    for label, key, digits in measures:
         rows.append([label, *(number(s[key], digits) for s in scores)])
     note = "* not comparable, since the tokenizers differ: compare bits per byte and word perplexity" if mark else ""
     return Table("scores", ["", *(s["name"] for s in scores)], rows, note)
@@ -93,7 +98,8 @@ def condensation_table(scores: list[dict]) -> Table:
         means = [m["last_1_to_5_means"] for m in measured]
         if any(len(mean) >= k for mean in means):
             rows.append([f"last {k} layers", *(number(m[k - 1] if len(m) >= k else None, 3) for m in means)])
-    for label, key in (("last half", "last_half_mean"), ("Spearman with depth", "spearman"), ("Kendall with depth", "kendall")):  # fmt: skip
+    below = {"last half": "last_half_mean", "Spearman with depth": "spearman", "Kendall with depth": "kendall"}
+    for label, key in below.items():
         rows.append([label, *(number(m[key], 3) for m in measured)])
     return Table("mean cosine", ["", *(s["name"] for s in scores)], rows, _protocol(measured))
 
@@ -121,12 +127,13 @@ def further_table(scores: list[dict]) -> Table:
 def layer_table(score: dict) -> Table:
     """The further metrics of one run, layer by layer."""
     measured = score["condensation"]
-    short = ["mean cosine", "i != j", "centred", "standardised", "IsoScore*", "eff. rank", "entropy", "MEV", "HFC/LFC", "HFC growth"]  # fmt: skip
+    short = ["mean cosine", "i != j", "centred", "standardised", "IsoScore*", "eff. rank", "entropy", "MEV"]
+    short += ["HFC/LFC", "HFC growth"]
     columns = [("mean_cosine", "", 3), *FURTHER]
-    rows = [
-        [str(layer) if layer else "embeddings", *(number(measured[f"{key}_by_layer"][layer], digits) for key, _, digits in columns)]
-        for layer in range(len(measured["mean_cosine_by_layer"]))
-    ]  # fmt: skip
+    rows = []
+    for layer in range(len(measured["mean_cosine_by_layer"])):
+        cells = (number(measured[f"{key}_by_layer"][layer], digits) for key, _, digits in columns)
+        rows.append([str(layer) if layer else "embeddings", *cells])
     return Table(score["name"], ["layer", *short], rows)
 
 
@@ -177,7 +184,8 @@ def writing_table(scores: list[dict]) -> Table:
 
 
 def settings_table(names: list[str], configs: list[dict | None], differing: bool = True) -> Table:
-    """The settings of the runs, one column each, "-" where one has none; only those that differ unless told otherwise."""
+    """The settings of the runs, one column each, "-" where one has none; only those that differ unless told
+    otherwise."""
     rows = []
     for field in dict.fromkeys(field for config in configs if config for field in config):
         cells = ["-" if not config or config.get(field) in (None, "") else str(config[field]) for config in configs]

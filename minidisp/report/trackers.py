@@ -51,8 +51,8 @@ class TensorBoardLogger:
 class WandbLogger:
     """Logs to the project minidisp under the run folder's name; wandb's own files go into the run folder.
 
-    The run's id there is kept in the run folder: --resume goes on with the same one. Steps that it was told already it does
-    not take again; as a resumed run repeats them exactly, nothing is lost.
+    The run's id there is kept in the run folder: --resume goes on with the same one. Steps that it was told already it
+    does not take again; as a resumed run repeats them exactly, nothing is lost.
     """
 
     def __init__(self):
