@@ -78,7 +78,10 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     writer = gguf.GGUFWriter(temporary, family)
     _write_settings(writer, model.config, family, dtype, name)
     _write_tokenizer(writer, vocabulary)
-    for name, tensor in to_tensors(model.config, parameters_of(model), ARCHITECTURES[family]).items():
+    tensors = to_tensors(model.config, parameters_of(model), ARCHITECTURES[family])
+    if family == "apertus":  # which has no tied matrix there
+        tensors.setdefault("output.weight", tensors["token_embd.weight"])
+    for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[_kind(name, tensor, dtype)]
         if kind.name == "F16":
             in_dtype(tensor, "float16", name)  # refuses numbers that are too large for it
@@ -124,17 +127,17 @@ def _write_settings(writer, config: GPTConfig, family: str, dtype: str, name: st
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_feed_forward_length(config.mlp_dim)
     writer.add_head_count(config.n_head)
     if family == "gpt2":
-        writer.add_layer_norm_eps(config.norm_epsilon)
+        writer.add_layer_norm_eps(config.norm_eps)
         return
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_width)
-    writer.add_value_length(config.head_width)
-    writer.add_rope_dimension_count(config.head_width)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     if family == "apertus":
         # xIELU is alpha_p x^2 + beta x above 0 and alpha_n (e^x - 1 - x) + beta x below: with 1, 0 and 0 it is ReLU^2.
         # The file has what softplus makes the alphas of, which for alpha_n adds beta.
@@ -216,18 +219,18 @@ def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[st
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(a + b for a, b in pairs))}
 
-    def cuts(token: str) -> list[tuple[str, str]]:
-        return [(token[:i], token[i:]) for i in range(1, len(token)) if {token[:i], token[i:]} <= plain]
+    def cuts(token: str, known: set[str]) -> list[tuple[str, str]]:
+        return [(token[:i], token[i:]) for i in range(1, len(token)) if {token[:i], token[i:]} <= known]
 
-    if pairs != [pair for token in ranks for pair in cuts(token)]:
+    by_character = {token: cuts(token, plain | {*token}) for token in tokens.values()}  # characters need be no tokens
+    unmerged = any(by_character[token] for token in plain - {*ranks})
+    if unmerged or pairs != [pair for token in ranks for pair in cuts(token, plain)]:
         raise InputError(
-            "llama.cpp cannot merge as this tokenizer does: not all pairs that make one of its tokens are merged"
+            "llama.cpp cannot merge as this tokenizer does: not all that make one of its tokens are merged"
         )
     for i, token in tokens.items():
-        if types[i] in (kinds.CONTROL, kinds.BYTE) and cuts(token):
-            raise InputError(
-                f"llama.cpp would make the special token {token!r} out of text, as its parts are tokens, too"
-            )
+        if types[i] in (kinds.CONTROL, kinds.BYTE) and by_character[token]:
+            raise InputError(f"llama.cpp would make the special token {token!r} out of text: its parts are tokens, too")
     for i, token in tokens.items():
         if types[i] == kinds.NORMAL:
             tokens[i] = token.replace(" ", SPACE)
