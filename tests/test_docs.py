@@ -158,15 +158,17 @@ class Parsed(BaseException):
 @contextlib.contextmanager
 def only_parsing():
     """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with SystemExit(0)."""
+
+    def stopping(original):
+        def stop(parser, *args, **kwargs):
+            original(parser, *args, **kwargs)
+            raise Parsed
+
+        return stop
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
-            original = getattr(argparse.ArgumentParser, name)
-
-            def stop(*args, original=original, **kwargs):
-                original(*args, **kwargs)
-                raise Parsed
-
-            patch.setattr(argparse.ArgumentParser, name, stop)
+            patch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
         try:
             yield
         except Parsed:
@@ -215,7 +217,7 @@ def check_pip(words: list[str]) -> None:
     for before, word in itertools.pairwise(words):
         if before == "-r":
             assert (ROOT / word).is_file()
-        if extra := re.fullmatch(r"\.\[([\w,-]+)\]", word):
+        if extra := re.fullmatch(r"(?:\.|minidisp)\[([\w,-]+)\]", word):
             assert set(extra[1].split(",")) <= extras()
 
 
@@ -272,7 +274,7 @@ def smaller(words: list[str], page: str) -> list[str]:
         tiny = [*words, *TINY, *(["--active-forgetting", "1"] if "--active-forgetting" in words else [])]
         return tiny if "--resume" in words or page == "README.md" else [*tiny, "--overwrite"]
     if words[0] == "eval.py":
-        return [*words, "--device", "cpu", *([] if "none" in words else ["--tokens", "300"])]
+        return [*words, *([] if "none" in words else ["--tokens", "300"]), "--device", "cpu"]
     if words[0] == "data/prepare.py":
         return [*words, "--workers", "1", "--overwrite", *([] if "--tokenizer" in words else ["--vocab-size", "300"])]
     return words
@@ -295,6 +297,8 @@ def provide(words: list[str], corpus: Path) -> None:
             pairs = Path(word.replace("*", "some"))
             pairs.parent.mkdir(parents=True, exist_ok=True)
             pairs.write_text('{"sentence_good": "they are", "sentence_bad": "they is"}\n')
+        if flag == "--prompts":
+            Path(word).write_text("a text of\n")
     for word in itertools.takewhile(
         lambda w: not w.startswith("--"), words[words.index("--input") + 1 :] if "--input" in words else []
     ):
