@@ -347,12 +347,13 @@ def to_tensors(config: GPTConfig, parameters: dict[str, Tensor], names: Names) -
 def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors in float32) of a model, which stand for the same logits.
 
-    Compared are the logits of random tokens over the context, at most 1,024, with two ends of documents among them. Raises
-    InputError naming what no family has; a block that was changed without a name for it is found by its logits.
+    Compared are the logits of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large that the
+    logits would fill the memory), with two ends of documents among them. Raises InputError naming what no family has; a
+    block that was changed without a name for it is found by its logits.
     """
     config, parameters = to_config(model.config), parameters_of(model)
     tensors = to_tensors(model.config, parameters, FAMILIES[config["model_type"]].names)
-    T = min(model.config.block_size, 1024)
+    T = min(model.config.block_size, 1024, max(64, (1 << 26) // model.config.vocab_size))
     idx = torch.randint(model.config.vocab_size, (T,), generator=torch.Generator().manual_seed(0))
     idx[[T // 3, 2 * T // 3]] = eos_id
     with torch.no_grad():

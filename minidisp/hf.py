@@ -3,6 +3,7 @@
     model = minidisp.hf.load_model("folder")             # or owner/name on the hub
     model, tokenizer = minidisp.hf.load("folder")
     python -m minidisp.hf export runs/NAME folder        # for AutoModelForCausalLM and AutoTokenizer, without remote code
+    python -m minidisp.hf export runs/NAME folder --gguf # for llama.cpp, Ollama and LM Studio (gguf.py)
 
 A folder holds config.json, model.safetensors (or shards and model.safetensors.index.json), tokenizer.json and
 tokenizer_config.json. Nothing in it is executed; what our model cannot represent is refused by name, and what ours has and

@@ -260,7 +260,7 @@ class HuggingFaceTokenizer(Tokenizer):
 def _check_files(files: object) -> dict[str, str]:
     """The settings in a tokenizer file; TypeError unless they are texts with the names that they have in a folder."""
     patterns = [
-        re.escape(pattern).replace(r"\*", r"[\w-]+") for pattern in (*HuggingFaceTokenizer.FILES, "config.json")
+        re.escape(pattern).replace(r"\*", r"[\w. -]+") for pattern in (*HuggingFaceTokenizer.FILES, "config.json")
     ]
     named = isinstance(files, dict) and all(re.fullmatch("|".join(patterns), name) for name in files)
     if not named or not all(isinstance(text, str) for text in files.values()):

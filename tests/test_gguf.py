@@ -142,9 +142,11 @@ def merged(text: str, settings: dict) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "reimported"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte", "reimported", "without a space"])
 def test_tokens(tmp_path, sentencepiece_tokenizer, kind):
     vocabulary = ByteTokenizer() if kind == "byte" else sentencepiece_tokenizer
+    if kind == "without a space":  # in which a space is a byte
+        vocabulary = train_sentencepiece(["GATTACACATTAGACCGTAAGGT" * 90], 280)
     write_run(tmp_path / "run", vocabulary, **KINDS["gpt2"])
     if kind == "reimported":  # the same BPE, as the package tokenizers has it
         vocabulary = hf.load_tokenizer(hf.export(tmp_path / "run", tmp_path / "folder"))
@@ -159,7 +161,7 @@ def test_tokens(tmp_path, sentencepiece_tokenizer, kind):
     assert settings["tokenizer.ggml.bos_token_id"] == settings["tokenizer.ggml.eos_token_id"] == vocabulary.eos_id
     types = settings["tokenizer.ggml.token_type"]
     assert len(types) == vocabulary.vocab_size
-    assert types.count(gguf.TokenType.BYTE) == (255 if kind == "byte" else 256)  # a space is no byte there
+    assert types.count(gguf.TokenType.BYTE) == (255 if kind in ("byte", "without a space") else 256)  # less the space
     assert types[vocabulary.eos_id] == gguf.TokenType.CONTROL
 
 
