@@ -1,6 +1,6 @@
-"""The dispersion loss in transformers.Trainer: one method. Trains any causal language model of transformers on a text file.
+"""The dispersion loss in transformers.Trainer: one method. Trains any causal language model of transformers on a text.
 
-pip install -e '.[trainer]' && python examples/hf_trainer.py MODEL TEXT.txt OUT      # MODEL: a folder, or a name on the hub
+pip install -e '.[trainer]' && python examples/hf_trainer.py MODEL TEXT.txt OUT      # MODEL: a folder or a hub name
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The model families of transformers that ours can be stored as: config.json, tensors, and the arithmetic they stand for.
+"""The families of transformers that our model can be stored as: config.json, tensors, and what they compute.
 
     gpt2       GPT2LMHeadModel       --arch gpt2
     qwen3      Qwen3ForCausalLM      --arch qwen3
-    apertus    ApertusForCausalLM    --arch qwen3 --mlp relu2: the Qwen3 block with an MLP that has no gate (arXiv 2509.14233)
+    apertus    ApertusForCausalLM    --arch qwen3 --mlp relu2: Qwen3's block, the MLP without a gate (arXiv 2509.14233)
 
 Everything here is a list of what a family can say. What is not on it is refused by name, in both directions, and
 `reference_logits` computes what was written once more, so that nothing else can slip through.
@@ -26,8 +26,8 @@ GELU = {"gelu_new": "tanh", "gelu": "erf", "gelu_fast": "tanh", "gelu_pytorch_ta
 # (arch, mlp) of ours, and the family that has this block
 FAMILY_OF = {("gpt2", "arch"): "gpt2", ("qwen3", "arch"): "qwen3", ("qwen3", "relu2"): "apertus"}
 # The fields of GPTConfig that config.json can say, and those that only matter in training.
-STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "attention_bias",
-          "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
+STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias",
+          "attention_bias", "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
 TRAINING_ONLY = {"dropout", "zero_init"}
 
 
@@ -150,7 +150,7 @@ def family_of(config: GPTConfig) -> str:
 
 
 class Settings:
-    """The entries of a config.json from elsewhere: the wrong type or an absurd number is an InputError with its name."""
+    """The entries of a config.json from elsewhere: a wrong type or an absurd number is an InputError with its name."""
 
     def __init__(self, path: Path):
         self.path, self.values = path, read_json(path)
@@ -347,9 +347,9 @@ def to_tensors(config: GPTConfig, parameters: dict[str, Tensor], names: Names) -
 def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors in float32) of a model, which stand for the same logits.
 
-    Compared are the logits of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large that the
-    logits would fill the memory), with two ends of documents among them. Raises InputError naming what no family has; a
-    block that was changed without a name for it is found by its logits.
+    Compared are the logits of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large
+    that the logits would fill the memory), with two ends of documents among them. Raises InputError naming what no
+    family has; a block that was changed without a name for it is found by its logits.
     """
     config, parameters = to_config(model.config), parameters_of(model)
     tensors = to_tensors(model.config, parameters, FAMILIES[config["model_type"]].names)
@@ -363,8 +363,8 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     error, size = (logits - wanted).abs().max(), wanted.std()
     if not error <= 10 * rounding + 1e-5 * size:
         raise InputError(
-            f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with the same weights "
-            f"(off by {error / size:.1g} standard deviations), so its code computes something that this format cannot say"
+            f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with its weights "
+            f"(off by {error / size:.1g} standard deviations): its code computes something that this format cannot say"
         )
     return config, tensors
 

@@ -2,8 +2,8 @@
 
     python -m minidisp.hf export runs/NAME folder --gguf --dtype q8_0
 
-llama.cpp computes what the architecture that the file names computes, so this is a list of what three of them can say;
-the rest is refused with the flag to train with. tests/llama_cpp.py compares tokens and continuations with llama.cpp's own.
+A file names an architecture, and llama.cpp computes that one: so here is a list of what three of them can say, and the
+rest is refused with the flag to train with. tests/llama_cpp.py compares tokens and continuations with llama.cpp's own.
 """
 
 import json
@@ -42,8 +42,8 @@ ARCHITECTURES = {
     "qwen3": NAMES,
     "apertus": Names(NAMES.modules | UNGATED),
 }
-# llama.cpp knows the ways to cut a text into words by names: here by regular expression, with whether it takes whole words
-# that are tokens without merging them.
+# llama.cpp knows the ways to cut a text into words by names: here by regular expression, with whether it takes whole
+# words that are tokens without merging them.
 _WORD, _REST = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -58,9 +58,9 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     """Write a run's model and tokenizer to folder/<run>-<dtype>.gguf; returns that path.
 
     run: a run folder or a checkpoint file. folder: made if it is not there; or the file itself, if it ends in .gguf.
-    dtype: of the matrices, a key of DTYPES; the table of positions and all vectors are float32, as llama.cpp wants them.
-    With q8_0, a matrix whose rows are no multiple of 32 numbers is float16. Raises InputError, with nothing left behind, if
-    the file is there already, or llama.cpp has no such model or tokenizer.
+    dtype: of the matrices, a key of DTYPES; the table of positions and all vectors are float32, as llama.cpp wants.
+    With q8_0, a matrix whose rows are no multiple of 32 numbers is float16. Raises InputError, with nothing left
+    behind, if the file is there already, or llama.cpp has no such model or tokenizer.
     """
     try:
         import gguf
@@ -99,7 +99,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """llama.cpp's name for what computes this model. Raises InputError with the flag to train with where there is none."""
+    """llama.cpp's name for what computes this model. Raises InputError with the flag to train with if there is none."""
     family = family_of(config)
     if family == "gpt2" and config.gelu != "tanh":
         raise InputError(

@@ -2,12 +2,12 @@
 
     model = minidisp.hf.load_model("folder")             # or owner/name on the hub
     model, tokenizer = minidisp.hf.load("folder")
-    python -m minidisp.hf export runs/NAME folder        # for AutoModelForCausalLM and AutoTokenizer, without remote code
-    python -m minidisp.hf export runs/NAME folder --gguf # for llama.cpp, Ollama and LM Studio (gguf.py)
+    python -m minidisp.hf export runs/NAME folder          # for AutoModelForCausalLM and AutoTokenizer
+    python -m minidisp.hf export runs/NAME folder --gguf   # for llama.cpp, Ollama and LM Studio (gguf.py)
 
 A folder holds config.json, model.safetensors (or shards and model.safetensors.index.json), tokenizer.json and
-tokenizer_config.json. Nothing in it is executed; what our model cannot represent is refused by name, and what ours has and
-the families of transformers have not, too (families.py).
+tokenizer_config.json. Nothing in it is executed. What our model cannot represent is refused by name, and so is what
+ours has and the families of transformers have not (families.py).
 """
 
 import argparse
@@ -86,7 +86,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", block_siz
 
 
 class _NoInit(TorchFunctionMode):
-    """Inside, a new model's weights are not drawn: they are about to be read, and drawing them takes longer than that."""
+    """Inside, a new model's weights are not drawn: they are about to be read, and drawing them takes longer."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,8 +98,8 @@ class _NoInit(TorchFunctionMode):
 def load_tokenizer(source: str | Path) -> HuggingFaceTokenizer:
     """The tokenizer of a folder or hub name, with as many ids as the model has embeddings.
 
-    The settings beside it (HuggingFaceTokenizer.FILES: padding token, chat template, how to generate) come along, for an
-    export to give them back. Added tokens for which the embedding has no row are text like any other; a warning says so.
+    The settings beside it (HuggingFaceTokenizer.FILES: padding token, chat template, how to generate) come along, so
+    that an export gives them back. Added tokens for which the embedding has no row are text; a warning says so.
     Raises InputError naming the file if it is missing, damaged, or would change the text.
     """
     folder = find_folder(source)
@@ -148,7 +148,7 @@ def _settings_files(folder: Path) -> dict[str, str]:
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether this names a Hugging Face model: a folder with such a config.json, or a name on the hub where no file is."""
+    """Whether this names a Hugging Face model: a folder with such a config.json, or a name on the hub."""
     path = Path(source)
     if path.exists():
         return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
@@ -156,7 +156,7 @@ def is_folder(source: str | Path) -> bool:
 
 
 def _is_hub_name(name: str) -> bool:
-    """owner/name, unless there is a folder `owner` here: then it is a path that was mistyped. Or an old name without owner."""
+    """owner/name, unless there is a folder `owner` here: then it is a mistyped path. Or an old name without one."""
     owner, _, model = name.partition("/")
     part = r"[A-Za-z0-9][\w.-]*"
     return name in NO_OWNER or (
@@ -206,7 +206,7 @@ class _Stored:
 
 
 def _open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Stored]:
-    """The tensors in a folder's safetensors files by the name that transformers has for them; the data is not read yet."""
+    """The tensors in a folder's safetensors files by their names in transformers; the data is not read yet."""
     try:
         import safetensors
     except ImportError:
@@ -270,7 +270,8 @@ def _check_tensors(folder: Path, config: GPTConfig, family: str, stored: dict[st
             raise InputError(f"{tensor.path}: {tensor.name} is a tensor that minidisp's {family} model does not have")
     if config.tied and head and not torch.equal(head.read(), stored[embedding].read()):
         raise InputError(
-            f"{head.path}: lm_head.weight is not {embedding}, though config.json ties them: set tie_word_embeddings to false"
+            f"{head.path}: lm_head.weight is not {embedding}, though config.json ties them: "
+            f"set tie_word_embeddings to false"
         )
 
 
@@ -282,8 +283,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
 
     run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
     The tokenizer gives the same ids for every text and the same text back; special tokens in a text are text, as in
-    training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the settings
-    that lay beside it; there, special tokens are special.
+    training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the
+    settings that lay beside it; there, special tokens are special.
     Raises InputError, with nothing left behind, if the folder is there already or no family can represent the model.
     """
     try:
@@ -349,7 +350,7 @@ def _json(values: dict) -> str:
 
 
 def to_tokenizer(vocabulary: Tokenizer) -> tuple[dict, str]:
-    """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback and nothing around it.
+    """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback, nothing around it.
 
     The pieces have spaces as they are, so that U+2581 is no space and falls back to its three bytes, as it does here.
     Raises InputError if the tokenizer is a SentencePiece model of another kind.
@@ -365,8 +366,8 @@ def to_tokenizer(vocabulary: Tokenizer) -> tuple[dict, str]:
             raise InputError(f"tokenizer.model cannot be exported: {error}") from None
     flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
     silent = [i for i, token in enumerate(vocabulary.token_bytes) if not token]  # end of sequence, <unk>
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": True, "ignore_merges": False}  # fmt: skip
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False}  # fmt: skip
     tokenizer_json = {
         "version": "1.0",
         "truncation": None,
@@ -392,10 +393,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("export",), help="export: write a run as a folder for transformers")
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
     parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist yet, or be empty")
-    parser.add_argument("--dtype", type=str.lower, choices=("float32", "bfloat16", "float16", "q8_0"), default="float32",
-                        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf")  # fmt: skip
-    parser.add_argument("--gguf", action="store_true", help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead; "
-                        "needs pip install 'minidisp[gguf]'")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        type=str.lower,
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        default="float32",
+        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf",
+    )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead (pip install 'minidisp[gguf]')",
+    )
 
     def command() -> None:
         args = parser.parse_args(argv)

@@ -94,8 +94,8 @@ class SentencePieceTokenizer(Tokenizer):
         byte_ids = {token: i for i, token in enumerate(self.token_bytes) if self._model.is_byte(i)}
         if len(byte_ids) < 256:
             raise ValueError("this SentencePiece model has no byte fallback, so it cannot encode every text")
-        # Spelled in bytes: a literal U+2581, which SentencePiece takes for a space, and the space itself where it was too
-        # rare in the training text to get a piece, since SentencePiece would spell it as the bytes of U+2581.
+        # Spelled in bytes: a literal U+2581, which SentencePiece takes for a space, and the space itself where it was
+        # too rare in the training text to get a piece, since SentencePiece would spell it as the bytes of U+2581.
         self._spelled = {SPACE: [byte_ids[bytes([byte])] for byte in SPACE.encode("utf-8")]}
         if self._model.piece_to_id(SPACE) == self._model.unk_id():
             self._spelled[" "] = [byte_ids[b" "]]
@@ -112,12 +112,13 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode("utf-8")
 
     def as_merges(self) -> tuple[list[str], list[tuple[str, str]]]:
-        """The same BPE as the package tokenizers writes it: the pieces in the order of their ids, and the merges by rank.
+        """The same BPE as the package tokenizers writes it: the pieces in the order of ids, and the merges by rank.
 
         In the pieces, a space is a space. SentencePiece joins any two neighbours that make a piece, those of the best
-        piece first and the leftmost first among them; so every way to cut a piece in two is a merge. Two ways to cut one
-        piece then have two ranks where SentencePiece goes by position alone. That could only matter where occurrences of
-        a piece overlap and are cut differently, which has not been seen (the tests try every text of 11 letters).
+        piece first and the leftmost first among them; so every way to cut a piece in two is a merge. Two ways to cut
+        one piece then have two ranks where SentencePiece goes by position alone. That could only matter where
+        occurrences of a piece overlap and are cut differently, which has not been seen (the tests try every text of 11
+        letters).
         ValueError if the model is no BPE.
         """
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
@@ -159,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The BPE of a Hugging Face model, run by the package tokenizers: in bytes as in GPT-2 and Qwen3, or with byte fallback.
+    """The BPE of a Hugging Face model, run by the package tokenizers: in bytes as in GPT-2, or with byte fallback.
 
     Two things differ from what transformers does with the same file, so that every text comes back as it was: names of
     special tokens such as <|endoftext|> are text like any other, and Unicode is not composed (NFC, as Qwen3 asks for).
@@ -174,8 +175,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def pack(tokenizer_json: dict, eos_token: str, vocab_size: int, files: dict[str, str] | None = None) -> bytes:
         """One file out of what Hugging Face spreads over several.
 
-        tokenizer_json: what the file of this name holds. vocab_size: the rows of the model's embedding, of which some may
-        have no token; 0 = as many as there are tokens. files: the texts of FILES, and of what config.json says of tokens.
+        tokenizer_json: what the file of this name holds. vocab_size: the rows of the model's embedding, of which some
+        may have no token; 0 = as many as there are tokens. files: the texts of FILES, and what config.json says of
+        special tokens.
         """
         values = {"eos_token": eos_token, "vocab_size": vocab_size, "tokenizer_json": tokenizer_json}
         rest = json.dumps({**values, **({"files": files} if files else {})})

@@ -13,18 +13,20 @@ const home = resolve(process.argv[2], "node_modules/node-llama-cpp/dist/index.js
 const {getLlama, LlamaLogLevel} = await import(pathToFileURL(home));
 const question = JSON.parse(readFileSync(0, "utf8"));
 
-const llama = await getLlama({gpu: false, maxThreads: 1, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false});
+const options = {gpu: false, maxThreads: 1, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false};
+const llama = await getLlama(options);
 const model = await llama.loadModel({modelPath: question.model, gpuLayers: 0});
 const ids = question.texts.map((text) => model.tokenize(text, false));
 const answer = {
     ids, back: ids.map((tokens) => model.detokenize(tokens)), context: model.trainContextSize,
-    ends: [model.tokens.bos, model.tokens.eos, model.tokens.shouldPrependBosToken], continuations: [], probabilities: [],
+    ends: [model.tokens.bos, model.tokens.eos, model.tokens.shouldPrependBosToken],
+    continuations: [], probabilities: [],
 };
 const context = await model.createContext({contextSize: model.trainContextSize, flashAttention: false, threads: 1});
 const sequence = context.getSequence();
 for (const prompt of question.prompts) {
-    const options = {temperature: 1, topK: 0, topP: 1, minP: 0};
-    const last = [prompt.at(-1), {generateNext: {probabilities: true, options}}];
+    const plain = {temperature: 1, topK: 0, topP: 1, minP: 0};
+    const last = [prompt.at(-1), {generateNext: {probabilities: true, options: plain}}];
     const outputs = await sequence.controlledEvaluate([...prompt.slice(0, -1), last]);
     answer.probabilities.push([...outputs.at(-1).next.probabilities]);
     await sequence.clearHistory();

@@ -1,4 +1,4 @@
-"""GGUF files: gguf's own tables are the oracle for names, a few lines of SentencePiece for tokens, and llama.cpp for all."""
+"""GGUF files: the oracle for names is gguf's own table, for tokens a few lines of SentencePiece, for all llama.cpp."""
 
 import itertools
 import json
@@ -113,7 +113,8 @@ def test_dtypes(tmp_path, dtype):
     vectors = {name for name in kinds if name.endswith(".bias") or "norm" in name} | {"position_embd.weight"}
     assert {kinds[name] for name in vectors} == {"F32"}
     assert kinds["blk.1.ffn_down.weight"] == {"q8_0": "F16"}.get(dtype, ours.DTYPES[dtype])  # rows of 50
-    assert {kind for name, kind in kinds.items() if name not in vectors | {f"blk.{i}.ffn_down.weight" for i in (0, 1)}} == {ours.DTYPES[dtype]}  # fmt: skip
+    others = kinds.keys() - vectors - {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
+    assert {kinds[name] for name in others} == {ours.DTYPES[dtype]}
     _, tensors = read(path)
     wanted = model.wte.weight.detach().numpy()
     bits = {"float32": 24, "float16": 11, "bfloat16": 8, "q8_0": 7}[dtype]
@@ -126,10 +127,10 @@ def test_dtypes(tmp_path, dtype):
 def merged(text: str, settings: dict) -> list[int]:
     """Tokens of a text as SentencePiece merges them: always the best pair of neighbours, of equals the leftmost."""
     tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
-    ids = {token: i for i, token in enumerate(tokens)}
+    ids, scores = {token: i for i, token in enumerate(tokens)}, settings["tokenizer.ggml.scores"]
     parts = list(text.replace(" ", "\u2581"))
     while True:
-        pairs = [(-settings["tokenizer.ggml.scores"][ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]  # fmt: skip
+        pairs = [(-scores[ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]
         if not pairs:
             break
         _, i = min(pairs)
@@ -181,7 +182,8 @@ def words(kind: str):
     )
     digits = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}.get(kind)
     if digits:
-        pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # fmt: skip
+        pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
+        pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         return pre.Sequence([pre.Split(tokenizers.Regex(pattern), "isolated"), in_bytes])
     own = pre.ByteLevel(add_prefix_space=False, use_regex=True)
     return pre.Sequence([pre.Digits(individual_digits=True), own]) if kind == "smollm" else own
@@ -203,8 +205,10 @@ def test_an_imported_tokenizer(tmp_path, kind):
     assert [merge.split(" ") for merge in settings["tokenizer.ggml.merges"]] == [[*merge] for merge in model["merges"]]
     assert (len(tokens), kinds[-1]) == (300, gguf.TokenType.UNUSED)
     assert {tokens[i]: kind for i, kind in enumerate(kinds) if kind not in (1, 5)} == {
-        "<|endoftext|>": gguf.TokenType.CONTROL, "<|im_start|>": gguf.TokenType.CONTROL, "<think>": gguf.TokenType.USER_DEFINED,
-    }  # fmt: skip
+        "<|endoftext|>": gguf.TokenType.CONTROL,
+        "<|im_start|>": gguf.TokenType.CONTROL,
+        "<think>": gguf.TokenType.USER_DEFINED,
+    }
     assert tokens[settings["tokenizer.ggml.padding_token_id"]] == "<|im_start|>"
     assert settings["tokenizer.chat_template"] == "{{ messages }}"
     assert settings["tokenizer.ggml.add_bos_token"] is False  # as its own settings say

@@ -329,8 +329,8 @@ def last_seven(self, x, positions, cache, original=Attention.forward):
     every = torch.nn.functional.scaled_dot_product_attention
     mask = torch.ones(x.shape[1], x.shape[1]).tril().triu(-7).bool()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                      lambda q, k, v, enable_gqa, **_: every(q, k, v, attn_mask=mask, enable_gqa=enable_gqa))  # fmt: skip
+        masked = lambda q, k, v, enable_gqa, **_: every(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)  # noqa: E731
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
         return original(self, x, positions, cache)
 
 
@@ -806,13 +806,14 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
 
 
 def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
-    """With a learning rate of 0, the logged loss is the cross-entropy plus the weighted dispersion of plain formulas."""
+    """With a learning rate of 0, the logged loss is the cross-entropy plus weighted dispersion, by plain formulas."""
     pytest.importorskip("accelerate")
     from examples import hf_trainer
 
     text = write_text(tmp_path / "text.txt", words=400)
-    common = {"length": 24, "max_steps": 2, "use_cpu": True, "logging_steps": 2, "save_strategy": "no", "disable_tqdm": True,
-              "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}  # fmt: skip
+    common = {"length": 24, "max_steps": 2, "use_cpu": True, "logging_steps": 2, "save_strategy": "no",
+              "disable_tqdm": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+              "lr_scheduler_type": "constant"}  # fmt: skip
     batches = []
 
     class Recording(hf_trainer.DispersionTrainer):
@@ -878,7 +879,8 @@ doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path}/folder,dtype=float32",
+    folder = f"pretrained={tmp_path}/folder,dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", folder,
                "--tasks", "tiny", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples",
                "--output_path", str(tmp_path / "results")]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
