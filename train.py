@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 train.py              # the same run on eight devices
 
 Leaves a run folder: config.json, metrics.jsonl, ckpt_last.pt, ckpt_best.pt, tokenizer.model, summary.json, figures/.
-Exit codes: 0 done; 2 bad usage or input; 3 training diverged; 130 or 143 after SIGINT or SIGTERM, with a checkpoint; 1 another
-process of a distributed run was lost.
+Exit codes: 0 done; 2 bad usage or input; 3 training diverged; 130 or 143 after SIGINT or SIGTERM, with a checkpoint;
+1 another process of a distributed run was lost.
 
 What a person changes is here and in the files beside minidisp/model.py; minidisp/runtime/ keeps a run safe (checkpoints,
 resuming, bad numbers, short memory, several processes), and nobody needs to open it. docs/hacking.md has six examples.
@@ -32,7 +32,7 @@ from minidisp.countermeasures import RANK, EmbeddingNoise, Teacher, derived_seed
 from minidisp.data import Batches, Dataset, micro_batches
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
-from minidisp.optim import build_optimizers, learning_rate, step_where
+from minidisp.optim import Average, build_optimizers, learning_rate, step_where
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.device import compiles, describe_use, fetched, get_rng_state, set_rng_state, set_up, to_device
 from minidisp.runtime.guard import Diverged, Guard, first_bad_tensor, half_of, is_finite, refuse_too_large
@@ -133,6 +133,7 @@ class Trainer:
         if self.sharded:
             shard(model, device, dtype, world)
         self.optimizers = build_optimizers(model, config)
+        self.average = Average(model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.compiled = compiles(config.compile, device)
         self.trained = torch.compile(model) if self.compiled else model
@@ -164,10 +165,10 @@ class Trainer:
     def introduce(self) -> None:
         """The first lines of a run: what is in use."""
         where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world)
-        print(report.introduction(self.config, self.dataset, self.model.num_params(), self.terms, where))
-        if self.config.resume:
-            changes = f", from here on with {', '.join(self.changed)}" if self.changed else ""
-            print(f"resumed at step {self.step}{changes}", flush=True)
+        size = self.model.num_params()
+        print(
+            report.introduction(self.config, self.dataset, size, self.terms, where, self.step, self.changed), flush=True
+        )
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -192,12 +193,14 @@ class Trainer:
                 values = self.forward_backward(logging)
             except (RuntimeError, MemoryError) as error:
                 self.micro_batch = half_of(self.micro_batch, error, f"step {self.step + 1}", world)
-                self.zero_grad()
+                self.model.zero_grad(set_to_none=True)
                 set_rng_state(self.rng, self.device)
                 continue  # the same step from its start, on the same sequences
             grad_norm = self.update(values["loss"])
             self.step += 1
             progress.advance()
+            if self.average:
+                self.average.update(self.step)
 
             last = self.step == config.max_steps
             evaluating = last or self.step % config.eval_every == 0
@@ -268,14 +271,10 @@ class Trainer:
             grad_norm = grad_norm.full_tensor()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         step_where(finite, self.optimizers)
-        self.zero_grad()
+        self.model.zero_grad(set_to_none=True)
         self.scaler.update()
         self.guard.count(finite, self.step)
         return grad_norm
-
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def log(self, values: dict) -> None:
         """A line of metrics.jsonl, and what is seen of it."""
@@ -291,9 +290,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the model on the validation set; the best one so far is kept as ckpt_best.pt."""
         with self.autocast:
-            scores = self.validation.scores(self.model, self.step)
-        if self.sharded:
-            self.model.reshard()  # the root keeps its weights whole after a forward pass, for the backward pass
+            scores = self.validation.scores(self.model, self.step, self.average)
         if not math.isfinite(scores["val_loss"]):
             raise self.diverged(f"the validation loss is {scores['val_loss']} at step {self.step}")
         tokens = self.step * self.config.tokens_per_step
@@ -302,8 +299,7 @@ class Trainer:
         self.last_eval = self.step
         if self.world.max(self.step > 0 and scores["val_loss"] < self.best_val_loss):
             self.best_val_loss = scores["val_loss"]
-            best = {"config": to_dict(self.config), "step": self.step, "val_loss": self.best_val_loss}
-            self.run.save_best({"model": self.weights(), **best})
+            self.run.save_weights(checkpoint.BEST, self.weights(), self.step, val_loss=self.best_val_loss)
 
     def is_good(self) -> bool:
         """Whether the weights may replace the last checkpoint: no update was just left out, and they have been seen to work."""
@@ -313,8 +309,6 @@ class Trainer:
             return True
         with self.progress.paused(), self.autocast:
             good = self.validation.is_finite(self.model)
-        if self.sharded:
-            self.model.reshard()
         good = all(is_finite(p) for p in self.model.parameters()) and good
         return not self.world.max(not good)
 
@@ -325,6 +319,7 @@ class Trainer:
             "model": self.weights(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "average": self.average.weights if self.average else None,
             "config": to_dict(self.config),
             "data_hash": self.dataset.hash,
             "tokenizer_hash": self.dataset.tokenizer.hash,
@@ -344,6 +339,8 @@ class Trainer:
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
             self.scaler.load_state_dict(state["scaler"])
             self.guard.load_state(state["skipped"])
+            if self.average:
+                checkpoint.load_tensors(self.average.weights, state["average"])
             self.step = self.saved_step = state["step"]
             self.seconds, self.best_val_loss = state["seconds"], state["best_val_loss"]
             if state["config"].get("batch_size") == self.config.batch_size >= state["micro_batch"] > 0:
@@ -360,6 +357,9 @@ class Trainer:
 
     def save(self) -> None:
         self.run.save(self.state())
+        if self.average:
+            with self.average.in_place():
+                self.run.save_weights(checkpoint.AVERAGE, self.weights(), self.step)
         self.saved_step = self.step
 
     def diverged(self, what: str) -> Diverged:

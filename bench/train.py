@@ -20,6 +20,7 @@ its first step done, its evaluation at step 0 included, compile off. A table, th
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import io
@@ -142,6 +143,9 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
             weight = DISPERSION if "dispersion" in name else 0.0
             terms = objective(dataclasses.replace(config, dispersion=weight), model, dispersion, None, "")
             forward = compiled if "compiled" in name else model
+            if "recompute" in name:  # the same modules and weights, with a config of its own
+                forward = copy.copy(model)
+                forward.config = dataclasses.replace(config, recompute=True)
             chosen[name] = Form(name, model.parameters(), lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:], optimizers, batches,
                                 config, args, terms)  # fmt: skip
     if any(name.startswith("nanoGPT") for name in names):
@@ -276,7 +280,7 @@ def measure(model: str, folder: Path, args) -> dict:
     torch.compiler.reset()
     names = []
     for suffix in {"off": [""], "on": [" compiled"], "both": ["", " compiled"]}[args.compile]:
-        names += [f"minidisp{suffix}", f"minidisp{suffix} + dispersion"]
+        names += [f"minidisp{suffix}", f"minidisp{suffix} + dispersion", *(["minidisp recompute"] if not suffix else [])]
         if args.against:
             names += [f"nanoGPT{suffix}"] + ([f"nanoGPT{suffix} as shipped"] if args.device == "cpu" else [])
     names = [name for name in names if args.forms is None or name in args.forms.split(",")]

@@ -117,6 +117,10 @@ class Config(GPTConfig):
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
     beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)", resume="said")
     beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95", resume="said")
+    ema: float = flag(
+        0.0,
+        "decay of an exponential moving average of the weights, such as 0.99: evaluated beside them, kept as ckpt_ema.pt; 0 = off",
+    )
     grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping", resume="said")
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu", resume="free")
@@ -211,7 +215,7 @@ _AT_LEAST = {
 }  # fmt: skip
 _BETWEEN = {
     "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
-    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "beta2": (-1e-9, 1),
+    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "ema": (-1e-9, 1), "beta2": (-1e-9, 1),
     "grad_clip": (-1e-9, math.inf), "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf),
     "distill_temperature": (0, math.inf),
 }  # fmt: skip
@@ -340,9 +344,8 @@ def _taken_over(source: GPTConfig, typed: dict) -> dict:
 
     Dropout is no part of it, and the context may be shorter: it is what was typed, or else at most the default.
     """
-    values = to_dict(source)
-    for name in ("dropout", "vocab_size"):
-        del values[name]
+    architecture = [field.name for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume") == "refused"]
+    values = {name: value for name, value in to_dict(source).items() if name in architecture}
     values["block_size"] = typed.get("block_size", min(source.block_size, GPTConfig.block_size))
     for name, value in values.items():
         if name in typed and typed[name] not in (value, getattr(source, name)):

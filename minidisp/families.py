@@ -28,7 +28,7 @@ FAMILY_OF = {("gpt2", "arch"): "gpt2", ("qwen3", "arch"): "qwen3", ("qwen3", "re
 # The fields of GPTConfig that config.json can say, and those that only matter in training.
 STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias",
           "attention_bias", "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
-TRAINING_ONLY = {"dropout", "zero_init"}
+TRAINING_ONLY = {"dropout", "zero_init", "recompute"}
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError
 from minidisp.loss import compute_dtype, cross_entropy
@@ -52,6 +53,11 @@ class GPTConfig:
     mlp: Literal["arch", "relu2"] = flag("arch", "arch: GELU (gpt2) or SwiGLU (qwen3); relu2: squared ReLU, ungated")
     zero_init: bool = flag(
         False, "what writes into the residual stream starts at 0, so that every block does nothing at first"
+    )
+    recompute: bool = flag(
+        False,
+        "compute blocks again in the backward pass instead of keeping what is inside: less memory, more time",
+        resume="free",
     )
     tied: bool = flag(True, "input embedding and output layer share one matrix")
     rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)")
@@ -359,8 +365,10 @@ class GPT(nn.Module):
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         hidden_states = [x]
+        again = self.config.recompute and self.training and torch.is_grad_enabled()
         for block in self.h:
-            x = block(x, positions, cache)
+            # Only what enters a block is kept then (arXiv 1604.06174); dropout draws the same numbers once more.
+            x = recompute(block, x, positions, cache, use_reentrant=False) if again else block(x, positions, cache)
             hidden_states.append(x)
         if cache is not None:
             cache.length = end

@@ -4,8 +4,10 @@ Flags, checks and messages follow from them. To add one, write its function and 
 Config of a run, which is not named here, as its choices come from here.
 """
 
+import contextlib
 import gc
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,32 @@ def build_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     optimizers = OPTIMIZERS[config.optimizer](model, config)
     gc.enable()
     return optimizers
+
+
+class Average:
+    """An exponential moving average of a model's weights, with a decay that begins low: min(decay, (1 + t) / (10 + t)).
+
+    So the first weights, which are random, are soon forgotten. weights: float32 tensors in the order of model.parameters().
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self._parameters = [p.detach() for p in model.parameters()]
+        self.weights = [p.clone() for p in self._parameters]
+
+    def update(self, step: int) -> None:
+        """step: the number of optimiser steps so far."""
+        torch._foreach_lerp_(self.weights, self._parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the average as its weights."""
+        kept = [p.clone() for p in self._parameters]
+        torch._foreach_copy_(self._parameters, self.weights)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._parameters, kept)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

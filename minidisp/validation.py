@@ -8,6 +8,7 @@ from minidisp.config import Config
 from minidisp.data import Dataset, eval_windows
 from minidisp.metrics import Condensation, bits_per_byte, perplexity
 from minidisp.model import GPT
+from minidisp.optim import Average
 from minidisp.runtime.device import to_device
 from minidisp.runtime.guard import half_of
 from minidisp.runtime.processes import World
@@ -24,11 +25,21 @@ class Validation:
         self.device, self.world = device, world
         self.batch_size = config.batch_size  # windows at a time: fewer where the memory does not suffice
 
-    def scores(self, model: GPT, step: int) -> dict:
+    def scores(self, model: GPT, step: int, average: Average | None = None) -> dict:
         """val_loss in nats per token, perplexity, bits_per_byte, and the condensation scores of the same windows.
 
-        Only val_loss, if it is not finite. The model's mode is what it was. step: for messages.
+        With an average of the weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. Only val_loss, if it is
+        not finite. The model's mode is what it was. step: for messages.
         """
+        scores = self._scores_in_memory(model, step)
+        if average and len(scores) > 1:
+            with average.in_place():
+                averaged = self._scores_in_memory(model, step)
+            scores |= {f"ema_{name}": averaged.get(name) for name in ("val_loss", "perplexity", "bits_per_byte")}
+        return scores
+
+    def _scores_in_memory(self, model: GPT, step: int) -> dict:
+        """Fewer windows at a time where the memory does not suffice."""
         while True:
             try:
                 return self._scores(model)
@@ -51,7 +62,7 @@ class Validation:
                 if room > 0:
                     condensation.update([z[:room, :512] for z in hidden_states])
         finally:
-            model.train(was_training)
+            _leave(model, was_training)
         scores = condensation.result()
         # The histogram is what the heat map and its history are drawn from; four digits are plenty for a colour.
         histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]
@@ -71,5 +82,12 @@ class Validation:
         model.eval()
         x, y = (to_device(tokens[:1], self.device) for tokens in (self.x, self.y))
         loss = model(x, y).loss
-        model.train(was_training)
+        _leave(model, was_training)
         return math.isfinite(loss.item())
+
+
+def _leave(model: GPT, was_training: bool) -> None:
+    """Give a model its mode back, and split it again: if sharded, its root stays whole, for a backward pass that does not come."""
+    model.train(was_training)
+    if hasattr(model, "reshard"):
+        model.reshard()

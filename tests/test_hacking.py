@@ -47,9 +47,9 @@ whole, killed = (checkpoint.read(f"{folder}/{name}/ckpt_last.pt") for name in ("
 assert whole["model"].keys() == killed["model"].keys()
 for name, weight in whole["model"].items():
     assert torch.equal(weight, killed["model"][name]), name
-for a, b in zip(whole.get("average", []), killed.get("average", []), strict=True):
+for a, b in zip(whole.get("mean", []), killed.get("mean", []), strict=True):
     assert torch.equal(a, b)
-print("average" in whole)
+print("mean" in whole)
 """
 # title: flags, and what the first lines or the log then have
 HACKS = {

@@ -272,3 +272,69 @@ def test_a_world_shares_a_batch_evenly_or_says_what_to_change():
     assert World(rank=1, size=2).share_of(6) == 3
     with pytest.raises(InputError, match="2 processes cannot share evenly"):
         World(rank=0, size=2).share_of(7)
+
+
+# --- less memory, and an average --------------------------------------------------------------------------------------
+
+
+def weights(run: Path, name: str = checkpoint.LAST) -> dict[str, torch.Tensor]:
+    return checkpoint.read(run / name)["model"]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "arch": "qwen3"}])
+def test_recomputing_gives_the_same_weights_and_keeps_less(corpus, tmp_path, options):
+    options = {"dispersion": 0.1, "max_steps": 3, **options}
+    for name, recompute in (("kept", False), ("again", True)):
+        train.main(small_config(corpus, tmp_path / name, recompute=recompute, **options))
+    kept, again = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    sizes = {}
+    for recompute in (False, True):
+        config = small_config(corpus, tmp_path / "x", recompute=recompute, vocab_size=257, **options)
+        model, saved = train.GPT(config), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            model(torch.zeros(4, 32, dtype=torch.int64), torch.zeros(4, 32, dtype=torch.int64)).loss.backward()
+        sizes[recompute] = max(len(saved), 1)
+    assert sizes[True] < sizes[False]
+
+
+def test_an_average_of_the_weights_is_that_of_the_formula(corpus, tmp_path):
+    """Taken along by hand from the checkpoints of every step, in float64."""
+    run, decay = tmp_path / "run", 0.7
+    train.main(small_config(corpus, run, ema=decay, save_every=1, keep=20, eval_every=4))
+    train.main(small_config(corpus, tmp_path / "start", max_steps=0))
+    average = {name: value.double() for name, value in weights(tmp_path / "start").items()}
+    for step in range(1, 13):
+        share = 1 - min(decay, (1 + step) / (10 + step))
+        for name, value in weights(run, f"ckpt_{step:08d}.pt").items():
+            average[name] += share * (value.double() - average[name])
+    for name, value in weights(run, checkpoint.AVERAGE).items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
+    lines = [line for line in report.read_metrics(run / "metrics.jsonl") if "val_loss" in line]
+    model, _ = checkpoint.load(run / checkpoint.AVERAGE)
+    validation = train.Validation(train.Dataset(corpus), small_config(corpus, run), torch.device("cpu"), train.ALONE)
+    assert lines[-1]["ema_val_loss"] == pytest.approx(validation.scores(model, 12)["val_loss"], abs=1e-6)
+    assert lines[-1]["ema_val_loss"] != lines[-1]["val_loss"]
+
+
+def test_an_average_is_resumed_bit_for_bit_and_changes_nothing_else(corpus, tmp_path, monkeypatch):
+    from tests.test_train import stop_after
+
+    options = {"ema": 0.9, "dropout": 0.1, "optimizer": "muon"}
+    train.main(small_config(corpus, tmp_path / "plain", **{**options, "ema": 0.0}))
+    train.main(small_config(corpus, tmp_path / "whole", **options))
+    stop_after(5, small_config(corpus, tmp_path / "halves", **options))
+    train.main(small_config(corpus, tmp_path / "halves", **options, resume=True))
+    for name in (checkpoint.LAST, checkpoint.AVERAGE):
+        whole, halves = weights(tmp_path / "whole", name), weights(tmp_path / "halves", name)
+        assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    plain, whole = weights(tmp_path / "plain"), weights(tmp_path / "whole")
+    assert all(torch.equal(plain[key], whole[key]) for key in plain)
+    lines = [report.read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "halves")]
+    assert lines[0]["ema_val_loss"] == lines[1]["ema_val_loss"]
+
+
+@pytest.mark.parametrize("decay", ["1", "-0.1", "nan"])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(InputError, match="--ema"):
+        parse(["--ema", decay])

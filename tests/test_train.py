@@ -431,7 +431,7 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
 
 FIXED = {
     "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
-    "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "batch_size",
+    "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "ema", "batch_size",
     "grad_accum",
 }  # fmt: skip
 
@@ -439,7 +439,7 @@ FIXED = {
 CHANGES = {
     "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "preset": "mini", "recipe": "fast",
     "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
-    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3,
+    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
 }  # fmt: skip
 
 

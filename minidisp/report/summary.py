@@ -28,8 +28,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def introduction(config: Config, dataset: Dataset, parameters: int, terms: Sequence, where: str) -> str:
-    """The first lines of a run. terms: those of the objective; where: the device and how it is used."""
+def introduction(
+    config: Config, dataset: Dataset, parameters: int, terms: Sequence, where: str, step: int, changed: Sequence[str]
+) -> str:
+    """The first lines of a run.
+
+    terms: those of the objective. where: the device and how it is used. step, changed: where a resumed run goes on, and
+    what is different from there on, in words.
+    """
     tokens = dataset.split("train").tokens
     steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule"
     if 0 < config.max_steps <= config.warmup_steps:
@@ -51,6 +57,10 @@ def introduction(config: Config, dataset: Dataset, parameters: int, terms: Seque
     ]
     if reason := cannot_draw():
         lines.append(reason)
+    if config.resume:
+        return "\n".join(
+            [*lines, "", f"resumed at step {step}" + ", from here on with " * bool(changed) + ", ".join(changed)]
+        )
     return "\n".join(lines) + "\n"
 
 

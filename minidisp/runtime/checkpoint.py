@@ -22,7 +22,7 @@ from minidisp.config import Config, from_dict
 from minidisp.model import GPT
 from minidisp.runtime.files import write_atomic
 
-LAST, BEST = "ckpt_last.pt", "ckpt_best.pt"
+LAST, BEST, AVERAGE = "ckpt_last.pt", "ckpt_best.pt", "ckpt_ema.pt"
 NUMBERED = "ckpt_[0-9]*.pt"
 
 
@@ -209,6 +209,14 @@ _TO_RESUME = {
     "optimizers": list, "scaler": dict, "data_hash": str, "tokenizer_hash": str, "seconds": float, "best_val_loss": float,
     "rng": dict, "micro_batch": int, "skipped": dict,
 }  # fmt: skip
+
+
+def load_tensors(tensors: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
+    """Copy tensors that a checkpoint holds into those of a run, each of the same shape; inside `reading`."""
+    for tensor, value in zip(tensors, saved, strict=True):
+        if tensor.shape != value.shape:
+            raise ValueError("an average of other weights")
+        tensor.copy_(sharded_like(tensor, value))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The folder of a run: who may write in it, what it begins or goes on with, and what is written there.
 
-config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt, tokenizer.model,
-summary.json, figures/. One process writes; of several that train together, the main one.
+config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt, ckpt_ema.pt (with
+--ema), tokenizer.model, summary.json, figures/. One process writes; of several that train together, the main one.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ class RunFolder:
 
         Returns the step of the last evaluation that is kept, if any; the same in all processes.
         """
+        self._config = config  # as the data and --init-from have completed it
         environment = describe_environment(dataset, device, self._world.size)
         self._world.barrier()  # all have read what they need: from here on, files change
         last_eval = None
@@ -97,11 +98,12 @@ class RunFolder:
             os.fsync(self._metrics.fileno())  # a checkpoint never knows of more steps than metrics.jsonl
             checkpoint.save(self.path, state, state["step"], self._config.keep)
 
-    def save_best(self, state: dict) -> None:
-        """Write ckpt_best.pt; likewise."""
-        state = checkpoint.gathered(state, self._world.main)
+    def save_weights(self, name: str, weights: dict, step: int, **scores: float) -> None:
+        """Write ckpt_best.pt or ckpt_ema.pt, from which nothing is resumed; likewise."""
+        weights = checkpoint.gathered(weights, self._world.main)
         if self._world.main:
-            files.write_atomic(self.path / checkpoint.BEST, lambda file: torch.save(state, file))
+            state = {"model": weights, "config": to_dict(self._config), "step": step, **scores}
+            files.write_atomic(self.path / name, lambda file: torch.save(state, file))
 
     def close_loggers(self) -> None:
         for logger in self._loggers:

@@ -36,7 +36,10 @@ def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
     if vocabulary.hash != dataset.tokenizer.hash:
         raise InputError(f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: {how}")
     asked, there = to_dict(config), to_dict(saved)
-    architecture = [field for field in dataclasses.fields(GPTConfig) if field.name != "dropout"]
+    # What a resumed run may change, such as dropout, is no part of the architecture.
+    architecture = [
+        field for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume", "refused") == "refused"
+    ]
     for field in architecture:
         name = field.name
         if asked[name] not in (field.default, there[name]) and getattr(config, name) != getattr(saved, name):
