@@ -14,12 +14,13 @@
 set -uo pipefail
 
 against=() out=runs/gpu-check dry=() collect=() half=50 all=100 model=gpt2-1024 tiny=() slower=1
+sample=(--sample "def " --max-new-tokens 32)
 while [ $# -gt 0 ]; do
   case $1 in
     --against) against=(--against "$(cd "${2:?--against needs a folder}" && pwd)") || exit 2; shift 2 ;;
     --out) out=${2:?--out needs a folder}; shift 2 ;;
     --dry)  # no test is run; ten steps whose loss is not finite would end a run; and all is small, and may take long
-      dry=(--dry) collect=(--collect-only) half=4 all=8 model=4x128 slower=6; shift
+      dry=(--dry) collect=(--collect-only) half=4 all=8 model=4x128 slower=6 sample=(); shift
       tiny=(--n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-size 4 --eval-tokens 1024) ;;
     *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0; exit 2 ;;
   esac
@@ -75,7 +76,7 @@ step profile 40 ncu --kernel-name "$kernels" --launch-count 12 --set basic \
 step steps 120 "$python" bench/train.py --device cuda --models "$model" --compile on ${against[@]+"${against[@]}"}
 step train 60 "${train[@]}" --max-steps "$half"
 step resume 40 "${train[@]}" --max-steps "$all" --resume
-step evaluate 30 "$python" eval.py "$out/run" --device cuda --sample "def " --max-new-tokens 32
+step evaluate 30 "$python" eval.py "$out/run" --device cuda ${sample[@]+"${sample[@]}"}
 
 "$python" bench/gpu.py page "$out" || failed=1
 exit $failed
