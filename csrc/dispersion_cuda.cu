@@ -15,7 +15,7 @@
 // times a power of two, so that none vanishes. Rounding is then relative to what differs between tokens.
 //   Tolerance: the gradient is off by at most 2e-3 of its norm (seen: 3e-4 to 9e-4 for random tokens, 1e-5 to 1e-4 for
 //   nearly parallel ones), the loss by 5e-4 (1 + |loss|) (seen: 1e-6 from 17 features on). Where the tokens fall into
-//   tight groups that lie apart, of spread s < 0.01, the gradient may be off by 2e-5 / s of its norm, which is small
+//   tight groups that lie apart, of spread s < 0.1, the gradient may be off by 2e-4 / s of its norm, which is small
 //   there. An error of a cosine counts 1 / tau times in angular_spread: tau < 0.05 is computed by blocks.
 //   Memory traffic per sequence: z is read from memory three times, x and W (2 T^2 bytes) are written and read once, and
 //   a group of sequences is small enough for both to come from the L2 of large devices; W U is written and read once,

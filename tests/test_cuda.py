@@ -181,6 +181,17 @@ def test_tensor_cores_keep_what_they_promise(emulated, variant, shape):
     assert_within_tolerance(emulated(z, variant, exact=False), z, variant)
 
 
+@pytest.mark.parametrize("variant", TILED)
+def test_tensor_cores_and_tight_groups_that_lie_apart(emulated, variant):
+    """Of spread s, so that centring takes nothing away: 2e-4 / s of the gradient, which is as small as s."""
+    for s in (1e-2, 1e-3):
+        z = (randn(1, 1, 200, seed=1) + s * randn(1, 31, 200)).float()
+        z[:, ::2] *= -1
+        _, exact = value_and_gradient(z.double(), variant, "reference")
+        _, gradient = emulated(z, variant, exact=False)
+        assert ((gradient - exact).norm() / exact.norm()).item() <= 2e-4 / s
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_tensor_cores_at_the_smallest_tau_and_clamp(emulated, dtype):
     z = randn(1, 140, 64).to(dtype)
