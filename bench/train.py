@@ -203,7 +203,7 @@ def verify(chosen: dict[str, Form]) -> dict[str, float]:
     for name in chosen:
         checks = [(losses, "loss")] + ([] if "dispersion" in name else [(norms, "gradient norm")])
         for values, what in checks:
-            if not abs(values[name] / values[first] - 1) < tolerance:
+            if not abs(values[name] - values[first]) <= tolerance * abs(values[first]):
                 raise SystemExit(
                     f"{name} is wrong: its {what} is {values[name]:.7g}, that of {first} {values[first]:.7g}"
                 )

@@ -435,8 +435,8 @@ struct Call {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
-                                              double eps, bool need_grad) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_view variant, double tau,
+                                                          double clamp, double eps, bool need_grad) {
   const Options options = checked_options(z, variant, tau, clamp, eps);
   at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), z.options().dtype(at::kFloat));
   static const Kernels& kernels = choose_kernels();
@@ -481,7 +481,8 @@ std::tuple<at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_v
 
   double loss = 0;
   for (double x : losses) loss += x;
-  return {at::full({}, loss / static_cast<double>(call.B), z.options().dtype(at::kFloat)), grad};
+  const at::TensorOptions floats = z.options().dtype(at::kFloat);
+  return {at::full({}, loss / static_cast<double>(call.B), floats), grad, at::empty({0}, floats)};
 }
 
 }  // namespace

@@ -4,7 +4,11 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(minidisp, m) {
-  // z (B, T, C): float32, bfloat16 or float16, any strides. Returns the loss, a float32 scalar, and its gradient, float32
-  // (B, T, C), which is empty unless need_grad.
-  m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)");
+  // z (B, T, C): float32, bfloat16 or float16, any strides. Returns the loss, a float32 scalar, and what backward needs
+  // of it; empty unless need_grad. On the CPU, that is the gradient, float32 (B, T, C), and nothing. On CUDA, it is a
+  // product of that shape, from which dispersion_backward makes the gradient, and the state that it needs for that,
+  // float32.
+  m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor, Tensor)");
+  // The gradient times upstream, a float32 scalar, in the shape and type of z. CUDA only.
+  m.def("dispersion_backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant) -> Tensor");
 }

@@ -1,13 +1,16 @@
-// csrc/dispersion_cuda.cu on the CPU: its kernels, as they stand, and its launchers, as the operator minidisp_emulator::dispersion.
+// csrc/dispersion_cuda.cu on the CPU: its kernels, as they stand, and its launchers, as minidisp_emulator::forward and
+// ::backward.
 //
-// A block's threads are fibers. One runs until it waits: at a barrier of the block, or at an instruction of its warp, which the
-// last of 32 lanes to arrive carries out for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX ISA). A warp runs as
-// far as it can before the next one does. schedule, bit 0: the last warp first instead of the first. Bit 1: cp.async copies when it
-// is issued, the earliest a device may; else when it is waited for, the latest. Shared memory begins as NaN, and what is
-// addressed in it must lie inside it. A wait that never ends, or of lanes that wait for different things, is an error.
+// A block's threads are fibers. One runs until it waits: at a barrier of the block, or at an instruction of its warp,
+// which the last of 32 lanes to arrive carries out for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX
+// ISA). A warp runs as far as it can before the next one does. schedule, bit 0: the last warp first instead of the
+// first. Bit 1: cp.async copies when it is issued, the earliest a device may; else when it is waited for, the latest.
+// Shared memory begins as NaN in every block, and what is addressed in it must lie inside it. A wait that never ends,
+// or of lanes that wait for different things, is an error. Bit 2: of every grid only the last block runs, and of every
+// batch of matrices only the last is multiplied: what the last of very many sequences needs, so that offsets beyond 32
+// bits are met in little time. without: a barrier, file:line, that is left out.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <torch/library.h>
 #include <ucontext.h>
@@ -17,16 +20,20 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
+// In a section of its own, so that the memory of all kernels can be found; the linker defines its ends.
+#define __shared__ static __attribute__((section("emulated_shared")))
+extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
+#define __syncthreads() emulator::barrier(__FILE__, __LINE__)
 #define __launch_bounds__(...)
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct Index { int x; };
+struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::isinf;
@@ -51,6 +58,8 @@ struct Thread {
 
 std::vector<Thread> threads;
 int running, schedule;
+int64_t most_matrices;
+std::string without;
 jmp_buf main_jump;
 std::vector<char> shared;
 std::function<void()> kernel;
@@ -63,6 +72,11 @@ void wait(Wait what, void* operands = nullptr) {
   if (_setjmp(self().jump) == 0) _longjmp(main_jump, 1);
 }
 
+void barrier(std::string_view file, int line) {
+  if (without == std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(line)) return;
+  wait(Wait::block);
+}
+
 void body() {
   kernel();
   self().wait = Wait::done;
@@ -70,7 +84,7 @@ void body() {
 }
 
 __attribute__((noinline)) void resume(int thread) {
-  threadIdx.x = running = thread;
+  threadIdx.x = static_cast<unsigned>(running = thread);
   if (_setjmp(main_jump) != 0) return;  // it waits, or is done
   if (self().begun) _longjmp(self().jump, 1);
   self().begun = true;
@@ -89,13 +103,9 @@ void check_shared(const char* p) {
 
 struct Shuffle { double x; int mask; };
 struct Matrices { uint32_t* m; const char* row; };
-struct Product { float* d; const uint32_t *a, *b; float (*number)(uint32_t); };
+struct Product { float* d; const uint32_t *a, *b; };
 
 float half(uint32_t bits) { return static_cast<float>(c10::Half(static_cast<unsigned short>(bits), c10::Half::from_bits())); }
-float bfloat(uint32_t bits) {
-  return static_cast<float>(c10::BFloat16(static_cast<unsigned short>(bits), c10::BFloat16::from_bits()));
-}
-
 // The instruction for which all lanes of a warp wait.
 void carry_out(Wait what, Thread* lanes) {
   const auto of = [&](int lane, auto* type) -> auto& { return *static_cast<decltype(type)>(lanes[lane].operands); };
@@ -112,7 +122,7 @@ void carry_out(Wait what, Thread* lanes) {
     for (int l = 0; l < kLanes; ++l) {
       const Product& p = of(l, (Product*)0);
       for (int e = 0; e < 2; ++e) {
-        const auto number = [&](uint32_t pair) { return p.number(pair >> (16 * e) & 0xffff); };
+        const auto number = [&](uint32_t pair) { return half(pair >> (16 * e) & 0xffff); };
         for (int r = 0; r < 4; ++r) a[l / 4 + r % 2 * 8][l % 4 * 2 + e + r / 2 * 8] = number(p.a[r]);
         for (int r = 0; r < 2; ++r) b[l % 4 * 2 + e + r * 8][l / 4] = number(p.b[r]);
       }
@@ -146,6 +156,7 @@ bool run_warp(int warp) {
 
 void run_block() {
   std::fill(shared.begin(), shared.end(), static_cast<char>(0xff));
+  std::fill(__start_emulated_shared, __stop_emulated_shared, static_cast<char>(0xff));
   for (Thread& t : threads) {
     t.wait = Wait::none;
     t.begun = false;
@@ -169,8 +180,6 @@ void run_block() {
 }
 
 }  // namespace emulator
-
-static void __syncthreads() { emulator::wait(emulator::Wait::block); }
 
 namespace minidisp {
 namespace {
@@ -199,12 +208,8 @@ void load_matrices(uint32_t (&m)[4], const char* row) {
   emulator::Matrices operands{m, row};
   emulator::wait(emulator::Wait::ldmatrix, &operands);
 }
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, c10::BFloat16) {
-  emulator::Product operands{d, a, b, emulator::bfloat};
-  emulator::wait(emulator::Wait::mma, &operands);
-}
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, c10::Half) {
-  emulator::Product operands{d, a, b, emulator::half};
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  emulator::Product operands{d, a, b};
   emulator::wait(emulator::Wait::mma, &operands);
 }
 template <class T>
@@ -219,16 +224,18 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int count, int shared
   emulator::shared.assign(shared_bytes, 0);
   emulator::threads.resize(count);
   emulator::kernel = [=] { kernel(arguments...); };
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<int>(block);
+  for (int64_t block = emulator::schedule & 4 ? std::max<int64_t>(blocks - 1, 0) : 0; block < blocks; ++block) {
+    blockIdx.x = static_cast<unsigned>(block);
     emulator::run_block();
   }
 }
 
 void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  const at::Tensor product = at::bmm(a.to(out.scalar_type()), b.to(out.scalar_type()));
-  if (add) out.add_(product);
-  else out.copy_(product);
+  TORCH_CHECK(a.size(0) <= emulator::most_matrices, "more matrices than cuBLAS is known to take");
+  const int64_t first = emulator::schedule & 4 ? a.size(0) - 1 : 0, n = a.size(0) - first;
+  const at::Tensor product = at::bmm(a.narrow(0, first, n).to(out.scalar_type()), b.narrow(0, first, n).to(out.scalar_type()));
+  if (add) out.narrow(0, first, n).add_(product);
+  else out.narrow(0, first, n).copy_(product);
 }
 
 }  // namespace
@@ -236,20 +243,30 @@ void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add
 
 #include "../csrc/dispersion_cuda.cu"
 
-// workspace: the fields of Workspace in order, in bytes and columns, or nothing.
-static std::tuple<at::Tensor, at::Tensor> emulated(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
-                                                   double eps, bool need_grad, at::IntArrayRef workspace, int64_t schedule) {
+// workspace: the fields of Workspace in order, or nothing.
+static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
+                                                              double eps, bool need_grad, bool exact, at::IntArrayRef workspace,
+                                                              int64_t schedule, c10::string_view without) {
   minidisp::Workspace space;
   if (!workspace.empty()) {
-    TORCH_CHECK(workspace.size() == 7);
-    space = {workspace[0], workspace[1], workspace[2], workspace[3], workspace[4], workspace[5], workspace[6]};
+    TORCH_CHECK(workspace.size() == 6);
+    space = {workspace[0], workspace[1], workspace[2], workspace[3], workspace[4], workspace[5]};
   }
   emulator::schedule = static_cast<int>(schedule);
-  return minidisp::dispersion_in(z, variant, tau, clamp, eps, need_grad, space);
+  emulator::most_matrices = space.sequences;
+  emulator::without = std::string(without);
+  return minidisp::forward_in(z, variant, tau, clamp, eps, need_grad, exact, space);
+}
+
+static at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product, const at::Tensor& state,
+                           c10::string_view variant, int64_t schedule) {
+  emulator::schedule = static_cast<int>(schedule);
+  return minidisp::backward_in(upstream, z, product, state, variant);
 }
 
 TORCH_LIBRARY(minidisp_emulator, m) {
-  m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad, int[] workspace, int schedule)"
-        " -> (Tensor, Tensor)",
-        emulated);
+  m.def("forward(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad, bool exact, int[] workspace,"
+        " int schedule, str without) -> (Tensor, Tensor, Tensor)",
+        forward);
+  m.def("backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant, int schedule) -> Tensor", backward);
 }

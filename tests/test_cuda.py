@@ -1,4 +1,4 @@
-"""csrc/dispersion_cuda.cu without a GPU: it compiles, and its kernels and launchers, emulated on the CPU, compute what they should.
+"""csrc/dispersion_cuda.cu without a GPU: it compiles, and emulated on the CPU it computes what it should.
 
 What runs on a GPU is in test_ops.py.
 """
@@ -21,13 +21,15 @@ from minidisp import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "dispersion_cuda.cu"
+KERNELS = [SOURCE, *sorted((ROOT / "csrc").glob("dispersion_cuda_*.h"))]
 INCLUDE = Path(torch.__file__).parent / "include"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-TILED = ("angular_spread", "orthogonalization")  # in 16 bit by the tensor-core kernel
+TILED = ("angular_spread", "orthogonalization", "decorrelation")  # which have a tensor-core kernel
+TENSOR_CORE_LOSS, TENSOR_CORE_GRADIENT = 5e-4, 2e-3  # the largest errors, as csrc/dispersion_cuda.cu states them
 DEFAULTS = {"tau": 1.0, "clamp": 0.25, "eps": 1e-2}
-RUNS = [(variant, dtype) for variant in TILED for dtype in DTYPES]
+RUNS = [(variant, dtype) for variant in TILED[:2] for dtype in DTYPES]
 RUNS += [("l2_repel", torch.float32), ("l2_repel", torch.bfloat16), ("decorrelation", torch.float16)]  # all types alike
 every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
 
@@ -74,13 +76,28 @@ def emulated():
     finally:
         os.environ["PATH"] = path
 
-    def run(z, variant, need_grad=True, workspace=(), schedule=0, **options):
-        torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
+    def run(z, variant, need_grad=True, exact=True, workspace=(), schedule=0, without="", fill=True, **options):
+        """The loss and the gradient; that in float32, so that the rounding to z's type hides nothing."""
+        torch.use_deterministic_algorithms(fill)  # fills what is not written with NaN
         try:
             options = DEFAULTS | options
-            return torch.ops.minidisp_emulator.dispersion(
-                z, variant, options["tau"], options["clamp"], options["eps"], need_grad, workspace, schedule
+            loss, product, state = torch.ops.minidisp_emulator.forward(
+                z,
+                variant,
+                options["tau"],
+                options["clamp"],
+                options["eps"],
+                need_grad,
+                exact,
+                workspace,
+                schedule,
+                without,
             )
+            if not need_grad:
+                assert state.shape == (0,)
+                return loss, product
+            wide = z if z.dtype == torch.float32 else z.float()
+            return loss, torch.ops.minidisp_emulator.backward(torch.ones(()), wide, product, state, variant, schedule)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -88,7 +105,7 @@ def emulated():
 
 
 def assert_close_to_the_truth(result, z, variant, floor=0.0, **options):
-    """Both errors against float64 at most twice those of the plain PyTorch version, whose gradient comes in z's type."""
+    """Both errors against float64 at most twice those of plain PyTorch, whose gradient comes in z's type."""
     value, gradient = value_and_gradient(z.double(), variant, "reference", **options)
     plain_value, plain_gradient = value_and_gradient(z, variant, "reference", **options)
     norm = gradient.norm() or 1.0
@@ -123,40 +140,196 @@ def test_against_the_oracle(emulated, variant, dtype, case):
             assert error <= 2 * (plain.double() - exact).norm() / exact.norm() + 2 * cancels * ROUNDING[dtype]
 
 
+TILE, MUCH = 128 * 128 * 2, 1 << 20
+WORKSPACES = {  # B, T, tau, workspace: each holds next to nothing
+    "two sequences, then the third": (3, 130, 1.0, (2 * 4 * TILE, MUCH, 4 * 2 * 130 * 128, MUCH, 8192, 65535)),
+    "strips of a tile": (1, 300, 1e-3, (6 * TILE, MUCH, 4 * 50 * 300, 4 * 8 * 300, 8192, 65535)),
+    "strips of two; rows in two pieces": (1, 300, 1.0, (12 * TILE, MUCH, 4 * 77 * 200, MUCH, 200, 65535)),
+    "blocks that copy their tokens": (2, 150, 1e-3, (4 * TILE, MUCH, 4 * 13 * 60, 4 * 8 * 73, 60, 65535)),
+    "two matrices at once": (5, 9, 1.0, (MUCH, MUCH, MUCH, MUCH, 8192, 2)),
+}
+
+
 @every_run
-def test_groups_strips_and_blocks(emulated, variant, dtype):
-    """Workspaces that hold next to nothing: one sequence, a strip of one tile, blocks of a few rows and columns."""
-    tile, much = 128 * 128 * 2, 1 << 20
-    for B, T, tau, *workspace in (
-        (3, 130, 1.0, 2 * 4 * tile, much, 4 * 2 * 130 * 128, much, much, much, 8192),  # two sequences, then the third
-        (1, 300, 1e-3, 6 * tile, much, 4 * 50 * 300, 4 * 8 * 300, 8 * 9 * 300, much, 8192),  # strips of a tile
-        (1, 300, 1.0, 12 * tile, much, 4 * 77 * 200, much, much, much, 200),  # strips of two; rows in two pieces
-        (
-            2,
-            150,
-            1e-3,
-            4 * tile,
-            much,
-            4 * 13 * 60,
-            4 * 8 * 73,
-            8 * 9 * 73,
-            8 * 9 * 59,
-            60,
-        ),  # blocks that copy their tokens
-    ):
-        z = randn(B, T, 8).to(dtype)
-        assert_close_to_the_truth(emulated(z, variant, tau=tau, workspace=workspace), z, variant, tau=tau)
+@pytest.mark.parametrize("case", WORKSPACES)
+def test_groups_strips_and_blocks(emulated, variant, dtype, case):
+    B, T, tau, workspace = WORKSPACES[case]
+    z = randn(B, T, 8).to(dtype)
+    assert_close_to_the_truth(emulated(z, variant, tau=tau, workspace=workspace), z, variant, tau=tau)
+
+
+# Tensor cores
+
+
+def assert_within_tolerance(result, z, variant, **options):
+    value, gradient = value_and_gradient(z.double(), variant, "reference", **options)
+    assert abs(result[0].item() - value) <= TENSOR_CORE_LOSS * (1 + abs(value))
+    assert ((result[1] - gradient).norm() / gradient.norm()).item() <= TENSOR_CORE_GRADIENT
+
+
+@pytest.mark.parametrize("variant", TILED)
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 129, 40), (1, 260, 17), (1, 31, 200), (1, 140, 770)])
+def test_tensor_cores_keep_what_they_promise(emulated, variant, shape):
+    B, T, C = shape
+    for spread in (1.0, 1e-3, 0.1):  # 1e-3: nearly parallel
+        z = (randn(B, 1, C, seed=1) * (spread < 1) + spread * randn(*shape)).float()
+        assert_within_tolerance(emulated(z, variant, exact=False), z, variant)
+    if T == 2:  # an opposite pair has no gradient
+        return
+    z[:, ::2] *= -1  # two groups, opposite to each other, so that the mean token is next to nothing
+    z[:, T // 2] = 3 * z[:, 0]
+    assert_within_tolerance(emulated(z, variant, exact=False), z, variant)
+
+
+@pytest.mark.parametrize("variant", TILED)
+def test_tensor_cores_and_tight_groups_that_lie_apart(emulated, variant):
+    """Of spread s, so that centring takes nothing away: 2e-4 / s of the gradient, which is as small as s."""
+    for s in (1e-2, 1e-3):
+        z = (randn(1, 1, 200, seed=1) + s * randn(1, 31, 200)).float()
+        z[:, ::2] *= -1
+        _, exact = value_and_gradient(z.double(), variant, "reference")
+        _, gradient = emulated(z, variant, exact=False)
+        assert ((gradient - exact).norm() / exact.norm()).item() <= 2e-4 / s
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_tensor_cores_at_the_smallest_tau_and_clamp(emulated, dtype):
+    z = randn(1, 140, 64).to(dtype)
+    for options in ({"tau": 0.05}, {"tau": 0.1, "clamp": 1e-4}, {"eps": 0.0}):
+        assert_within_tolerance(emulated(z, "angular_spread", exact=False, **options), z, "angular_spread", **options)
+
+
 @pytest.mark.parametrize("variant", TILED)
-def test_any_order_of_warps_and_copies_gives_the_same_bits(emulated, variant, dtype):
-    z = randn(2, 140, 104).to(dtype)
-    loss, gradient = emulated(z, variant)
+@pytest.mark.parametrize("case", [*list(WORKSPACES)[:3], "two matrices at once"])
+def test_tensor_cores_in_groups_and_strips(emulated, variant, case):
+    B, T, _, workspace = WORKSPACES[case]
+    z = randn(B, T, 8).float()
+    assert_within_tolerance(emulated(z, variant, exact=False, workspace=workspace), z, variant)
+
+
+def test_what_tensor_cores_leave_to_the_exact_path(emulated):
+    """Small tau, which enlarges errors of a cosine; sequences whose copies do not fit; and l2_repel."""
+    z = randn(1, 70, 24).float()
+    tight = (1 << 20, 100, 1 << 20, 1 << 20, 8192, 65535)
+    for variant, options in (
+        ("angular_spread", {"tau": 0.04}), ("angular_spread", {"workspace": tight}), ("l2_repel", {}),
+    ):  # fmt: skip
+        loss, gradient = emulated(z, variant, exact=False, **options)
+        exact_loss, exact_gradient = emulated(z, variant, **options)
+        assert loss == exact_loss
+        assert torch.equal(gradient, exact_gradient)
+    assert not torch.equal(emulated(z, "angular_spread", exact=False)[1], emulated(z, "angular_spread")[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", TILED)
+def test_tensor_cores_meet_odd_tokens(emulated, variant, case):
+    """Zero, equal, opposite tokens: finite, and no further from the oracle than the tolerance."""
+    z = CASES[case].float()
+    loss, gradient = emulated(z, variant, exact=False)
+    value = oracle.loss(z.double().numpy(), variant, 1.0, 0.25)
+    exact = torch.from_numpy(oracle.gradient(z.double().numpy(), variant, 1.0, 0.25))
+    assert abs(loss.item() - value) <= TENSOR_CORE_LOSS * (1 + abs(value))
+    # Where the sum cancels, the rounding of its terms is what is left.
+    size = max(exact.norm().item(), 1e-2 / (0.01 + z.double().norm(dim=-1).min().item()) * (case != "random"))
+    assert (gradient - exact).norm().item() <= TENSOR_CORE_GRADIENT * size
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_backward_rounds_once_and_takes_what_comes_from_above(emulated, dtype):
+    """Any strides, features that go in pieces of 16 bytes and that do not, what a gradient scaler gives."""
+    for z in (
+        randn(2, 20, 24).to(dtype),
+        randn(2, 24, 20).to(dtype).mT,
+        randn(2, 20, 13).to(dtype),
+        randn(2, 20, 9).float(),
+    ):
+        for variant in ("angular_spread", "l2_repel", "decorrelation"):
+            _, product, state = torch.ops.minidisp_emulator.forward(z, variant, 1.0, 0.25, 1e-2, True, False, [], 0, "")
+            upstream = torch.tensor(65536.0)
+            wide = torch.ops.minidisp_emulator.backward(upstream, z.float(), product, state, variant, 0)
+            narrow = torch.ops.minidisp_emulator.backward(upstream, z, product, state, variant, 0)
+            assert narrow.dtype == z.dtype
+            torch.testing.assert_close(narrow.float(), wide.to(z.dtype).float(), rtol=1e-2, atol=1e-6)
+            _, plain = emulated(z, variant, exact=False)
+            torch.testing.assert_close(wide / 65536, plain, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match="what the forward call"):
+        torch.ops.minidisp_emulator.backward(upstream, z, product, state[1:], variant, 0)
+
+
+# Orders of execution, and large offsets
+
+PATHS = [("angular_spread", False), ("angular_spread", True), ("decorrelation", False), ("l2_repel", True)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("variant", [*TILED, "l2_repel"])
+def test_any_order_of_warps_and_copies_gives_the_same_bits(emulated, variant, exact):
+    z = randn(2, 140, 104).float()
+    loss, gradient = emulated(z, variant, exact=exact)
     for schedule in range(1, 4):
-        again, gradient_again = emulated(z, variant, schedule=schedule)
+        again, gradient_again = emulated(z, variant, exact=exact, schedule=schedule)
         assert again == loss
         assert torch.equal(gradient_again, gradient)
+
+
+BARRIERS = [
+    f"{path.name}:{number}"
+    for path in KERNELS
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads();" in line
+]
+# T = 300: more tokens than a block has threads, so that every warp has something to add.
+BARRIER_CASES = [
+    ((1, 300, 8), "angular_spread", {"tau": 1e-3}),
+    ((1, 70, 40), "l2_repel", {}),
+    ((1, 140, 200), "angular_spread", {"exact": False}),
+]
+
+
+@pytest.fixture(scope="module")
+def with_all_barriers(emulated):
+    return [emulated(0.2 * randn(*shape).float(), variant, **options) for shape, variant, options in BARRIER_CASES]
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_no_barrier_can_be_left_out(emulated, with_all_barriers, barrier):
+    """Without it, some order of the warps must give something else."""
+    for (shape, variant, options), (loss, gradient) in zip(BARRIER_CASES, with_all_barriers, strict=True):
+        z = 0.2 * randn(*shape).float()
+        for schedule in range(4 if "exact" in options else 2):
+            found = emulated(z, variant, schedule=schedule, without=barrier, **options)
+            if not (torch.equal(found[0], loss) and torch.equal(found[1], gradient)):
+                return
+    pytest.fail("nothing has changed")
+
+
+@pytest.mark.parametrize(("variant", "exact"), PATHS)
+def test_offsets_beyond_32_bits(emulated, variant, exact):
+    """The last of 2^18 sequences of 2^13 numbers: 2^31 in all. Only what it needs is computed, and memory touched."""
+    B, T, C = 2**18 + 1, 8, 1024
+    z = randn(1, T, C).float()
+    many = (0.02 * z if variant == "l2_repel" else z).expand(B, T, C)
+    at_once = (2**31, 2**30, 2**26, 2**26, 8192, 65535)  # few groups
+    _, gradient = emulated(many, variant, exact=exact, schedule=4, workspace=at_once, fill=False)
+    _, alone = emulated(many[:1], variant, exact=exact)
+    torch.testing.assert_close(gradient[-1, :, -64:], alone[0, :, -64:] / B, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(("variant", "exact"), PATHS)
+@pytest.mark.parametrize("strides", [(2**31 + 64, 8, 1), (64, 2**28, 1), (8, 64, 2**28 + 8)])
+def test_strides_beyond_32_bits(emulated, variant, exact, strides):
+    B, T, C = 2, 9, 9
+    size = 1 + sum((n - 1) * stride for n, stride in zip((B, T, C), strides, strict=True))
+    z = torch.empty(size, dtype=torch.bfloat16).as_strided(
+        (B, T, C), strides
+    )  # memory that is not touched costs nothing
+    z.copy_(randn(B, T, C))
+    loss, gradient = emulated(z, variant, exact=exact)
+    plain_loss, plain_gradient = emulated(z.contiguous(), variant, exact=exact)
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, plain_gradient, rtol=1e-5, atol=1e-8)
 
 
 @every_run
@@ -165,6 +338,17 @@ def test_without_gradient(emulated, variant, dtype):
     loss, gradient = emulated(z, variant, need_grad=False)
     assert loss == emulated(z, variant)[0]
     assert gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("variant", TILED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_input_gives_nan_on_tensor_cores(emulated, variant, bad):
+    z = randn(2, 140, 8).float()
+    z[1, 138, 3] = bad
+    loss, gradient = emulated(z, variant, exact=False)
+    assert loss.isnan()
+    assert gradient[1].isnan().all()
+    assert gradient[0].isfinite().all()
 
 
 @every_run
@@ -193,7 +377,7 @@ def test_non_finite_input_gives_nan(emulated, variant, dtype, bad):
         assert gradient[0].isfinite().all()
 
 
-@pytest.mark.parametrize("variant", TILED)
+@pytest.mark.parametrize("variant", TILED[:2])
 @pytest.mark.parametrize("eps", [1e-2, 1e-8, 0.0])
 def test_float16_neither_overflows_nor_vanishes(emulated, variant, eps):
     """Norms from 1e-3 to 1e5, and zero tokens; clamps that let the slope grow."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from test_dispersion import CASES, randn
 from minidisp import InputError, dispersion, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
 from minidisp.ops import build
-from minidisp.ops.__main__ import self_test
+from minidisp.ops.__main__ import check, self_test
 
 MISSING = ops.find_or_build("cpu")  # why there is no extension, or ""
 FUSED = not MISSING
@@ -611,6 +612,92 @@ def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
     ops.check_cuda.cache_clear()
 
 
+@on_linux
+@pytest.mark.parametrize(
+    ("script", "reason", "remembered"),
+    [
+        ("echo CUDA out of memory; exit 75", "this time: CUDA out of memory", False),
+        ("kill -9 $$", "ended by signal 9", False),
+        ("kill -11 $$", "failed their check", True),
+        ("echo begun; exec sleep 60", "failed their check", True),
+    ],
+)
+def test_a_check_that_could_not_be_made_is_made_again(script, reason, remembered, tmp_path, monkeypatch):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\n{script}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "CHECK_SECONDS", 1)
+    for _ in range(2):
+        ops.check_cuda.cache_clear()
+        assert reason in ops.check_cuda()
+    ops.check_cuda.cache_clear()
+    assert (tmp_path / "calls").read_text().count("x") == (1 if remembered else 2)
+    if "sleep" in script:
+        assert "begun\nno end after 1 s" in (tmp_path / "cache" / "check-Some-GPU.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ops.TRY_AGAIN),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), ops.TRY_AGAIN),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_what_the_check_takes_for_transient(error, code, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "set_device", fail)
+    if code is None:
+        with pytest.raises(RuntimeError, match="illegal"):
+            check("cuda:0")
+    else:
+        assert check("cuda:0") == code
+        assert capsys.readouterr().out.startswith("CUDA")
+
+
+@on_linux
+def test_a_failed_cuda_build_leaves_the_cpu_kernel(tmp_path, monkeypatch, capsys):
+    """nvcc is a script that fails, and so is the compiler, but without CUDA it "compiles"."""
+    child = tmp_path / "python"
+    child.write_text('#!/bin/sh\nif [ "$MINIDISP_CUDA" = 0 ]; then exit 0; fi\necho no such architecture\nexit 1\n')
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(build, "find", lambda: build.Extension(None, "not yet", can_build=True))
+    monkeypatch.setattr(build, "missing_tool", lambda: "")
+    monkeypatch.setattr(build, "ninja", lambda: "/bin/true")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setenv("MINIDISP_CUDA", "1")
+    for about in ("built now", "built before"):
+        build.find_or_build.cache_clear()
+        found = build.find_or_build("cpu")
+        assert found.path == tmp_path / "cache" / build.BINARY
+        assert found.about.startswith(about)
+        assert "its CUDA part did not build" in found.note
+    build.find_or_build.cache_clear()
+    assert "for the CPU alone" in capsys.readouterr().err
+    assert (tmp_path / "cache" / build.CUDA_LOG).read_text() == "no such architecture\n"
+    assert not (tmp_path / "cache" / "build.log").exists()
+
+
+def test_the_streamed_form_is_exact_at_any_matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    z = (randn(1, 1, 64, seed=1) + 0.01 * randn(1, 100, 64)).float()
+    exact = value_and_gradient(z, "angular_spread", "streamed")[1]
+    try:
+        torch.set_float32_matmul_precision("medium")  # bfloat16 on CPUs that have it
+        assert torch.equal(value_and_gradient(z, "angular_spread", "streamed")[1], exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_self_test_notices_wrong_numbers(monkeypatch):
     right = ops.dispersion
     for factor, good in ((1, True), (1.02, False), (math.nan, False)):
@@ -620,6 +707,11 @@ def test_the_self_test_notices_wrong_numbers(monkeypatch):
         text, passed = self_test("fused", "cpu")
         assert passed == good
         assert text.endswith("passed" if good else "FAILED")
+    wanders = itertools.count()
+    monkeypatch.setattr(ops, "dispersion", lambda _, *z: right("streamed", *z) * (1 + 1e-6 * (next(wanders) % 2)))
+    text, passed = self_test("fused", "cpu")
+    assert not passed
+    assert "the same input gives different numbers" in text
 
 
 def test_the_extension_can_be_switched_off(tmp_path):

@@ -3,10 +3,11 @@
     minidisp::dispersion           fused: C++ in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
     minidisp::dispersion_streamed  streamed: plain PyTorch (streamed.py), on any device; those and perplexity_entropy
 
-Both have the schema (z, variant, tau, clamp, eps, need_grad) -> (loss, gradient). The loss is a scalar, so one pass
+Both take (z, variant, tau, clamp, eps, need_grad) and return (loss, gradient, ...). The loss is a scalar, so one pass
 over the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T
 matrix is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in
-the computing dtype.
+the computing dtype. On CUDA, the fused operator leaves the last step to minidisp::dispersion_backward, and uses tensor
+cores where torch.get_float32_matmul_precision() is not "highest": docs/gpu.md says how exactly.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
 depends on it. On a GPU the kernels are checked once, before they are first used. `python -m minidisp.ops` shows it all.
@@ -15,8 +16,10 @@ depends on it. On a GPU the kernels are checked once, before they are first used
 import contextlib
 import functools
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,25 +40,36 @@ def _fake(z: Tensor, variant: str, tau: float, clamp: float, eps: float, need_gr
     return z.new_empty((), dtype=dtype), z.new_empty(z.shape if need_grad else (0,), dtype=dtype)
 
 
+def _fused_fake(z: Tensor, variant: str, tau: float, clamp: float, eps: float, need_grad: bool) -> tuple[Tensor, ...]:
+    loss, product = _fake(z, variant, tau, clamp, eps, need_grad)
+    B, T, C = z.shape
+    return loss, product, product.new_empty(B * (C + 4 * T + 1) if need_grad and z.device.type == "cuda" else 0)
+
+
 def _save(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    z, ctx.variant = inputs[:2]
+    ctx.dtype = z.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    finished = len(output) == 2 or z.device.type != "cuda"
+    ctx.save_for_backward(*([output[1]] if finished else [*output[1:], z]))
 
 
-def _backward(ctx, grad_loss: Tensor, _):
+def _backward(ctx, grad_loss: Tensor, *_):
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
             "the fused and streamed dispersion losses have no second derivative: "
             "for create_graph=True use impl='reference'"
         )
-    (grad,) = ctx.saved_tensors
+    grad, *rest = ctx.saved_tensors
+    if rest:
+        state, z = rest
+        return (torch.ops.minidisp.dispersion_backward(grad_loss, z, grad, state, ctx.variant), *[None] * 5)
     # Multiplied in float32 and then rounded, so that float16 profits from the scale of a gradient scaler.
     return ((grad * grad_loss).to(ctx.dtype), *[None] * 5)
 
 
-def _register(name: str) -> None:
-    torch.library.register_fake(name, _fake)
+def _register(name: str, fake: Callable) -> None:
+    torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, _backward, setup_context=_save)
 
 
@@ -64,7 +78,7 @@ torch.library.define(
     "(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)",
 )
 torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(streamed.dispersion)
-_register("minidisp::dispersion_streamed")
+_register("minidisp::dispersion_streamed", _fake)
 
 
 def dispersion(chosen: str, z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> Tensor:
@@ -149,14 +163,20 @@ find_or_build._dynamo_marked_constant = True
 @functools.cache
 def register_fused() -> None:
     """Give the operator of the extension, which has been loaded, its shapes and its gradient."""
-    _register("minidisp::dispersion")
+    _register("minidisp::dispersion", _fused_fake)
+    torch.library.register_fake("minidisp::dispersion_backward", lambda upstream, z, *_: z.new_empty(z.shape))
+
+
+CHECK_SECONDS = 300  # in which the check must be done
+TRY_AGAIN = 75  # exit code of a check that could not be made: out of memory, a card that others hold
 
 
 @functools.cache
 def check_cuda() -> str:
     """Why the CUDA kernels cannot be trusted on this kind of GPU; "" if they compute what they should.
 
-    Tried once per build and GPU, in a child process: an illegal access would leave this one without CUDA.
+    Checked once per build and GPU, in a child process: an illegal access would leave this one without CUDA. What came
+    out is remembered, unless the child could not check anything, or was killed.
     """
     name = torch.cuda.get_device_name()
     try:
@@ -165,12 +185,26 @@ def check_cuda() -> str:
         with contextlib.nullcontext() if log.exists() else build.locked(folder / "check.lock"):
             if not log.exists():  # still, now that nobody else is at it
                 print(f"minidisp: checking the CUDA kernels on this GPU ({name}), once", file=sys.stderr, flush=True)
-                child = subprocess.run(
-                    [sys.executable, "-m", "minidisp.ops", "check", f"cuda:{torch.cuda.current_device()}"],
-                    env=build.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                )  # fmt: skip
-                log.write_text(f"{child.stdout}{'passed' if child.returncode == 0 else 'FAILED'}\n")
+                said, code = _run_check()
+                if code in (TRY_AGAIN, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
+                    why = (said.strip().splitlines() or [f"the check was ended by signal {-code}"])[-1]
+                    return f"the CUDA kernels could not be checked this time: {why}"
+                log.write_text(f"{said}{'passed' if code == 0 else 'FAILED'}\n")
             passed = log.read_text().endswith("passed\n")
     except OSError as error:  # no place to write
         return f"the CUDA kernels could not be checked: {build.first_line(error)}; {build.OTHER_FOLDER}"
     return "" if passed else f"the CUDA kernels failed their check on this GPU; see {log} (delete it to try again)"
+
+
+def _run_check() -> tuple[str, int]:
+    """What the child process said, and its exit code; 1 if it did not end in time."""
+    command = [sys.executable, "-m", "minidisp.ops", "check", f"cuda:{torch.cuda.current_device()}"]
+    try:
+        child = subprocess.run(
+            command, env=build.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=CHECK_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stdout or b""  # bytes, whatever text says
+        return f"{said.decode(errors='replace')}no end after {CHECK_SECONDS} s\n", 1
+    return child.stdout, child.returncode

@@ -29,6 +29,7 @@ NVCC_FLAGS = ("-O3", "-std=c++20")
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
 EXPECTED_SECONDS = {False: 60, True: 180}  # without and with CUDA
 BINARY = "minidisp_fused.so"  # in the cache
+CUDA_LOG = "build-cuda.log"  # there, if what was built leaves CUDA out because that failed
 OTHER_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 
 
@@ -231,8 +232,7 @@ def find_or_build(device_type: str) -> Extension:
             if not (folder / "done").exists() and not (folder / "build.log").exists():
                 about = _build(folder)
             if not (folder / "done").exists():
-                way_out = "; MINIDISP_CUDA=0 builds it for the CPU alone" if builds_cuda() else ""
-                failure = f"the extension did not build; see {folder / 'build.log'} (delete it to try again{way_out})"
+                failure = f"the extension did not build; see {folder / 'build.log'} (delete it to try again)"
                 return Extension(None, failure, found.note)
     except OSError as error:
         return Extension(None, f"{first_line(error)}; {OTHER_FOLDER}", found.note)
@@ -244,11 +244,16 @@ def _load(path: Path, about: str, note: str = "") -> Extension:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return Extension(None, f"{path} does not load: {first_line(error)}", note)
+    if (log := path.parent / CUDA_LOG).exists():
+        note += f"; its CUDA part did not build, see {log} (delete that folder to try again)"
     return Extension(path, about, note)
 
 
 def _build(folder: Path) -> str:
-    """Compile in a child process, which leaves BINARY and "done" in folder, or build.log. Says how long it took."""
+    """Compile in a child process, which leaves BINARY and "done" in folder, or build.log. Says how long it took.
+
+    If it fails with CUDA (an nvcc of another version, a card that is too old), it is tried again without.
+    """
     seconds = EXPECTED_SECONDS[builds_cuda()]
     print(f"minidisp: compiling the extension, once, in about {seconds} s", file=sys.stderr, flush=True)
     start = time.monotonic()
@@ -258,10 +263,17 @@ def _build(folder: Path) -> str:
         environment.pop("CC", None)  # given to nvcc as the path of one program, too
     if builds_cuda() and not torch.cuda.is_available():
         environment.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    child = subprocess.run(
-        [sys.executable, "-m", "minidisp.ops", "compile", str(folder)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "minidisp.ops", "compile", str(folder)]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    (folder / CUDA_LOG).unlink(missing_ok=True)
+    if child.returncode and builds_cuda():
+        (folder / CUDA_LOG).write_bytes(child.stdout)
+        print(
+            f"minidisp: the CUDA part did not build, see {folder / CUDA_LOG}; compiling for the CPU alone",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        environment["MINIDISP_CUDA"] = "0"
+        child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if child.returncode:
         (folder / "build.log").write_bytes(child.stdout + b"\nexit code %d\n" % child.returncode)
     else:

@@ -1,0 +1,257 @@
+"""The steps of bench/gpu.sh that are its own: the build, checks against float64, timing by graph replay, and the page.
+
+python bench/gpu.py build | check | small | time | profile | page DIR     [--dry: judge no number]
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from minidisp import ops
+from minidisp.dispersion import dispersion_loss
+from minidisp.ops import build
+from minidisp.ops.__main__ import diagnosis
+from minidisp.ops.streamed import float32_precision
+
+L2_BYTES = 128 << 20  # more than any card's: inputs that take turns come from memory
+WAYS = {  # name -> (impl, dtype, float32 matmul precision, whether torch.compile does it)
+    "fused, as trained": ("fused", torch.float32, "high", False),
+    "fused, bfloat16": ("fused", torch.bfloat16, "high", False),
+    "fused, exact": ("fused", torch.float32, "highest", False),
+    "streamed": ("streamed", torch.float32, "high", False),
+    "torch.compile": ("reference", torch.float32, "high", True),
+    "eager": ("reference", torch.float32, "high", False),
+}
+BARS = {"eager": 5.0, "torch.compile": 2.0}  # times as long as "fused, as trained" at the first shape, at least
+
+
+def loss_and_gradient(z: Tensor, impl: str = "fused", variant: str = "angular_spread", tau: float = 1.0):
+    z = z.detach().requires_grad_()
+    loss = dispersion_loss(z, variant, tau, impl=impl)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
+    """function() as a CUDA graph, and what it returned there: what each replay fills anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever is done once is done before
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+def build_it() -> bool:
+    """Build the extension for CUDA, or find it, and say which."""
+    missing = ops.find_or_build("cuda")
+    found = build.find_or_build("cuda")
+    print(f"{found.about}: {found.path}{found.note}")
+    print(f"missing: {missing}" if missing else f"for {torch.cuda.get_device_name()}")
+    return not missing
+
+
+def diagnose(dry: bool) -> bool:
+    """As python -m minidisp.ops."""
+    text, passed = diagnosis()
+    print(text)
+    return passed or dry
+
+
+def check(dry: bool) -> bool:
+    """Errors against float64 on the CPU; then the same bits again, on another stream, and from a graph."""
+    good = True
+    print("| T | C | variant | tau | precision, dtype | loss | gradient |\n|---|---|---|---|---|---|---|")
+    cases = [(T, C, "angular_spread", 1.0) for T, C in itertools.product((129, 1000, 1024), (768, 770))]
+    cases += [(5001, 768, "angular_spread", 1.0), (1000, 770, "angular_spread", 1e-3)]
+    cases += [(1000, 770, variant, 1.0) for variant in ops.FUSED_VARIANTS[1:]]
+    for T, C, variant, tau in cases:
+        z = torch.randn(1, T, C, generator=torch.Generator().manual_seed(T + C)).bfloat16()
+        value, exact = loss_and_gradient(z.double(), "streamed", variant, tau)
+        for precision, dtype in itertools.product(("high", "highest"), (torch.float32, torch.bfloat16)):
+            with float32_precision(precision):
+                loss, grad = loss_and_gradient(z.to("cuda", dtype), "fused", variant, tau)
+            of_loss = abs(loss.item() - value.item()) / (1 + abs(value.item()))
+            of_grad = ((grad.cpu().double() - exact).norm() / exact.norm()).item()
+            limit = (2e-3 if precision == "high" else 1e-5 if tau == 1 else 3e-4) + (dtype != torch.float32) * 6e-3
+            passed = of_loss <= 1e-4 and of_grad <= limit
+            good &= passed or dry
+            name = f"{precision}, {str(dtype).removeprefix('torch.')}"
+            verdict = "" if passed else " FAILED"
+            print(f"| {T} | {C} | {variant} | {tau:g} | {name} | {of_loss:.0e} | {of_grad:.0e}{verdict} |", flush=True)
+
+    for precision, variant in itertools.product(("high", "highest"), ops.FUSED_VARIANTS):
+        with float32_precision(precision):
+            z = torch.randn(4, 1000, 768, device="cuda")
+            once = loss_and_gradient(z, variant=variant)
+            results = {"again": loss_and_gradient(z, variant=variant)}
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results["on another stream"] = loss_and_gradient(z, variant=variant)
+            torch.cuda.current_stream().wait_stream(stream)
+            if not dry:
+                graph, results["from a graph"] = capture(
+                    lambda z=z, variant=variant: loss_and_gradient(z, variant=variant)
+                )
+                graph.replay()
+            torch.cuda.synchronize()
+            for name, result in results.items():
+                if not all(torch.equal(a, b) for a, b in zip(once, result, strict=True)):
+                    good = dry
+                    print(f"FAILED: {variant}, {precision}: other bits {name}")
+    print("the same bits again, on another stream and from a graph, but for what is said above")
+    return good
+
+
+def small() -> bool:
+    """All kernels at small shapes, for compute-sanitizer."""
+    for precision, variant, C in itertools.product(("high", "highest"), ops.FUSED_VARIANTS, (40, 33)):
+        for T, tau in ((150, 1.0), (150, 1e-3), (4200, 1.0)):
+            if T > 150 and C == 33:
+                continue
+            with float32_precision(precision):
+                loss_and_gradient(torch.randn(1, T, C, device="cuda"), variant=variant, tau=tau)
+    torch.cuda.synchronize()
+    return True
+
+
+def profile() -> bool:
+    """Two calls as trained at (16, 1024, 768), for ncu: one to warm up, one to look at."""
+    with float32_precision("high"):
+        z = torch.randn(16, 1024, 768, device="cuda")
+        for _ in range(2):
+            loss_and_gradient(z)
+    torch.cuda.synchronize()
+    return True
+
+
+def milliseconds(way: str, shape: tuple[int, int, int], dry: bool) -> tuple[float, float]:
+    """Median time of forward and backward, over inputs that take turns in one graph, and MiB beyond z and gradient."""
+    impl, dtype, precision, compiles = WAYS[way]
+    torch.manual_seed(0)
+    z = torch.randn(shape, device="cuda").to(dtype)
+    inputs = [z] + [torch.randn_like(z) for _ in range(1 if dry else math.ceil(L2_BYTES / z.nbytes))]
+    function = loss_and_gradient
+    if compiles:
+        compiled = torch.compile(dispersion_loss, dynamic=False)
+
+        def function(z: Tensor, impl: str):
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(compiled(z, impl=impl), z)
+
+    with float32_precision(precision):
+        function(z, impl)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function(z, impl)
+        memory = torch.cuda.max_memory_allocated() - before - z.nbytes
+        del result
+        run = lambda: [function(x, impl) for x in inputs] and None  # noqa: E731
+        run = run if dry else capture(run)[0].replay
+        times = []
+        for _ in range(3 if dry else 12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / len(inputs))
+    return statistics.median(times[2:]), memory / 2**20
+
+
+def time_all(dry: bool) -> bool:
+    print(f"forward and backward of angular_spread in ms on {torch.cuda.get_device_name()}, by graph replay\n")
+    print(f"| (B, T, C) | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
+    shapes = [(4, 256, 64)] if dry else [(32, 1024, 768), (16, 1024, 768), (16, 512, 384)]
+    results, good = {}, True
+    for shape in shapes:
+        found = {}
+        for way in WAYS:
+            torch.compiler.reset()
+            found[way] = milliseconds(way, shape, dry)
+            torch.cuda.empty_cache()
+        results["x".join(map(str, shape))] = found
+        cells = " | ".join(f"{ms:.3f} ({mib:.0f} MiB)" for ms, mib in found.values())
+        print(f"| {', '.join(map(str, shape))} | {cells} |", flush=True)
+        B, T, C = shape
+        tera = 3 * B * T * T * C / found["fused, as trained"][0] / 1e9
+        print(f"as trained, {shape}: {tera:.0f} TFLOP/s of 3 B T^2 C", flush=True)
+    if not dry:
+        ours = results["x".join(map(str, shapes[0]))]
+        for way, bar in BARS.items():
+            ratio = ours[way][0] / ours["fused, as trained"][0]
+            good &= ratio >= bar
+            print(
+                f"{ratio:.1f} times as fast as {way} at {shapes[0]}{'' if ratio >= bar else f': FAILED, bar {bar:g}'}"
+            )
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ms_and_mib": results}))
+    return good
+
+
+def page(folder: Path) -> bool:
+    """folder/gpu.md: what passed, and the tables and last lines of the logs."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    lines = [f"# {card}, torch {torch.__version__}", "", "| step | result | seconds |", "|---|---|---|"]
+    steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
+    lines += [f"| {name} | {result.replace('|', '/')} | {seconds} |" for _, name, result, seconds in steps]
+    for number, name, _, _ in steps:
+        log = folder / f"{int(number):02d}-{name}.log"
+        if not log.exists():
+            continue
+        said = [line for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
+        shown = [line for line in said if line.startswith("|")]
+        if shown:
+            shown += ["", *(line for line in said[-4:] if not line.startswith(("|", "{")))]
+        else:
+            shown = ["```", *said[-12:], "```"]
+        lines += ["", f"## {name}", "", *shown]
+    (folder / "gpu.md").write_text("\n".join(lines) + "\n")
+    print(folder / "gpu.md")
+    return True
+
+
+def main() -> int:
+    steps = {
+        "build": build_it,
+        "diagnosis": diagnose,
+        "check": check,
+        "small": small,
+        "time": time_all,
+        "profile": profile,
+        "page": page,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("folder", nargs="?", type=Path, help="of the logs; for page")
+    parser.add_argument("--dry", action="store_true", help="judge no number: for a card that computes nothing")
+    args = parser.parse_args()
+    if (args.step == "page") != (args.folder is not None):
+        parser.error("page takes the folder of the logs, and nothing else does")
+    if args.dry:
+        ops.check_cuda = lambda: ""  # a card that computes nothing fails it
+    if args.step != "page" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no GPU here", file=sys.stderr)
+        return 2
+    arguments = {"check": (args.dry,), "time": (args.dry,), "diagnosis": (args.dry,), "page": (args.folder,)}.get(
+        args.step, ()
+    )
+    return 0 if steps[args.step](*arguments) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Proves and times the CUDA path in at most ten minutes, without network.
+#
+#   bench/gpu.sh [--against NANOGPT] [--out DIR] [--dry]
+#
+#   --against NANOGPT  a nanoGPT checkout, whose training step is timed in turn with minidisp's
+#   --out DIR          where the logs, the run and the page go (default: runs/gpu-check)
+#   --dry              judge no number, at small sizes and in an hour at most: for a card that computes nothing
+#
+# Every step has a time limit and a log; one that fails does not stop the next. At the end, DIR/gpu.md says with the
+# card's name what has passed, and what was measured. Exit code 0 if all has, steps whose tool is not installed aside.
+# PYTHON=... names another interpreter than python.
+
+set -uo pipefail
+
+against=() out=runs/gpu-check dry=() collect=() half=50 all=100 model=gpt2-1024 tiny=() slower=1
+sample=(--sample "def " --max-new-tokens 32)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --against) against=(--against "$(cd "${2:?--against needs a folder}" && pwd)") || exit 2; shift 2 ;;
+    --out) out=${2:?--out needs a folder}; shift 2 ;;
+    --dry)  # no test is run; ten steps whose loss is not finite would end a run; and all is small, and may take long
+      dry=(--dry) collect=(--collect-only) half=4 all=8 model=4x128 slower=6 sample=(); shift
+      tiny=(--n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-size 4 --eval-tokens 1024) ;;
+    *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0; exit 2 ;;
+  esac
+done
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python}
+rm -rf "$out"/*.log "$out"/steps.tsv "$out"/gpu.md "$out"/run
+failed=0 number=0
+ten_minutes=$((600 * slower))
+
+step() {  # step NAME SECONDS COMMAND...: its log, and a line "number, name, result, seconds" in steps.tsv
+  local name=$1 limit=$(($2 * slower)) start=$SECONDS result log
+  shift 2
+  number=$((number + 1))
+  log=$out/$(printf '%02d' "$number")-$name.log
+  [ "$limit" -gt $((ten_minutes - SECONDS)) ] && limit=$((ten_minutes - SECONDS))
+  if [ "$limit" -lt 5 ]; then
+    result="no time left"
+  elif ! command -v "$1" > /dev/null; then
+    result="skipped: $1 was not found"
+  else
+    echo "$name ..." >&2
+    printf '%q ' "$@" > "$log"; echo >> "$log"
+    timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1
+    case $? in
+      0) result=passed ;;
+      124 | 137) result="FAILED: no end after $limit s" ;;
+      *) result="FAILED: $(tail -n 1 "$log" | cut -c 1-100)" ;;
+    esac
+  fi
+  case $result in FAILED* | no*) failed=1 ;; esac
+  printf '%s\t%s\t%s\t%s\n' "$number" "$name" "$result" $((SECONDS - start)) >> "$out/steps.tsv"
+  echo "$name: $result, $((SECONDS - start)) s" >&2
+}
+
+small=("$python" bench/gpu.py small ${dry[@]+"${dry[@]}"})
+kernels='regex:measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
+train=("$python" train.py --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
+train+=(${tiny[@]+"${tiny[@]}"})
+
+step build 240 "$python" bench/gpu.py build ${dry[@]+"${dry[@]}"}
+step diagnosis 60 "$python" bench/gpu.py diagnosis ${dry[@]+"${dry[@]}"}
+step tests 90 "$python" -m pytest -q tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"}
+step checks 60 "$python" bench/gpu.py check ${dry[@]+"${dry[@]}"}
+for tool in memcheck initcheck racecheck synccheck; do
+  step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "${small[@]}"
+done
+step timing 90 "$python" bench/gpu.py time ${dry[@]+"${dry[@]}"}
+step profile 40 ncu --kernel-name "$kernels" --launch-count 12 --set basic \
+  "$python" bench/gpu.py profile ${dry[@]+"${dry[@]}"}
+step steps 120 "$python" bench/train.py --device cuda --models "$model" --compile on ${against[@]+"${against[@]}"}
+step train 60 "${train[@]}" --max-steps "$half"
+step resume 40 "${train[@]}" --max-steps "$all" --resume
+step evaluate 30 "$python" eval.py "$out/run" --device cuda ${sample[@]+"${sample[@]}"}
+
+"$python" bench/gpu.py page "$out" || failed=1
+exit $failed

@@ -1,0 +1,311 @@
+// What is done token by token: norms, the mean unit vector, centred float16 copies; and, in backward, the way back from
+// the unit vectors to z. A warp per token, 8 features at a time per lane.
+
+#pragma once
+
+namespace minidisp {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 64;  // tokens of one sequence that a block measures
+
+// z, and what backward needs to know of it. Token n of the batch is u = (z - mean) / length = u' + centre of its
+// sequence.
+struct Tokens {
+  const void* z;
+  int64_t stride[3], T, C;
+  bool packed;  // rows of z are read, and those of the gradient written, in pieces of 16 bytes
+  float* centre;  // (B, C): the mean of u over the sequence, or zeros
+  float *mean, *norm, *length;  // (B, T): mean over the features (decorrelation, else 0), norm of z - mean, norm + eps.
+                                // length is NaN for a token with NaN or infinity, and infinite for one without
+                                // direction
+  float* degree;  // (B, T): sum of the weights of the token's pairs, or zeros
+  float* scale;  // (B): from weights times unit vectors to the gradient
+};
+
+template <class T>
+struct alignas(16) Packet {
+  static constexpr int kSize = 16 / sizeof(T);
+  T x[kSize];
+};
+
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+__device__ __forceinline__ double warp_max(double x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const double other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int64_t global_warp() { return static_cast<int64_t>(blockIdx.x) * kWarps + warp(); }
+
+// Sum or largest over a block, the same bits every time; for thread 0 only.
+template <bool kFind>
+__device__ __forceinline__ double block_reduce(double x, double (&shared)[kWarps]) {
+  x = kFind ? warp_max(x) : warp_sum(x);
+  if (lane() == 0) shared[warp()] = x;
+  __syncthreads();
+  x = shared[0];
+  for (int w = 1; w < kWarps; ++w) x = kFind ? fmax(x, shared[w]) : x + shared[w];
+  return x;
+}
+
+template <class T>
+__device__ __forceinline__ const T* token(const Tokens& k, int64_t b, int64_t i) {
+  return static_cast<const T*>(k.z) + b * k.stride[0] + i * k.stride[1];
+}
+
+// Features d to d + 8 of a row of C; zeros from C on.
+template <class T>
+__device__ __forceinline__ void read8(const T* row, int64_t stride, int64_t d, int64_t C, bool packed, float (&x)[8]) {
+  if (packed) {
+#pragma unroll
+    for (int p = 0; p < 8 / Packet<T>::kSize; ++p) {
+      const Packet<T> packet = reinterpret_cast<const Packet<T>*>(row + d)[p];
+#pragma unroll
+      for (int e = 0; e < Packet<T>::kSize; ++e) x[p * Packet<T>::kSize + e] = static_cast<float>(packet.x[e]);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = d + e < C ? static_cast<float>(row[(d + e) * stride]) : 0.0f;
+  }
+}
+template <class T>
+__device__ __forceinline__ void write8(T* row, int64_t d, int64_t C, bool packed, const float (&x)[8]) {
+  if (packed) {
+#pragma unroll
+    for (int p = 0; p < 8 / Packet<T>::kSize; ++p) {
+      Packet<T> packet;
+#pragma unroll
+      for (int e = 0; e < Packet<T>::kSize; ++e) packet.x[e] = static_cast<T>(x[p * Packet<T>::kSize + e]);
+      reinterpret_cast<Packet<T>*>(row + d)[p] = packet;
+    }
+  } else {
+    for (int e = 0; e < 8 && d + e < C; ++e) row[d + e] = static_cast<T>(x[e]);
+  }
+}
+
+// Mean, norm and length of the tokens of the sequences from b0 on, chunks blocks of kRows tokens per sequence; and,
+// unless sums is null, the sum of a block's unit vectors in sums (blocks, C).
+template <class T>
+__global__ void measure(Tokens k, int64_t b0, int chunks, bool centring, double eps, float* sums) {
+  __shared__ float means[kRows], inverses[kRows];
+  const int64_t b = b0 + blockIdx.x / chunks, first = static_cast<int64_t>(blockIdx.x % chunks) * kRows;
+  const int rows = static_cast<int>(k.T - first < kRows ? k.T - first : kRows);
+  for (int r = warp(); r < rows; r += kWarps) {
+    const T* z = token<T>(k, b, first + r);
+    float x[8], sum = 0, most = 0, squares = 0, rest = 0, bad = 0;
+    if (centring)
+      for (int64_t d = lane() * 8; d < k.C; d += 256) {
+        read8(z, k.stride[2], d, k.C, k.packed, x);
+        for (int e = 0; e < 8; ++e) {
+          sum += x[e];
+          most = fmaxf(most, fabsf(x[e]));
+        }
+      }
+    const float mean = centring ? static_cast<float>(warp_sum(sum) / static_cast<double>(k.C)) : 0.0f;
+    for (int64_t d = lane() * 8; d < k.C; d += 256) {
+      read8(z, k.stride[2], d, k.C, k.packed, x);
+      for (int e = 0; e < 8; ++e) {
+        const float centred = d + e < k.C ? x[e] - mean : 0.0f;
+        bad += x[e] * 0.0f;
+        squares += centred * centred;
+        rest = fmaxf(rest, fabsf(centred));
+      }
+    }
+    float norm = sqrtf(static_cast<float>(warp_sum(squares)));
+    const bool poisoned = !(warp_sum(bad) == 0) || isinf(norm);
+    // A constant token: what centring leaves of it is no direction.
+    if (centring && warp_max(rest) <= 4 * 1.1920929e-7 * warp_max(most)) norm = 0;
+    float length = static_cast<float>(static_cast<double>(norm) + eps);
+    if (length == 0) length = INFINITY;
+    if (poisoned) length = NAN;
+    if (lane() == 0) {
+      const int64_t n = b * k.T + first + r;
+      k.mean[n] = means[r] = mean;
+      k.norm[n] = norm;
+      k.length[n] = length;
+      inverses[r] = 1 / length;
+    }
+  }
+  if (sums == nullptr) return;
+  __syncthreads();
+  for (int64_t d = threadIdx.x; d < k.C; d += kThreads) {
+    const T* z = token<T>(k, b, first) + d * k.stride[2];
+    float sum = 0;
+    for (int r = 0; r < rows; ++r) sum += (static_cast<float>(z[r * k.stride[1]]) - means[r]) * inverses[r];
+    sums[static_cast<int64_t>(blockIdx.x) * k.C + d] = sum;
+  }
+}
+
+// A block per sequence from b0 on: its centre from the sums of measure, and half the square of it.
+__global__ void find_centre(Tokens k, int64_t b0, int chunks, const float* sums, float* half_square) {
+  __shared__ double shared[kWarps];
+  const int64_t s = blockIdx.x;
+  double square = 0;
+  for (int64_t d = threadIdx.x; d < k.C; d += kThreads) {
+    float sum = 0;
+    for (int c = 0; c < chunks; ++c) sum += sums[(s * chunks + c) * k.C + d];
+    const float m = sum / static_cast<float>(k.T);
+    k.centre[(b0 + s) * k.C + d] = m;
+    square += m * m;
+  }
+  square = block_reduce<false>(square, shared);
+  if (threadIdx.x == 0) half_square[s] = static_cast<float>(square / 2);
+}
+
+// Tokens as the tensor cores want them: x = u' / inverse in float16, inverse a power of two that makes the largest
+// feature 1 to 2, rows filled up with zeros. u_i.u_j = x_i.x_j inverse_i inverse_j + offset_i + offset_j. All of n
+// sequences.
+struct Centred {
+  c10::Half* x;  // (n, T, width)
+  float *inverse, *offset;  // (n, T)
+  int64_t T, width;
+};
+
+// tokens: of the sequences from b0 on, in all.
+template <class T>
+__global__ void centre_tokens(Tokens k, int64_t b0, int64_t tokens, const float* half_square, Centred to) {
+  const int64_t n = global_warp();
+  if (n >= tokens) return;
+  const int64_t s = n / k.T, row = (b0 + s) * k.T + n % k.T;
+  const T* z = token<T>(k, b0 + s, n % k.T);
+  const float* centre = k.centre + (b0 + s) * k.C;
+  const float mean = k.mean[row], factor = 1 / k.length[row];
+  const auto read = [&](int64_t d, float(&x)[8], float(&m)[8]) {
+    read8(z, k.stride[2], d, k.C, k.packed, x);
+    read8(centre, 1, d, k.C, k.packed, m);
+    for (int e = 0; e < 8; ++e) x[e] = d + e < k.C ? (x[e] - mean) * factor - m[e] : 0.0f;
+  };
+  float x[8], m[8], most = 0, dot = 0;
+  for (int64_t d = lane() * 8; d < k.C; d += 256) {
+    read(d, x, m);
+    for (int e = 0; e < 8; ++e) {
+      most = fmaxf(most, fabsf(x[e]));
+      dot += x[e] * m[e];
+    }
+  }
+  most = static_cast<float>(warp_max(most));
+  const double offset = warp_sum(dot) + half_square[s];
+  int exponent = most > 0 ? -ilogbf(most) : 0;
+  if (exponent > 40) exponent = 40;  // from there on, tokens are equal
+  const float larger = ldexpf(1.0f, exponent);
+  for (int64_t d = lane() * 8; d < to.width; d += 256) {
+    read(d, x, m);
+    for (int e = 0; e < 8; ++e) x[e] *= larger;
+    write8(to.x + n * to.width, d, to.width, true, x);
+  }
+  if (lane() == 0) {
+    to.inverse[n] = ldexpf(1.0f, -exponent);
+    to.offset[n] = static_cast<float>(offset);
+  }
+}
+
+// A block per sequence: the smallest angle that occurs, from the largest cosine of each token.
+__global__ void find_shift(const double* most, int64_t slots, double clamp, double* shift) {
+  __shared__ double shared[kWarps];
+  double c = -2;
+  for (int64_t i = threadIdx.x; i < slots; i += kThreads) c = fmax(c, most[blockIdx.x * slots + i]);
+  c = block_reduce<true>(c, shared);
+  if (threadIdx.x == 0) shift[blockIdx.x] = acos(fmin(fmax(c, clamp - 1), 1 - clamp));
+}
+
+// A block per sequence: its loss, and the factor between W U and the gradient. sums are over the pairs i < j; W is
+// stored weight_scale times as large as it is.
+__global__ void finish_sequence(Tokens k, Variant variant, double tau, double weight_scale, const double* sums,
+                                int64_t slots, const double* shift, double batch, double* loss) {
+  __shared__ double pair_sums[kWarps], token_sums[kWarps];
+  const int64_t b = blockIdx.x;
+  const bool by_distance = variant == Variant::l2_repel;
+  double sum = 0, own = 0;  // own: NaN if a token is; squares of z for l2_repel
+  for (int64_t i = threadIdx.x; i < slots; i += kThreads) sum += sums[b * slots + i];
+  for (int64_t i = threadIdx.x; i < k.T; i += kThreads) {
+    const double norm = k.norm[b * k.T + i], length = k.length[b * k.T + i];
+    own += isnan(length) ? length : by_distance ? norm * norm : 0.0;
+  }
+  sum = block_reduce<false>(sum, pair_sums);
+  own = block_reduce<false>(own, token_sums);
+  if (threadIdx.x != 0) return;
+  const double tokens = static_cast<double>(k.T), pairs = tokens * (tokens - 1);
+  double value, factor;
+  if (variant == Variant::angular_spread) {
+    value = log(2 * sum / pairs) - shift[b] / (kPi * tau);
+    factor = 1 / (kPi * tau * sum);
+  } else if (by_distance) {
+    value = log((2 * sum + tokens) / (tokens * tokens)) + 0.1 * own / (tokens * static_cast<double>(k.C));
+    factor = 4 / (tau * (2 * sum + tokens));
+  } else {
+    value = 2 * sum / pairs;
+    factor = variant == Variant::orthogonalization ? 4 / (kPi * pairs) : 4 / pairs;
+  }
+  loss[b] = value + own * 0;
+  k.scale[b] = static_cast<float>((factor + own * 0) / (batch * weight_scale));
+}
+
+// The gradient of a token, by a warp: from product = W U', through W U = W U' + degree centre, the division by length
+// and the centring, times upstream; in the type of z.
+template <class T>
+__global__ void finish_tokens(Tokens k, int64_t tokens, bool centring, const float* upstream, const float* product,
+                              T* grad) {
+  const int64_t n = global_warp();
+  if (n >= tokens) return;
+  const int64_t b = n / k.T;
+  const T* z = token<T>(k, b, n % k.T);
+  const float* centre = k.centre + b * k.C;
+  const float mean = k.mean[n], norm = k.norm[n], inverse = 1 / k.length[n], degree = k.degree[n];
+  const float scale = k.scale[b] * *upstream;
+  const auto read = [&](int64_t d, float(&u)[8], float(&g)[8]) {
+    float m[8];
+    read8(z, k.stride[2], d, k.C, k.packed, u);
+    read8(product + n * k.C, 1, d, k.C, k.packed, g);
+    read8(centre, 1, d, k.C, k.packed, m);
+    for (int e = 0; e < 8; ++e) {
+      u[e] = d + e < k.C ? (u[e] - mean) * inverse : 0.0f;
+      g[e] = (g[e] + degree * m[e]) * scale;
+    }
+  };
+  float u[8], g[8], dot = 0, g_sum = 0, u_sum = 0;
+  for (int64_t d = lane() * 8; d < k.C; d += 256) {
+    read(d, u, g);
+    for (int e = 0; e < 8; ++e) {
+      dot += g[e] * u[e];
+      g_sum += g[e];
+      u_sum += u[e];
+    }
+  }
+  const double dots = warp_sum(dot), g_sums = centring ? warp_sum(g_sum) : 0, u_sums = centring ? warp_sum(u_sum) : 0;
+  const float radial = norm == 0 ? 0.0f : static_cast<float>(dots / norm);
+  const float shift =
+      centring && norm != 0 ? static_cast<float>((g_sums * inverse - radial * u_sums) / static_cast<double>(k.C))
+                            : 0.0f;
+  for (int64_t d = lane() * 8; d < k.C; d += 256) {
+    read(d, u, g);
+    for (int e = 0; e < 8; ++e) g[e] = g[e] * inverse - u[e] * radial - shift;
+    write8(grad + n * k.C, d, k.C, k.packed, g);
+  }
+}
+
+// l2_repel: product holds sum_j W_ij (z_j - z_i); pull z is the gradient of 0.1 mean(z^2).
+template <class T>
+__global__ void finish_distances(Tokens k, int64_t tokens, float pull, const float* upstream, const float* product,
+                                 T* grad) {
+  const int64_t n = global_warp();
+  if (n >= tokens) return;
+  const float scale = k.scale[n / k.T];
+  for (int64_t d = lane() * 8; d < k.C; d += 256) {
+    float x[8], g[8];
+    read8(token<T>(k, n / k.T, n % k.T), k.stride[2], d, k.C, k.packed, x);
+    read8(product + n * k.C, 1, d, k.C, k.packed, g);
+    for (int e = 0; e < 8; ++e) g[e] = (g[e] * scale + pull * x[e]) * *upstream;
+    write8(grad + n * k.C, d, k.C, k.packed, g);
+  }
+}
+
+}  // namespace
+}  // namespace minidisp
