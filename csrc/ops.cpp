@@ -7,4 +7,11 @@ TORCH_LIBRARY(minidisp, m) {
   // z (B, T, C): float32, bfloat16 or float16, any strides. Returns the loss, a float32 scalar, and its gradient, float32
   // (B, T, C), which is empty unless need_grad.
   m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor)");
+
+  // Causal self-attention, scores scaled by 1 / sqrt(D). qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and
+  // the values, float32 or bfloat16, rows at any stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled
+  // scores, float32 (B, n_head, T), which backward needs to return the gradient of qkv.
+  m.def("causal_attention(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)");
+  m.def(
+      "causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor");
 }
