@@ -22,8 +22,7 @@ struct HeadGroup {
   int64_t grad_stride;
 };
 
-// next, if any, is what the thread computes afterwards: its rows are fetched into the cache meanwhile.
-using AttentionPass = void (*)(const HeadGroup& group, const HeadGroup* next, float* memory);
+using AttentionPass = void (*)(const HeadGroup& group, float* memory);
 
 struct AttentionKernels {
   AttentionPass forward, backward;

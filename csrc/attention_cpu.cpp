@@ -57,8 +57,7 @@ void run(const Sizes& s, const std::vector<HeadGroup>& groups, AttentionPass pas
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
     for (; t < stop; ++t)
       for (int64_t w = t * work / threads; w < (t + 1) * work / threads; ++w)
-        pass(groups[w], w + 1 < (t + 1) * work / threads ? &groups[w + 1] : nullptr,
-             reinterpret_cast<float*>(start) + t * each);
+        pass(groups[w], reinterpret_cast<float*>(start) + t * each);
   });
 }
 

@@ -56,7 +56,32 @@ PAIR_INLINE F power_of_two(F x) {
   p = p * r + 1.0f;
   return p * (F)(((I)shifted << 23) + 0x3f800000);
 }
-constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+// log(x) for normal x >= 1: Halley's method on 2^y = x, which triples the digits of the first guess, right to 0.09, twice.
+PAIR_INLINE F logarithm(F x) {
+  F y = __builtin_convertvector((I)x - 0x3f800000, F) * 1.1920929e-7f;
+  for (int step = 0; step < 2; ++step) {
+    const F t = x * power_of_two(-y);
+    y += (t - 1.0f) / (t + 1.0f) * (2 * kLog2E);
+  }
+  return y * kLn2;
+}
+
+// Asks for all lines of some rows at once, to be read or written: far apart as they lie, the processor would not guess them.
+template <int kWrite, class T>
+PAIR_INLINE void fetch(const T* row, int64_t stride, int64_t rows, int64_t width) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < rows; ++i, row += stride)
+    for (int64_t d = 0; d < width; d += line) __builtin_prefetch(row + d, kWrite);
+}
+
+// function(d, part) for every vector of a row; part: how many of its elements are in the row.
+template <class Function>
+PAIR_INLINE void for_vectors(int64_t width, Function function) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) function(d, std::integral_constant<int64_t, W>());
+  if (d < width) function(d, width - d);
+}
 
 struct Range {
   int64_t begin, end;
@@ -91,52 +116,50 @@ void product(int64_t m, int64_t n, const float* a, int64_t lda, const float* b, 
     }
 }
 
-// Rows from i on, fetched into the second-level cache.
+// Rows as floats, padded with zeros to vectors.
 template <class T>
-PAIR_INLINE void fetch(const void* base, int64_t stride, int64_t i, int64_t stop, int64_t width) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (const T* row = static_cast<const T*>(base) + i * stride; i < stop; ++i, row += stride)
-    for (int64_t d = 0; d < width; d += line) __builtin_prefetch(row + d, 0, 2);
-}
-
-// The rows in[i] (count x width) as floats, padded with zeros to vectors. Returns whether all are finite.
-template <class T>
-bool copy_rows(const T* in, int64_t stride, int64_t count, int64_t width, float* out) {
+void copy_rows(const T* in, int64_t stride, int64_t count, int64_t width, float* out) {
   const int64_t padded = (width + W - 1) / W * W;
-  F bad{};
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < width; d += W) {
-      const F x = read(in + i * stride + d, width - d);
-      bad += x * 0.0f;
-      store(out + i * padded + d, x);
-    }
-  return sum_lanes(bad) == 0;
+  fetch<0>(in, stride, count, width);
+  for (int64_t i = 0; i < count; ++i, in += stride, out += padded)
+    for_vectors(width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA { store(out + d, read(in + d, part)); });
 }
 
-// The same rows transposed, in panels of 32: out[panel][d][i], padded with zeros to whole panels; and, if wanted, as they are.
+bool all_finite(const float* x, int64_t count) {  // count: a multiple of the lanes
+  F bad[2] = {};
+  for (int64_t i = 0; i < count; i += W) bad[i / W % 2] += load<F>(x + i) * 0.0f;
+  return sum_lanes(bad[0] + bad[1]) == 0;
+}
+
+// Rows transposed, in panels of 32: out[panel][d][i], padded with zeros to whole panels; and, if wanted, also as copy_rows.
 template <class T>
 void transpose_rows(const T* in, int64_t stride, int64_t count, int64_t width, float* out, float* rows) {
   const int64_t padded = (width + W - 1) / W * W;
-  for (int64_t i = 0; i < (count + kPanel - 1) / kPanel * kPanel; i += W)
-    for (int64_t d = 0; d < width; d += W) {
+  fetch<0>(in, stride, count, width);
+  for (int64_t i = 0; i < (count + kPanel - 1) / kPanel * kPanel; i += W, in += W * stride)
+    for_vectors(width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
       F r[W];
+      if (i + W <= count) {
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < W; ++l) {
-        r[l] = i + l < count ? read(in + (i + l) * stride + d, width - d) : F{};
-        if (rows != nullptr && i + l < count) store(rows + (i + l) * padded + d, r[l]);
+        for (int64_t l = 0; l < W; ++l) r[l] = read(in + l * stride + d, part);
+      } else {
+        for (int64_t l = 0; l < W; ++l) r[l] = i + l < count ? read(in + l * stride + d, part) : F{};
       }
+      if (rows != nullptr)  // in whole vectors of rows: there is room
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < W; ++l) store(rows + (i + l) * padded + d, r[l]);
       transpose_step<float, 1>(r);
       float* p = out + i / kPanel * (kPanel * padded) + d * kPanel + i % kPanel;
 #pragma GCC unroll 16
       for (int64_t l = 0; l < W; ++l) store(p + l * kPanel, r[l]);
-    }
+    });
 }
 
 template <class T>
 void write_rows(const float* in, int64_t count, int64_t width, float scale, T* out, int64_t stride) {
   const int64_t padded = (width + W - 1) / W * W;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < width; d += W) write(out + i * stride + d, load<F>(in + i * padded + d) * scale, width - d);
+  for (int64_t i = 0; i < count; ++i, in += padded, out += stride)
+    for_vectors(width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA { write(out + d, load<F>(in + d) * scale, part); });
 }
 
 int64_t forward_floats(int64_t tokens, int64_t width) {
@@ -190,55 +213,68 @@ PAIR_INLINE F exponentials(Softmax& s, int64_t c, float* tile, int64_t key, int6
   return factor;
 }
 
+// The output of count queries of head h from token i on. qt, ot: a panel, tile: kKeys of them.
 template <class T>
-void forward(const HeadGroup& g, const HeadGroup* next, float* memory) {
+void forward_block(const HeadGroup& g, int64_t h, int64_t i, int64_t count, const float* k, const float* v, float* qt, float* ot,
+                   float* tile) {
+  const int64_t D = g.width, padded = (D + W - 1) / W * W;
+  T* out = static_cast<T*>(g.out) + h * D + i * g.out_stride;
+  fetch<1>(out, g.out_stride, count, D);
+  transpose_rows(static_cast<const T*>(g.q) + h * D + i * g.stride, g.stride, count, D, qt, nullptr);
+  Softmax s;
+  for (int64_t c = 0; c < kPanel / W; ++c) s.most[c] = F{} - std::numeric_limits<float>::infinity(), s.sum[c] = F{};
+  for (int64_t j = 0; j < i + count; j += kKeys) {
+    const int64_t keys = std::min(kKeys, i + count - j);
+    // How many of these keys the vector of queries at column sees.
+    const auto seen = [&](int64_t column) {
+      return column < count ? std::clamp<int64_t>(i + std::min(column + W, count) - j, 0, keys) : 0;
+    };
+    product<false>(keys, kPanel, k + j * padded, padded, qt, kPanel, tile, kPanel, false,
+                   [&](int64_t row, int64_t, int64_t column) { return Range{0, row < seen(column) ? D : 0}; });
+    for (int64_t c = 0; c < kPanel / W; ++c) {
+      if (seen(c * W) == 0) continue;
+      const F factor = exponentials(s, c, tile + c * W, j, seen(c * W), i + c * W, g.scale);
+      if (j > 0)
+        for (int64_t d = 0; d < D; ++d) store(ot + d * kPanel + c * W, load<F>(ot + d * kPanel + c * W) * factor);
+    }
+    product<true>(D, kPanel, v + j * padded, padded, tile, kPanel, ot, kPanel, j > 0,
+                  [&](int64_t, int64_t, int64_t column) { return Range{0, seen(column)}; });
+  }
+  for (int64_t c = 0; c * W < count; ++c) {
+    const F inverse = 1.0f / s.sum[c];
+    const int64_t valid = std::min(W, count - c * W);
+    for_vectors(D, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
+      F r[W];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < W; ++l) r[l] = load<F>(ot + (d + l) * kPanel + c * W) * inverse;
+      transpose_step<float, 1>(r);
+      T* row = out + c * W * g.out_stride + d;
+      if (valid == W) {
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < W; ++l) write(row + l * g.out_stride, r[l], part);
+      } else {
+        for (int64_t l = 0; l < valid; ++l) write(row + l * g.out_stride, r[l], part);
+      }
+    });
+    write(g.lse + h * g.tokens + i + c * W, s.most[c] * g.scale + logarithm(s.sum[c]), valid);
+  }
+}
+
+template <class T>
+void forward(const HeadGroup& g, float* memory) {
   const int64_t n = g.tokens, D = g.width, padded = (D + W - 1) / W * W;
   float *k = memory, *v = k + n * padded, *qt = v + n * padded, *ot = qt + kPanel * padded, *tile = ot + kPanel * padded;
-  copy_rows(static_cast<const T*>(g.k), g.stride, n, D, k);
-  // 0 times infinity is not 0: a mask alone would not keep what is not finite from the queries before it. One at a time will.
-  const int64_t block = copy_rows(static_cast<const T*>(g.v), g.stride, n, D, v) ? kPanel : 1;
   for (int64_t h = 0; h < g.heads; ++h)
-    for (int64_t i = 0; i < n; i += block) {
-      const int64_t count = std::min(block, n - i);
-      const T* q = static_cast<const T*>(g.q) + h * D + i * g.stride;
-      T* out = static_cast<T*>(g.out) + h * D + i * g.out_stride;
-      if (next != nullptr) {
-        fetch<T>(static_cast<const T*>(next->q) + h * D, next->stride, i, i + count, D);
-        if (h == 0) fetch<T>(next->k, next->stride, i, i + count, D), fetch<T>(next->v, next->stride, i, i + count, D);
+    for (int64_t i = 0; i < n; i += kPanel) {
+      const int64_t count = std::min(kPanel, n - i);
+      if (h == 0) {
+        copy_rows(static_cast<const T*>(g.k) + i * g.stride, g.stride, count, D, k + i * padded);
+        copy_rows(static_cast<const T*>(g.v) + i * g.stride, g.stride, count, D, v + i * padded);
       }
-      fetch<T>(out, g.out_stride, 0, count, D);
-      transpose_rows(q, g.stride, count, D, qt, nullptr);
-      Softmax s;
-      for (int64_t c = 0; c < kPanel / W; ++c) s.most[c] = F{} - std::numeric_limits<float>::infinity(), s.sum[c] = F{};
-      for (int64_t j = 0; j < i + count; j += kKeys) {
-        const int64_t keys = std::min(kKeys, i + count - j);
-        // How many of these keys the vector of queries at column sees.
-        const auto seen = [&](int64_t column) {
-          return column < count ? std::clamp<int64_t>(i + std::min(column + W, count) - j, 0, keys) : 0;
-        };
-        product<false>(keys, kPanel, k + j * padded, padded, qt, kPanel, tile, kPanel, false,
-                       [&](int64_t row, int64_t, int64_t column) { return Range{0, row < seen(column) ? D : 0}; });
-        for (int64_t c = 0; c < kPanel / W; ++c) {
-          if (seen(c * W) == 0) continue;
-          const F factor = exponentials(s, c, tile + c * W, j, seen(c * W), i + c * W, g.scale);
-          if (j > 0)
-            for (int64_t d = 0; d < D; ++d) store(ot + d * kPanel + c * W, load<F>(ot + d * kPanel + c * W) * factor);
-        }
-        product<true>(D, kPanel, v + j * padded, padded, tile, kPanel, ot, kPanel, j > 0,
-                      [&](int64_t, int64_t, int64_t column) { return Range{0, seen(column)}; });
-      }
-      for (int64_t c = 0; c * W < count; ++c) {
-        const F inverse = 1.0f / s.sum[c];
-        for (int64_t d = 0; d < D; d += W) {
-          F r[W];
-#pragma GCC unroll 16
-          for (int64_t l = 0; l < W; ++l) r[l] = load<F>(ot + (d + l) * kPanel + c * W) * inverse;
-          transpose_step<float, 1>(r);
-          for (int64_t l = 0; l < W && c * W + l < count; ++l) write(out + (c * W + l) * g.out_stride + d, r[l], D - d);
-        }
-        for (int64_t l = 0; l < W && c * W + l < count; ++l)
-          g.lse[h * n + i + c * W + l] = s.most[c][l] * g.scale + std::log(s.sum[c][l]);
-      }
+      // 0 times infinity is not 0: the mask alone would not keep what is not finite from the queries before it.
+      const int64_t block = all_finite(v + i * padded, count * padded) ? count : 1;
+      for (int64_t first = i; first < i + count; first += block)
+        forward_block<T>(g, h, first, block, k, v, qt, ot, tile);
     }
 }
 
@@ -254,8 +290,9 @@ void sum_products(const T* out, int64_t stride, const float* grad, int64_t count
   for (int64_t i = 0; i < kRowQueries; i += W) {
     F r[W] = {};
     for (int64_t l = 0; l < W && i + l < count; ++l)
-      for (int64_t d = 0; d < width; d += W)
-        r[l] += read(out + (i + l) * stride + d, width - d) * load<F>(grad + (i + l) * padded + d);
+      for_vectors(width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
+        r[l] += read(out + (i + l) * stride + d, part) * load<F>(grad + (i + l) * padded + d);
+      });
     transpose_step<float, 1>(r);
     F sum{};
     for (int64_t l = 0; l < W; ++l) sum += r[l];
@@ -286,24 +323,23 @@ void weigh(float* p, float* ds, int64_t keys, int64_t queries, int64_t key, int6
 }
 
 template <class T>
-void backward(const HeadGroup& g, const HeadGroup* next, float* memory) {
+void backward(const HeadGroup& g, float* memory) {
   const int64_t n = g.tokens, D = g.width, padded = (D + W - 1) / W * W, rows = kRowQueries * padded;
   float *k = memory, *v = k + n * padded, *dk = v + n * padded, *dv = dk + n * padded;
   float *qt = dv + n * padded, *gt = qt + rows, *q = gt + rows, *go = q + rows, *dq = go + rows;
   float *p = dq + rows, *ds = p + kColumnKeys * kTileStride, *lse = ds + kColumnKeys * kTileStride, *delta = lse + kRowQueries;
-  copy_rows(static_cast<const T*>(g.k), g.stride, n, D, k);
-  copy_rows(static_cast<const T*>(g.v), g.stride, n, D, v);
+  T *grad_k = static_cast<T*>(g.grad_k), *grad_v = static_cast<T*>(g.grad_v);
   for (int64_t h = 0; h < g.heads; ++h)
     for (int64_t i = 0; i < n; i += kRowQueries) {
       const int64_t count = std::min(kRowQueries, n - i), at = h * D + i * g.stride, out_at = h * D + i * g.out_stride;
       T* grad_q = static_cast<T*>(g.grad_q) + h * D + i * g.grad_stride;
-      if (next != nullptr) {
-        fetch<T>(static_cast<const T*>(next->q) + h * D, next->stride, i, i + count, D);
-        fetch<T>(static_cast<const T*>(next->out) + h * D, next->out_stride, i, i + count, D);
-        fetch<T>(static_cast<const T*>(next->grad_out) + h * D, next->out_stride, i, i + count, D);
-        if (h == 0) fetch<T>(next->k, next->stride, i, i + count, D), fetch<T>(next->v, next->stride, i, i + count, D);
+      if (h == 0) {
+        copy_rows(static_cast<const T*>(g.k) + i * g.stride, g.stride, count, D, k + i * padded);
+        copy_rows(static_cast<const T*>(g.v) + i * g.stride, g.stride, count, D, v + i * padded);
       }
-      fetch<T>(grad_q, g.grad_stride, 0, count, D);
+      fetch<1>(grad_q, g.grad_stride, count, D);
+      fetch<1>(grad_k + i * g.grad_stride, g.grad_stride, count, D);
+      fetch<1>(grad_v + i * g.grad_stride, g.grad_stride, count, D);
       transpose_rows(static_cast<const T*>(g.q) + at, g.stride, count, D, qt, q);
       transpose_rows(static_cast<const T*>(g.grad_out) + out_at, g.out_stride, count, D, gt, go);
       sum_products(static_cast<const T*>(g.out) + out_at, g.out_stride, go, count, D, delta);
@@ -328,8 +364,8 @@ void backward(const HeadGroup& g, const HeadGroup* next, float* memory) {
       }
       write_rows(dq, count, D, g.scale, grad_q, g.grad_stride);
     }
-  write_rows(dk, n, D, g.scale, static_cast<T*>(g.grad_k), g.grad_stride);
-  write_rows(dv, n, D, 1.0f, static_cast<T*>(g.grad_v), g.grad_stride);
+  write_rows(dk, n, D, g.scale, grad_k, g.grad_stride);
+  write_rows(dv, n, D, 1.0f, grad_v, g.grad_stride);
 }
 
 const Kernels kernels = {{forward<float>, backward<float>, forward_floats, backward_floats},

@@ -34,7 +34,8 @@ template <class T, int M, int N, bool kTransposed>
 void register_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc, bool add) {
   using V = typename VectorOf<T>::V;
   constexpr int W = lanes<T>();
-  for (int m = 0; m < M; ++m) __builtin_prefetch(c + m * ldc, 1);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) __builtin_prefetch(c + m * ldc + n * W, 1);
   const T* rows[(M + 2) / 3];  // every third row; the ones between are reached through the addressing mode
   for (int m = 0; m < M; m += 3) rows[m / 3] = a + m * lda;
   V sum[M][N] = {};
