@@ -5,7 +5,9 @@
 // piece in float, attention_amx.cpp in bfloat16 on matrix tiles. Memory beyond the results: per thread some copies of a head.
 
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -122,6 +124,15 @@ at::Tensor causal_attention_backward(const at::Tensor& grad_out, const at::Tenso
   return grad;
 }
 
+// Under autocast: in its dtype, as scaled_dot_product_attention.
+std::tuple<at::Tensor, at::Tensor> causal_attention_autocast(const at::Tensor& qkv, int64_t n_head, int64_t n_kv_head) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("minidisp::causal_attention", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, int64_t, int64_t)>();
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  return op.call(at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), qkv, at::kCPU), n_head, n_kv_head);
+}
+
 }  // namespace
 }  // namespace minidisp
 
@@ -129,3 +140,5 @@ TORCH_LIBRARY_IMPL(minidisp, CPU, m) {
   m.impl("causal_attention", minidisp::causal_attention);
   m.impl("causal_attention_backward", minidisp::causal_attention_backward);
 }
+
+TORCH_LIBRARY_IMPL(minidisp, AutocastCPU, m) { m.impl("causal_attention", minidisp::causal_attention_autocast); }
