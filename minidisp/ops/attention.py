@@ -22,7 +22,9 @@ from minidisp.ops import build
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 FUSED_MOST_WIDTH = 256  # channels of a head
 
-Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# How a cache takes part: what adds keys and values, (B, n_kv_head, T, D) each, to those kept before and returns all; and
+# which of all a token sees, (B, 1, T, T) bool, or None: all before it.
+Kept = tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor | None]
 
 
 def _fake(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor]:
@@ -84,26 +86,34 @@ def choose(
 
 
 def causal_attention(
-    qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, append: Append | None = None
+    qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, kept: Kept | None = None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D) + causal mask) V of every head: (B, T, (n_head + 2 n_kv_head) D) -> (B, T, n_head D).
 
     qkv: per token the queries of all heads, then the keys, then the values. n_kv_head: a divisor of n_head; query heads
-    share keys and values in groups. dropout: probability, of the weights. append: where earlier keys and values are kept,
-    what adds these, (B, n_kv_head, T, D) each, and returns all; then T must be 1, or nothing was kept yet.
+    share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
+    or the cache empty.
     """
     B, T, width = qkv.shape
     heads = n_head + 2 * n_kv_head
     dtype, device_type = qkv.dtype, qkv.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    chosen, _ = choose(dtype, device_type, width // heads, dropout, append is not None)
+    chosen, _ = choose(dtype, device_type, width // heads, dropout, kept is not None)
     if chosen == "fused" and not find_or_build():
         return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
-    q, k, v = qkv.view(B, T, heads, width // heads).transpose(1, 2).split((n_head, n_kv_head, n_kv_head), dim=1)
-    if append is not None:
+    q, k, v = qkv.reshape(B, T, heads, width // heads).transpose(1, 2).split((n_head, n_kv_head, n_kv_head), dim=1)
+    mask = None
+    if kept is not None:
+        append, mask = kept
         k, v = append(k, v)
     y = F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=n_kv_head != n_head
-    )  # a single new token sees everything that was kept
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and T > 1,  # a single new token sees everything that was kept
+        enable_gqa=n_kv_head != n_head,
+    )
     return y.transpose(1, 2).reshape(B, T, n_head * (width // heads))
