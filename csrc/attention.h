@@ -30,4 +30,13 @@ struct AttentionKernels {
   int64_t (*backward_floats)(int64_t tokens, int64_t width);
 };
 
+// In bfloat16 on matrix tiles. A pass returns false if it has left the piece to the vector code.
+struct AmxKernels {
+  bool (*forward)(const HeadGroup& group, float* memory);
+  bool (*backward)(const HeadGroup& group, float* memory);
+  int64_t (*forward_floats)(int64_t tokens, int64_t width);
+  int64_t (*backward_floats)(int64_t tokens, int64_t width);
+};
+const AmxKernels* amx_kernels();  // nullptr where the processor or the system has none
+
 }  // namespace minidisp

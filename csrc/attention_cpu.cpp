@@ -49,17 +49,26 @@ Sizes checked_sizes(const at::Tensor& qkv, int64_t n_head, int64_t n_kv_head) {
 }
 
 // All pieces of work, dealt out to the threads, with memory for each thread.
-void run(const Sizes& s, const std::vector<HeadGroup>& groups, AttentionPass pass, int64_t floats, const at::Tensor& like) {
+void run(const Sizes& s, const std::vector<HeadGroup>& groups, const at::Tensor& qkv, bool backward) {
+  const Kernels& all = choose_kernels();
+  const AttentionKernels& k = qkv.scalar_type() == at::kFloat ? all.in_float : all.in_bfloat16;
+  const bool tiles = qkv.scalar_type() == at::kBFloat16 && best_instruction_set() == InstructionSet::amx;
+  const AmxKernels* amx = tiles ? amx_kernels() : nullptr;
   const int64_t work = static_cast<int64_t>(groups.size());
   const int64_t threads = std::min<int64_t>(work, at::in_parallel_region() ? 1 : at::get_num_threads());
   if (work == 0 || s.T == 0) return;
+  int64_t floats = (backward ? k.backward_floats : k.forward_floats)(s.T, s.D);
+  if (amx != nullptr) floats = std::max(floats, (backward ? amx->backward_floats : amx->forward_floats)(s.T, s.D));
   const int64_t each = (floats + 15) / 16 * 16 + 48;  // 48: off the powers of two
-  const at::Tensor memory = at::empty({threads * each + 16}, like.options().dtype(at::kFloat));
+  const at::Tensor memory = at::empty({threads * each + 16}, qkv.options().dtype(at::kFloat));
   const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()) + 63) / 64 * 64;
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
     for (; t < stop; ++t)
-      for (int64_t w = t * work / threads; w < (t + 1) * work / threads; ++w)
-        pass(groups[w], reinterpret_cast<float*>(start) + t * each);
+      for (int64_t w = t * work / threads; w < (t + 1) * work / threads; ++w) {
+        float* own = reinterpret_cast<float*>(start) + t * each;
+        if (amx != nullptr && (backward ? amx->backward : amx->forward)(groups[w], own)) continue;
+        (backward ? k.backward : k.forward)(groups[w], own);
+      }
   });
 }
 
@@ -89,11 +98,6 @@ std::vector<HeadGroup> head_groups(const Sizes& s, const at::Tensor& qkv, const 
   return groups;
 }
 
-const AttentionKernels& kernels_for(const at::Tensor& qkv) {
-  const Kernels& k = choose_kernels();
-  return qkv.scalar_type() == at::kFloat ? k.in_float : k.in_bfloat16;
-}
-
 // Rows may be anywhere, the features of a row must lie side by side.
 at::Tensor with_rows(const at::Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
@@ -104,8 +108,7 @@ std::tuple<at::Tensor, at::Tensor> causal_attention(const at::Tensor& packed, in
   const at::Tensor lse = at::empty({s.B, n_head, s.T}, qkv.options().dtype(at::kFloat));
   const auto groups = qkv.scalar_type() == at::kFloat ? head_groups<float>(s, qkv, out, lse, nullptr, nullptr)
                                                       : head_groups<c10::BFloat16>(s, qkv, out, lse, nullptr, nullptr);
-  const AttentionKernels& k = kernels_for(qkv);
-  run(s, groups, k.forward, k.forward_floats(s.T, s.D), qkv);
+  run(s, groups, qkv, false);
   return {out, lse};
 }
 
@@ -119,8 +122,7 @@ at::Tensor causal_attention_backward(const at::Tensor& grad_out, const at::Tenso
   const at::Tensor grad = at::empty(qkv.sizes(), qkv.options());
   const auto groups = qkv.scalar_type() == at::kFloat ? head_groups<float>(s, qkv, o, l, &g, &grad)
                                                       : head_groups<c10::BFloat16>(s, qkv, o, l, &g, &grad);
-  const AttentionKernels& k = kernels_for(qkv);
-  run(s, groups, k.backward, k.backward_floats(s.T, s.D), qkv);
+  run(s, groups, qkv, true);
   return grad;
 }
 
