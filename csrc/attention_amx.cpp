@@ -137,16 +137,17 @@ inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
 }
 
 // Layouts of 32 tokens, depth tiles = padded width / 32:
-// A(token, feature): [token / 16][feature / 32]. Returns whether all is finite.
-bool token_rows(const Rows& in, int64_t depth, Bits* out) {
-  __mmask32 bad = 0;
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+// A(token, feature): [token / 16][feature / 32].
+void token_rows(const Rows& in, int64_t depth, Bits* out) {
   for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t s = 0; s < depth; ++s) {
-      const __m512i x = in.at(i, s * 32);
-      bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-      _mm512_store_si512(out + (i / 16 * depth + s) * kTile + i % 16 * 32, x);
-    }
+    for (int64_t s = 0; s < depth; ++s)
+      _mm512_store_si512(out + (i / 16 * depth + s) * kTile + i % 16 * 32, in.at(i, s * 32));
+}
+bool all_finite(const Rows& in) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 bad = 0;
+  for (int64_t i = 0; i < in.count; ++i)
+    for (int64_t d = 0; d < in.width; d += 32) bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(in.at(i, d), exponent), exponent);
   return bad == 0;
 }
 // B(feature, token), features in pairs: [token / 16][feature / 32]; and, or instead,
@@ -201,9 +202,23 @@ inline __m512 power_of_two(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4024038e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93124175e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, magic));
+  // Into the exponent. What is not a number has an empty lower half here, of which nothing is added.
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
+// log2(x) for normal x >= 1, as in attention_tile.h.
+inline __m512 binary_logarithm(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(x), _mm512_castps_si512(one)));
+  y = _mm512_mul_ps(y, _mm512_set1_ps(1.1920929e-7f));
+  for (int step = 0; step < 2; ++step) {
+    const __m512 t = _mm512_mul_ps(x, power_of_two(_mm512_sub_ps(_mm512_setzero_ps(), y)));
+    const __m512 change = _mm512_div_ps(_mm512_sub_ps(t, one), _mm512_add_ps(t, one));
+    y = _mm512_fmadd_ps(change, _mm512_set1_ps(2 * kLog2E), y);
+  }
+  return y;
 }
 
+inline __mmask16 first_of(int64_t count) { return static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1); }
 inline __mmask16 sees(int64_t key, int64_t query) {  // which of 16 queries from query on see the key
   const int64_t first = std::clamp<int64_t>(key - query, 0, 16);
   return static_cast<__mmask16>(0xffffu << first);
@@ -288,12 +303,20 @@ void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, cons
     for (int64_t b = j; b < stop; b += kBlock) {
       float* c = s + (b - j) * kBlock;
       multiply_block(k + b / 16 * depth * kTile, depth * kTile, qt, kTile, depth * kTile, depth, c, 512, false);
-      for (int64_t half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kBlock; ++r) {
-          const __m512 x = _mm512_load_ps(c + r / 16 * 512 + half * 256 + r % 16 * 16);
-          now[half] = _mm512_mask_max_ps(now[half], b == i ? sees(r, half * 16) : 0xffff, now[half], x);
-        }
+      __m512 apart[8] = {none, none, none, none, none, none, none, none};  // [r % 4][half], as a maximum waits for the one before
+      const auto maxima = [&](auto seen) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kBlock; ++r)
+#pragma GCC unroll 2
+          for (int64_t half = 0; half < 2; ++half) {
+            __m512& most_here = apart[r % 4 * 2 + half];
+            const float* x = c + r / 16 * 512 + half * 256 + r % 16 * 16;
+            most_here = _mm512_mask_max_ps(most_here, seen(r, half * 16), most_here, _mm512_load_ps(x));
+          }
+      };
+      if (b == i) maxima(sees);
+      else maxima([](int64_t, int64_t) __attribute__((always_inline)) { return static_cast<__mmask16>(0xffff); });
+      for (int64_t u = 0; u < 8; ++u) now[u % 2] = _mm512_max_ps(now[u % 2], apart[u]);
     }
     for (int64_t half = 0; half < 2; ++half) {
       const __m512 larger = _mm512_max_ps(most[half], _mm512_mul_ps(now[half], factor));
@@ -315,12 +338,9 @@ void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, cons
   }
   const __m512 inverse[2] = {_mm512_div_ps(_mm512_set1_ps(1.0f), sum[0]), _mm512_div_ps(_mm512_set1_ps(1.0f), sum[1])};
   write_columns(ot, count, g.width, inverse, out, g.out_stride);
-  alignas(64) float logs[2][kBlock];
-  for (int64_t half = 0; half < 2; ++half) {
-    _mm512_store_ps(logs[0] + half * 16, _mm512_div_ps(most[half], _mm512_set1_ps(kLog2E)));
-    _mm512_store_ps(logs[1] + half * 16, sum[half]);
-  }
-  for (int64_t l = 0; l < count; ++l) g.lse[h * g.tokens + i + l] = logs[0][l] + std::log(logs[1][l]);
+  for (int64_t half = 0; half < 2 && half * 16 < count; ++half)
+    _mm512_mask_storeu_ps(g.lse + h * g.tokens + i + half * 16, first_of(count - half * 16),
+                          _mm512_mul_ps(_mm512_add_ps(most[half], binary_logarithm(sum[half])), _mm512_set1_ps(1 / kLog2E)));
 }
 
 bool forward(const HeadGroup& g, float* memory) {
@@ -333,8 +353,8 @@ bool forward(const HeadGroup& g, float* memory) {
       if (h == 0) {
         const Rows values = rows_of(g.v, 0, g.stride, i, g), keys = rows_of(g.k, 0, g.stride, i, g);
         keys.fetch(), values.fetch();
-        // 0 times infinity is not 0: what is not finite needs the care of attention_tile.h. p is free still.
-        if (!token_rows(values, depth, p) || !token_rows(keys, depth, k + i * D)) return false;
+        if (!all_finite(values)) return false;  // 0 times infinity is not 0: this needs the care of attention_tile.h
+        token_rows(keys, depth, k + i * D);
         features_deep<false, true>(values, depth, nullptr, v + i / kBlock * kTile, n / kBlock * kTile);
       }
       forward_block(g, h, i, k, v, qt, ot, s, p);

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -135,8 +136,19 @@ std::tuple<at::Tensor, at::Tensor> causal_attention_autocast(const at::Tensor& q
   return op.call(at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), qkv, at::kCPU), n_head, n_kv_head);
 }
 
+std::string instruction_set() {
+  switch (best_instruction_set()) {
+    case InstructionSet::amx: return amx_kernels() != nullptr ? "amx" : "avx512";
+    case InstructionSet::avx512: return "avx512";
+    case InstructionSet::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
 }  // namespace
 }  // namespace minidisp
+
+TORCH_LIBRARY_IMPL(minidisp, CompositeExplicitAutograd, m) { m.impl("instruction_set", minidisp::instruction_set); }
 
 TORCH_LIBRARY_IMPL(minidisp, CPU, m) {
   m.impl("causal_attention", minidisp::causal_attention);

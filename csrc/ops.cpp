@@ -14,4 +14,6 @@ TORCH_LIBRARY(minidisp, m) {
   m.def("causal_attention(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)");
   m.def(
       "causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor");
+  // The best instructions that these two use here: baseline, avx2, avx512 or amx.
+  m.def("instruction_set() -> str");
 }

@@ -94,14 +94,19 @@ def causal_attention(
     share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
     or the cache empty.
     """
-    B, T, width = qkv.shape
-    heads = n_head + 2 * n_kv_head
-    dtype, device_type = qkv.dtype, qkv.device.type
+    dtype, device_type, width = qkv.dtype, qkv.device.type, qkv.shape[2] // (n_head + 2 * n_kv_head)
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    chosen, _ = choose(dtype, device_type, width // heads, dropout, kept is not None)
+    chosen, _ = choose(dtype, device_type, width, dropout, kept is not None)
     if chosen == "fused" and not find_or_build():
         return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
+    return torch_attention(qkv, n_head, n_kv_head, dropout, kept)
+
+
+def torch_attention(qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, kept: Kept | None = None) -> Tensor:
+    """causal_attention by torch's scaled_dot_product_attention, on any device."""
+    B, T, width = qkv.shape
+    heads = n_head + 2 * n_kv_head
     q, k, v = qkv.reshape(B, T, heads, width // heads).transpose(1, 2).split((n_head, n_kv_head, n_kv_head), dim=1)
     mask = None
     if kept is not None:
