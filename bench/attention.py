@@ -36,8 +36,8 @@ FORMS = ("torch", "operator")
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     B, H, T, D = shape
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(B, T, 3 * H * D, generator=generator).to(dtype).requires_grad_()
-    return qkv, torch.randn(B, T, H * D, generator=generator).to(dtype)
+    qkv = torch.randn(B, T, 3 * H * D, generator=generator, dtype=dtype).requires_grad_()
+    return qkv, torch.randn(B, T, H * D, generator=generator, dtype=dtype)
 
 
 def compute(form: str, qkv: Tensor, H: int) -> Tensor:
