@@ -280,7 +280,11 @@ def measure(model: str, folder: Path, args) -> dict:
     torch.compiler.reset()
     names = []
     for suffix in {"off": [""], "on": [" compiled"], "both": ["", " compiled"]}[args.compile]:
-        names += [f"minidisp{suffix}", f"minidisp{suffix} + dispersion", *(["minidisp recompute"] if not suffix else [])]
+        names += [
+            f"minidisp{suffix}",
+            f"minidisp{suffix} + dispersion",
+            *(["minidisp recompute"] if not suffix else []),
+        ]
         if args.against:
             names += [f"nanoGPT{suffix}"] + ([f"nanoGPT{suffix} as shipped"] if args.device == "cpu" else [])
     names = [name for name in names if args.forms is None or name in args.forms.split(",")]

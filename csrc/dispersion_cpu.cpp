@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu.h"
 #include "dispersion.h"
 
 namespace minidisp {
@@ -53,49 +54,8 @@ struct Kernels {
   void (*gradient_row)(const Options&, float* const*, int, const float*, int64_t, float, float, float, float*);
 };
 
-#define PAIR_INLINE inline __attribute__((always_inline))
-#define PAIR_INLINE_LAMBDA __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MINIDISP_X86_DISPATCH
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-#define VECTOR_BYTES 64
-#define ROWS 14
-#define ROOT_GUESS(x) __builtin_ia32_rsqrt14ps512_mask(x, x, -1)
-#include "dispersion_tile.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VECTOR_BYTES 32
-#define ROWS 6
-#define ROOT_GUESS(x) __builtin_ia32_rsqrtps256(x)
-#include "dispersion_tile.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace baseline {
-#define VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define ROWS 12
-#else
-#define ROWS 6
-#endif
-#include "dispersion_tile.h"
-}  // namespace baseline
-
-const Kernels& choose_kernels() {
-#if defined(MINIDISP_X86_DISPATCH)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return avx512::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
-#endif
-  return baseline::kernels;
-}
+#define MINIDISP_TILE "dispersion_tile.h"
+#include "instruction_sets.h"
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -439,8 +399,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c
                                                           double clamp, double eps, bool need_grad) {
   const Options options = checked_options(z, variant, tau, clamp, eps);
   at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), z.options().dtype(at::kFloat));
-  static const Kernels& kernels = choose_kernels();
-  const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, kernels};
+  const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, choose_kernels()};
 
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t dealt = call.B / threads * threads, left = call.B - dealt;

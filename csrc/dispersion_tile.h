@@ -1,35 +1,8 @@
-// The vector code of the CPU: products of small matrices, and the weights of a tile of pairs. dispersion_cpu.cpp includes
-// this file once per instruction set, inside a namespace, with VECTOR_BYTES, ROWS (of the register block; two vectors wide),
-// PAIR_INLINE and, where the processor has one, ROOT_GUESS (1 / sqrt, roughly) defined. All else is written in the vector
-// extensions of GCC and Clang, so that it compiles on any processor.
+// The vector code of the dispersion loss: products of small matrices, and the weights of a tile of pairs.
+// instruction_sets.h says how it is included.
 
-constexpr int kVectors = 2;  // width of the register block
+#include "vector_tile.h"
 
-typedef float F __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
-typedef double D __attribute__((vector_size(VECTOR_BYTES)));
-typedef int64_t L __attribute__((vector_size(VECTOR_BYTES)));
-typedef float HalfF __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many floats as D has doubles
-typedef int32_t HalfI __attribute__((vector_size(VECTOR_BYTES / 2)));
-
-template <class T> struct VectorOf;
-template <> struct VectorOf<float> { using V = F; using Mask = I; };
-template <> struct VectorOf<double> { using V = D; using Mask = L; };
-template <class V> struct IntegerOf;
-template <> struct IntegerOf<F> { using Type = I; };
-template <> struct IntegerOf<HalfF> { using Type = HalfI; };
-template <class T> constexpr int lanes() { return VECTOR_BYTES / sizeof(T); }
-
-template <class V, class T>
-PAIR_INLINE V load(const T* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V, class T>
-PAIR_INLINE void store(T* p, V v) {
-  std::memcpy(p, &v, sizeof v);
-}
 template <class V>
 PAIR_INLINE V broadcast(float x) { return V{} + x; }
 
@@ -73,46 +46,6 @@ template <class V> PAIR_INLINE V exponential(V x) {
 
 #include "dispersion_pair.h"
 
-// C += A B for a block of M rows and N vectors that fits the registers: summed from zero, then added. A(m, k) stands at
-// a[m * lda + k], or at a[k * lda + m] if kTransposed.
-template <class T, int M, int N, bool kTransposed>
-void register_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc, bool add) {
-  using V = typename VectorOf<T>::V;
-  constexpr int W = lanes<T>();
-  for (int m = 0; m < M; ++m) __builtin_prefetch(c + m * ldc, 1);
-  const T* rows[(M + 2) / 3];  // every third row; the ones between are reached through the addressing mode
-  for (int m = 0; m < M; m += 3) rows[m / 3] = a + m * lda;
-  V sum[M][N] = {};
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) right[n] = load<V>(b + k * ldb + n * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const T left = kTransposed ? a[k * lda + m] : rows[m / 3][(m % 3) * lda + k];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      T* p = c + m * ldc + n * W;
-      store(p, add ? load<V>(p) + sum[m][n] : sum[m][n]);
-    }
-}
-
-template <class T>
-using Block = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool);
-
-template <class T, int N, bool kTransposed, int... M>
-Block<T> block_of(int rows, std::integer_sequence<int, M...>) {
-  static constexpr Block<T> table[] = {register_block<T, M + 1, N, kTransposed>...};
-  return table[rows - 1];
-}
-
 // C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the lanes.
 // upper: what lies wholly below the diagonal of C is not wanted.
 template <class T, bool kTransposed>
@@ -133,35 +66,6 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t lda, cons
   }
 }
 
-// One of the log2(lanes) steps of transposing a square of vectors: swaps the off-diagonal squares of side S.
-template <class T, int S>
-PAIR_INLINE void transpose_step(typename VectorOf<T>::V* r) {
-  using V = typename VectorOf<T>::V;
-  using Mask = typename VectorOf<T>::Mask;
-  constexpr int W = lanes<T>();
-  Mask low{}, high{};
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) {
-    low[l] = l & S ? W + l - S : l;
-    high[l] = l & S ? W + l : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & S)) {
-      const V a = r[i], b = r[i + S];
-#if defined(__clang__)
-      for (int l = 0; l < W; ++l) {
-        r[i][l] = l & S ? b[l - S] : a[l];
-        r[i + S][l] = l & S ? b[l] : a[l + S];
-      }
-#else
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + S] = __builtin_shuffle(a, b, high);
-#endif
-    }
-  if constexpr (2 * S < W) transpose_step<T, 2 * S>(r);
-}
-
 // out[k * ldo + i] = in[i * ldi + k] for i < n, k < depth; i is filled up with zeros to a multiple of the lanes. Rows of in
 // may be read up to a multiple of the lanes beyond depth, rows of out be written there.
 template <class T>
@@ -177,13 +81,6 @@ void transpose(const T* in, int64_t ldi, int64_t n, int64_t depth, T* out, int64
 #pragma GCC unroll 16
       for (int l = 0; l < W; ++l) store(out + (k + l) * ldo + i, r[l]);
     }
-}
-
-template <class V>
-PAIR_INLINE double sum_lanes(V v) {
-  double sum = 0;
-  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) sum += v[l];
-  return sum;
 }
 
 // Replaces the products in a tile (m x n, row-major) by the weights of the pairs and returns the sum of their values, each
@@ -329,7 +226,3 @@ const Kernels kernels = {
     multiply<float, false>, multiply<float, true>, multiply<double, false>, multiply<double, true>, transpose<float>,
     transpose<double>,      weigh_cosines,         weigh_distances,         largest,                unit_row,
     gradient_row};
-
-#undef VECTOR_BYTES
-#undef ROWS
-#undef ROOT_GUESS

@@ -11,4 +11,13 @@ TORCH_LIBRARY(minidisp, m) {
   m.def("dispersion(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad) -> (Tensor, Tensor, Tensor)");
   // The gradient times upstream, a float32 scalar, in the shape and type of z. CUDA only.
   m.def("dispersion_backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant) -> Tensor");
+
+  // Causal self-attention, scores scaled by 1 / sqrt(D). qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and
+  // the values, float32 or bfloat16, rows at any stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled
+  // scores, float32 (B, n_head, T), which backward needs to return the gradient of qkv.
+  m.def("causal_attention(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)");
+  m.def(
+      "causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor");
+  // The best instructions that these two use here: baseline, avx2, avx512 or amx.
+  m.def("instruction_set() -> str");
 }

@@ -8,6 +8,7 @@ The model knows nothing of the dispersion loss: it hands out its hidden states, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError
 from minidisp.loss import compute_dtype, cross_entropy
+from minidisp.ops.attention import causal_attention
 
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 
@@ -221,29 +223,20 @@ class Attention(nn.Module):
         self.rotary = config.arch == "qwen3"
 
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        qkv = self.c_attn(x)  # (B, T, (n_head + 2 n_kv_head) D)
         if self.rotary:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        if self.rotary:
-            q, k = rotate(q, *positions), rotate(k, *positions)
-        mask = None
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            mask = cache.mask
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # a single new token sees everything in the cache
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
-        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
+            qkv = self.rotated(qkv, *positions)
+        dropout = self.dropout if self.training else 0.0
+        kept = None if cache is None else (functools.partial(cache.append, self.layer), cache.mask)
+        y = causal_attention(qkv, self.n_head, self.n_kv_head, dropout, kept)
         return F.dropout(self.c_proj(y), self.dropout, self.training) if self.dropout else self.c_proj(y)
+
+    def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """QK-norm and rotary positions of the queries and the keys in qkv."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return torch.cat((q, k, v), dim=1).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -32,6 +32,7 @@ from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
 from minidisp.model import GPT, MLP, Attention, Block, GPTConfig
+from minidisp.ops.attention import torch_attention
 from minidisp.runtime import checkpoint
 from minidisp.tokenizer import ByteTokenizer, train_sentencepiece
 from tests.conftest import SMALL, small_config, write_text
@@ -326,11 +327,10 @@ def swapped_gate(self, x):
 
 def last_seven(self, x, positions, cache, original=Attention.forward):
     """Attention to the last 7 tokens only."""
-    every = torch.nn.functional.scaled_dot_product_attention
     mask = torch.ones(x.shape[1], x.shape[1]).tril().triu(-7).bool()
     with pytest.MonkeyPatch.context() as patch:
-        masked = lambda q, k, v, enable_gqa, **_: every(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)  # noqa: E731
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
+        masked = lambda qkv, H, H_kv, *_: torch_attention(qkv, H, H_kv, kept=(lambda k, v: (k, v), mask))  # noqa: E731
+        patch.setattr("minidisp.model.causal_attention", masked)
         return original(self, x, positions, cache)
 
 

@@ -17,6 +17,7 @@ import minidisp
 from minidisp import InputError
 from minidisp.config import Config
 from minidisp.data import Dataset
+from minidisp.ops import attention
 from minidisp.runtime.processes import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,9 @@ def describe_use(config: Config, device: torch.device, dtype: torch.dtype, compi
     words = f"{device_name(device)}, {str(dtype).removeprefix('torch.')}"
     if config.dtype == "auto" and device.type == "cpu" and bfloat16_pays(config.n_embd):
         words += " (faster here: --dtype bfloat16)"
+    if attention.choose(dtype, device.type, config.head_dim, config.dropout)[0] == "fused":
+        lacking = attention.find_or_build()
+        words += f", attention by torch: {lacking}" if lacking else ", attention fused"
     words += f", compile {'on' if compiled else 'off'}"
     if world.launched:
         words += f", {world.size} processes" + (", sharded" if config.shard else "")

@@ -1,0 +1,184 @@
+"""How fast causal attention is on the CPU: minidisp's operator against torch's scaled_dot_product_attention.
+
+    python bench/attention.py [--threads 1] [--shapes 12x4x64x32,...] [--dtypes float32,bfloat16] [--seconds 4]
+
+Shapes are B x H x T x D. Before anything is timed, both forms are verified against float64, output and gradient. Then they
+are timed in turn, round after round in one process, since machines are shared and clocks move; both start from one tensor
+(B, T, 3 H D) and end with its gradient, as in a model. A ratio above 1 says how many times as fast the operator is as
+torch's; it is that of medians. GFLOP/s count T (T + 1) D multiply-adds per head forward, and 2.5 times as many backward.
+The peak memory is what a step needs beyond input, output and gradients, and comes from a child process.
+"instructions" are those the operator used: MINIDISP_CPU=baseline|avx2|avx512|amx lowers them. A table, then one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from minidisp.ops import attention
+
+SHAPES = "12x4x64x32,8x6x256x32,16x6x256x64,2x12x1024x64,4x12x256x64"
+MOST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the norm
+FORMS = ("torch", "operator")
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    B, H, T, D = shape
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(B, T, 3 * H * D, generator=generator, dtype=dtype).requires_grad_()
+    return qkv, torch.randn(B, T, H * D, generator=generator, dtype=dtype)
+
+
+def compute(form: str, qkv: Tensor, H: int) -> Tensor:
+    if form == "operator":
+        return torch.ops.minidisp.causal_attention(qkv, H, H)[0]
+    return attention.torch_attention(qkv, H, H)
+
+
+def verify(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, list[float]]:
+    """Errors of output and gradient of each form; ends the program if one is wrong."""
+    H = shape[1]
+    qkv, grad = inputs(shape, dtype)
+    exact = qkv.detach().double().requires_grad_()
+    truth = compute("torch", exact, H)
+    truth.backward(grad.double())
+    errors = {}
+    for form in FORMS:
+        qkv.grad = None
+        out = compute(form, qkv, H)
+        out.backward(grad)
+        pairs = ((out, truth), (qkv.grad, exact.grad))
+        errors[form] = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+        if not max(errors[form]) < MOST_ERROR[dtype]:
+            raise SystemExit(f"{form} is wrong at {shape} in {dtype}: it is off by {max(errors[form]):.1e}")
+    return errors
+
+
+def peak_mem_mib(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> float:
+    command = [sys.executable, __file__, "--peak-of", form, "--shapes", "x".join(map(str, shape))]
+    command += ["--dtypes", str(dtype).removeprefix("torch."), "--threads", str(torch.get_num_threads())]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def resident_peak_kib() -> int:
+    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def print_peak(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """In a child process: the growth of the peak of the resident memory over one step."""
+    attention.find_or_build()
+    small, grad = inputs((1, 1, 8, 8), dtype)
+    compute(form, small, 1).backward(grad)
+    qkv, grad = inputs(shape, dtype)
+    before = resident_peak_kib()
+    compute(form, qkv, shape[1]).backward(grad)
+    print((resident_peak_kib() - before) / 1024 - (qkv.nbytes + grad.nbytes) / 2**20)
+
+
+def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, seconds: float) -> dict:
+    B, H, T, D = shape
+    errors = verify(shape, dtype)
+    qkv, grad = inputs(shape, dtype)
+    times_ms: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times_ms["torch"]) < 7:
+        for form in FORMS:
+            qkv.grad = None
+            start = time.perf_counter()
+            out = compute(form, qkv, H)
+            middle = time.perf_counter()
+            out.backward(grad)
+            times_ms[form].append((1000 * (middle - start), 1000 * (time.perf_counter() - middle)))
+    median_ms = {}
+    for form, times in times_ms.items():
+        parts = [*zip(*times[2:], strict=True), [sum(pair) for pair in times[2:]]]  # the first two warm up
+        median_ms[form] = dict(zip(("forward", "backward", "both"), map(statistics.median, parts), strict=True))
+    ours = median_ms["operator"]
+    return {
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": len(times_ms["torch"]) - 2,
+        "median_ms": median_ms,
+        "ratio": {part: median_ms["torch"][part] / ours[part] for part in ours},
+        "gflops": 7 * B * H * T * (T + 1) * D / ours["both"] / 1e6,
+        "errors": errors,
+        "peak_mem_mib": {form: peak_mem_mib(form, shape, dtype) for form in FORMS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", default=SHAPES, help="B x H x T x D, such as 8x6x256x32, separated by commas")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per shape and dtype")
+    parser.add_argument("--peak-of", choices=FORMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shapes = [tuple(int(n) for n in text.split("x")) for text in args.shapes.split(",")]
+    dtypes = [getattr(torch, name) for name in args.dtypes.split(",")]
+    if args.peak_of:
+        print_peak(args.peak_of, shapes[0], dtypes[0])
+        return
+    if missing := attention.find_or_build():
+        raise SystemExit(f"there is no operator to time: {missing}")
+
+    instructions = torch.ops.minidisp.instruction_set()
+    where = f"{platform.machine()} CPU, {args.threads} threads"
+    print(f"causal attention on {where}, torch {torch.__version__}; instructions: {instructions}")
+    print("ms of torch -> of the operator, and in brackets how many times as fast that is\n")
+    print("| (B, H, T, D) | dtype | forward | backward | both | GFLOP/s | error, torch's | MiB, torch's | taken |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    results = []
+    for shape in shapes:
+        for dtype in dtypes:
+            result = measure(shape, dtype, args.seconds)
+            results.append(result)
+            theirs, ours, ratio = result["median_ms"]["torch"], result["median_ms"]["operator"], result["ratio"]
+            cells = [f"{theirs[part]:.2f} -> {ours[part]:.2f} ({ratio[part]:.2f}x)" for part in ours]
+            error, memory = result["errors"], result["peak_mem_mib"]
+            taken = {"fused": "operator"}.get(attention.choose(dtype, "cpu", shape[3])[0], "torch")
+            print(
+                f"| {', '.join(map(str, shape))} | {result['dtype']} | {' | '.join(cells)} | {result['gflops']:.0f} | "
+                f"{max(error['operator']):.1e}, {max(error['torch']):.1e} | "
+                f"{memory['operator']:.0f}, {memory['torch']:.0f} | {taken} |",
+                flush=True,
+            )
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    print(
+        json.dumps(
+            {
+                "device": where,
+                "processor": processor(),
+                "instructions": instructions,
+                "cpus": os.cpu_count(),
+                "torch": torch.__version__,
+                "commit": git.stdout.strip(),
+                "results": results,
+            }
+        )
+    )
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+// What the implementations of causal attention share: the piece of work of one thread.
+
+#pragma once
+
+#include <cstdint>
+
+namespace minidisp {
+
+// One key and value head of one sequence, with the query heads that read it. Rows are tokens; strides are in elements, and the
+// features of a row are contiguous. The elements are float or bfloat16, the sums always float.
+struct HeadGroup {
+  int64_t tokens, width, heads;  // T, D, and query heads
+  float scale;                   // of the scores
+  const void *q, *k, *v;         // query head h starts at q + h * width
+  int64_t stride;
+  void* out;  // (T, heads * width), likewise
+  int64_t out_stride;
+  float* lse;  // (heads, T): log of the sum of exp(scale * score)
+  // backward only
+  const void* grad_out;  // strides as out
+  void *grad_q, *grad_k, *grad_v;
+  int64_t grad_stride;
+};
+
+using AttentionPass = void (*)(const HeadGroup& group, float* memory);
+
+struct AttentionKernels {
+  AttentionPass forward, backward;
+  int64_t (*forward_floats)(int64_t tokens, int64_t width);  // of memory, 64-byte aligned, that a pass needs
+  int64_t (*backward_floats)(int64_t tokens, int64_t width);
+};
+
+// In bfloat16 on matrix tiles. A pass returns false if it has left the piece to the vector code.
+struct AmxKernels {
+  bool (*forward)(const HeadGroup& group, float* memory);
+  bool (*backward)(const HeadGroup& group, float* memory);
+  int64_t (*forward_floats)(int64_t tokens, int64_t width);
+  int64_t (*backward_floats)(int64_t tokens, int64_t width);
+};
+const AmxKernels* amx_kernels();  // nullptr where the processor or the system has none
+
+}  // namespace minidisp

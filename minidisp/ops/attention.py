@@ -1,0 +1,126 @@
+"""Causal self-attention, and the one place that chooses what computes it.
+
+    minidisp::causal_attention           fused: C++ in csrc/, on a CPU, float32 and bfloat16, heads of up to 256 channels
+    minidisp::causal_attention_backward  its gradient
+    torch                                scaled_dot_product_attention: everything else
+
+The operator reads queries, keys and values from one tensor, as a linear layer makes it, and its gradient is written there
+as one tensor too. Scores are scaled by 1 / sqrt(D). Under autocast it computes in autocast's dtype, like torch's.
+choose() says what would run, and why not the operator. MINIDISP_CPU=baseline|avx2|avx512|amx names the best instructions
+that the operator may use; the results of float32 differ in rounding only.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidisp.ops import build
+
+# Of the dtypes that the operator has. float32 is left to torch, although the operator takes half the time: a run in float32
+# keeps the weights, bit for bit, that it had before there was an operator.
+CHOSEN_DTYPES = (torch.bfloat16,)
+FUSED_MOST_WIDTH = 256  # channels of a head
+
+# How a cache takes part: what adds keys and values, (B, n_kv_head, T, D) each, to those kept before and returns all; and
+# which of all a token sees, (B, 1, T, T) bool, or None: all before it.
+Kept = tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor | None]
+
+
+def _fake(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    return qkv.new_empty(B, T, n_head * D), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+def _fake_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, n_kv_head: int) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], *output)
+    ctx.heads = inputs[1:]
+
+
+def _backward(ctx, grad: Tensor, _):
+    return torch.ops.minidisp.causal_attention_backward(grad, *ctx.saved_tensors, *ctx.heads), None, None
+
+
+@functools.cache
+def _register() -> None:
+    """Give the operators of the extension, which has been loaded, their shapes and their gradient."""
+    torch.library.register_fake("minidisp::causal_attention", _fake)
+    torch.library.register_fake("minidisp::causal_attention_backward", _fake_backward)
+    torch.library.register_autograd("minidisp::causal_attention", _backward, setup_context=_save)
+
+
+def find_or_build() -> str:
+    """Find the extension or build it, now at the latest. Returns "", or why there is none."""
+    found = build.find_or_build("cpu")
+    if not found.path:
+        return found.about + found.note
+    _register()
+    return ""
+
+
+find_or_build._dynamo_marked_constant = True  # for torch.compile, as in the package's __init__.py
+
+
+def choose(
+    dtype: torch.dtype, device_type: str, width: int, dropout: float = 0.0, cached: bool = False
+) -> tuple[str, str]:
+    """What computes attention, "fused" or "torch", and why not the former. Nothing is looked for or built.
+
+    dtype: in which it is computed, autocast's where autocast is on. width: channels of a head, D.
+    """
+    if device_type != "cpu":
+        return "torch", f"the operator does not run on {device_type}"
+    if cached or dropout > 0:
+        return "torch", "the operator has no " + ("cache" if cached else "dropout")
+    if dtype not in CHOSEN_DTYPES:
+        return "torch", f"the operator is not used in {str(dtype).removeprefix('torch.')}"
+    if width > FUSED_MOST_WIDTH:
+        return "torch", f"the operator has no heads of more than {FUSED_MOST_WIDTH} channels"
+    return "fused", ""
+
+
+def causal_attention(
+    qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, kept: Kept | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + causal mask) V of every head: (B, T, (n_head + 2 n_kv_head) D) -> (B, T, n_head D).
+
+    qkv: per token the queries of all heads, then the keys, then the values. n_kv_head: a divisor of n_head; query heads
+    share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
+    or the cache empty.
+    """
+    dtype, device_type, width = qkv.dtype, qkv.device.type, qkv.shape[2] // (n_head + 2 * n_kv_head)
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    chosen, _ = choose(dtype, device_type, width, dropout, kept is not None)
+    if chosen == "fused" and not find_or_build():
+        return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
+    return torch_attention(qkv, n_head, n_kv_head, dropout, kept)
+
+
+def torch_attention(qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, kept: Kept | None = None) -> Tensor:
+    """causal_attention by torch's scaled_dot_product_attention, on any device."""
+    B, T, width = qkv.shape
+    heads = n_head + 2 * n_kv_head
+    q, k, v = qkv.reshape(B, T, heads, width // heads).transpose(1, 2).split((n_head, n_kv_head, n_kv_head), dim=1)
+    mask = None
+    if kept is not None:
+        append, mask = kept
+        k, v = append(k, v)
+    y = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and T > 1,  # a single new token sees everything that was kept
+        enable_gqa=n_kv_head != n_head,
+    )
+    return y.transpose(1, 2).reshape(B, T, n_head * (width // heads))
