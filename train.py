@@ -173,7 +173,7 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, signals: list[signal.Signals]) -> None:
-        """Take the steps that are left. `signals` is empty, until one comes and the run shall end."""
+        """Take the steps that are left. A signal that comes is put into `signals`, and the run ends."""
         config, world = self.config, self.world
         self.progress = progress = report.Progress(config.max_steps, self.step, self.seconds, hidden=not world.main)
         self.rng = get_rng_state(self.device)
@@ -238,13 +238,13 @@ class Trainer:
     def forward_backward(self, logging: bool) -> dict[str, Tensor]:
         """Add up the gradients of the step's sequences; returns the means of what is logged, as tensors.
 
-        Of several processes, each takes its share of them. A term is a mean over sequences, so the mean over the
-        processes is what one would have found: of the gradients, taken once per step, and of what is logged.
+        Of several processes, each takes its share. A term is a mean over sequences, so the mean over the processes is
+        what one alone would find. It is taken once per step, of the gradients and of what is logged.
         """
         means = defaultdict(float, {"loss": 0.0, "ce": 0.0, "dispersion": 0.0, "mean_cosine": 0.0})
         start = self.step * self.sequences + self.world.rank * self.share
         for first, count in micro_batches(start, start + self.share, self.micro_batch):
-            parts = self.share / count  # of the batch, of which this is one: grad_accum, unless the memory was short
+            parts = self.share / count  # how many such parts make the batch: grad_accum, or more if memory was short
             if self.world.launched:
                 set_gradient_sync(self.trained, self.model, first + count == start + self.share)
             with self.autocast:
@@ -302,7 +302,7 @@ class Trainer:
             self.run.save_weights(checkpoint.BEST, self.weights(), self.step, val_loss=self.best_val_loss)
 
     def is_good(self) -> bool:
-        """Whether the weights may replace the last checkpoint: no update was just left out, and they have been seen to work."""
+        """Whether the weights may replace the last checkpoint: the last update counted, and all is finite."""
         if self.guard.in_a_row and self.saved_step is not None and self.step < self.config.max_steps:
             return False
         if self.step == self.last_eval:
@@ -390,7 +390,7 @@ class Trainer:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    # The command that torchrun repeats when a process was lost is the one that it began with.
+    # After a lost process, torchrun repeats the command that it started with: so --resume may also begin a run.
     options = {"architecture_of": architecture_of}
     return run_command(lambda world: main(parse(argv, begin_if_missing=world.launched, **options), world))
 

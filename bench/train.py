@@ -11,11 +11,12 @@ settings, fused AdamW included; "as shipped" is its own choice of AdamW, which i
 Before anything is timed, all forms must agree on the loss and the gradient's norm at the same weights. Then they take turns,
 round after round in one process, since machines are shared and clocks move: "speed" is the median over the rounds of the
 first peer's time (without one, of minidisp's) by this form's. On a CPU that others compute on, too, --threads 1 --clock cpu counts
-the processor time of this process in place of the time that passes. FLOP/s count 6 per token and weight in matrix products, the output layer
-included, and 6 T C per token and layer for causal attention; nothing for what is computed twice, or for the dispersion loss. The
-peak is that of a product of square matrices in the same rounds. Memory is the peak of a child process over three steps, beyond
-what importing torch takes (CPU), or the allocator's (CUDA). "First step" is the time from the command line of train.py to
-its first step done, its evaluation at step 0 included, compile off. A table, then one JSON line.
+the processor time of this process in place of the time that passes. FLOP/s count 6 per token and weight in matrix
+products, the output layer included, and 6 T C per token and layer for causal attention. What is computed twice counts
+once, and the dispersion loss counts nothing. The peak is measured with a product of square matrices in the same rounds.
+Memory is the peak of a child process over three steps, beyond what importing torch takes (CPU), or the allocator's
+(CUDA). "First step" is the time from the command line of train.py to its first step done, its evaluation at step 0
+included, compile off. A table, then one JSON line.
 """
 
 import argparse

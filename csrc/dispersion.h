@@ -27,10 +27,11 @@ struct Options {
   double tau, clamp, eps;
 
   bool angular() const { return variant == Variant::angular_spread || variant == Variant::orthogonalization; }
-  // In radians: what the clamp leaves of the angles, from this to pi minus this.
+  // The smallest angle that the clamp allows, in radians; the largest is pi minus this.
   double smallest_angle() const { return std::acos(1 - clamp); }
-  // angular_spread sums exp((shift - angle) / (pi tau)). The smallest angle there can be is a good shift, unless the angles
-  // that occur are so much larger that all terms vanish; then the smallest angle that occurs has to be found first.
+  // angular_spread sums exp((shift - angle) / (pi tau)). The smallest angle there can be is a good shift, unless all
+  // angles are so much larger that every exponential underflows. Then the smallest angle in the data has to be found
+  // first.
   bool shift_must_be_found() const {
     return variant == Variant::angular_spread && (kPi - 2 * smallest_angle()) / (kPi * tau) > kLargestExponent;
   }

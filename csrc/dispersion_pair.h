@@ -1,6 +1,6 @@
-// The weight of a pair of tokens, for a float or a vector of floats F: its share in the loss's sum, and the slope that its
-// cosine or distance passes on, up to factors that are the same for all pairs. Included once per instruction set, inside a
-// namespace which has lesser, greater, magnitude, choose (by sign), inverse_root and exponential for F.
+// The weight of a pair of tokens, for a float or a vector of floats F: what it adds to the loss's sum, and the
+// derivative by its cosine or distance, without the factors that all pairs share. Included once per instruction set,
+// inside a namespace which has lesser, greater, magnitude, choose (by sign), inverse_root and exponential for F.
 
 // arccos(x) / sqrt(1 - x) for 0 <= x < 1, off by less than 2e-9 / sqrt(1 - x): a fit of degree 8.
 template <class F>

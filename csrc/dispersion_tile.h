@@ -14,7 +14,7 @@ template <class V> PAIR_INLINE V magnitude(V a) {
   return (V)((N)a & 0x7fffffff);
 }
 template <class V> PAIR_INLINE V choose(V sign, V negative, V positive) { return sign < 0.0f ? negative : positive; }
-// 1 / sqrt(x), x > 0 and normal: a guess, and steps of Newton, each of which doubles its right digits.
+// 1 / sqrt(x), x > 0 and normal: a first guess, then Newton steps, each of which doubles the number of correct digits.
 template <class V> PAIR_INLINE V inverse_root(V x) {
 #if defined(ROOT_GUESS)  // the processor's own, right to 14 (AVX-512) or 12 bits (AVX)
   constexpr int kSteps = VECTOR_BYTES == 64 ? 1 : 2;
@@ -47,7 +47,7 @@ template <class V> PAIR_INLINE V exponential(V x) {
 #include "dispersion_pair.h"
 
 // C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the lanes.
-// upper: what lies wholly below the diagonal of C is not wanted.
+// upper: skips what lies wholly below the diagonal of C.
 template <class T, bool kTransposed>
 void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
               bool add, bool upper = false) {

@@ -6,13 +6,13 @@
     python data/prepare.py --hf HuggingFaceFW/fineweb-edu:sample-10BT --limit 200000 --name fineweb
 
 A text file is one document; a line of .jsonl, a row of .json and .parquet is one. Documents go to train, val and test,
-90/5/5, by the sha256 of their text: a document never changes sides, and its copies stay with it. A single document is
+90/5/5, by the sha256 of their text: a document stays in its split, and its copies stay with it. A single document is
 cut by position, at 90 and 95 % of its characters. Text is kept as it is, to the last byte; empty documents are left
 out. The tokenizer is trained on the training split only, on at most 16 MB of it.
 
 The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
-give the same tokens, byte for byte, on any number of cores. A corpus is built next to its place and renamed at the end;
-when that was interrupted, the same command goes on where it was. Downloads stay in data/.downloads.
+give the same tokens, byte for byte, on any number of cores. A corpus is built in a folder beside its own and renamed at
+the end; when that was interrupted, the same command goes on where it was. Downloads stay in data/.downloads.
 """
 
 import argparse

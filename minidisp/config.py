@@ -1,4 +1,4 @@
-"""One frozen dataclass holds every setting of a run; it becomes the command line, config.json, and comes back.
+"""One frozen dataclass holds every setting of a run; it comes from flags or config.json.
 
 A field declared with `flag(default, help)` is the flag of the same name in kebab-case, in the group of --help where it stands
 (GROUPS); what --resume may change stands beside it. Presets are plain dictionaries of fields, applied before the other flags.
@@ -57,7 +57,7 @@ class Config(GPTConfig):
     # run
     preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="free")
     recipe: Literal[tuple(RECIPES)] = flag(
-        "gpt2", "how to train: gpt2, the plain one that comparisons start from; fast: more learnt per minute"
+        "gpt2", "how to train: gpt2: plain, the baseline; fast: learns more per minute"
     )
     out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>", resume="free")
     seed: int = flag(0, "seed of the initialisation, the data order and dropout")
@@ -91,7 +91,7 @@ class Config(GPTConfig):
     noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "
                                   "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3", resume="said")  # fmt: skip
     active_forgetting: int = flag(0, "steps between resets of the token embeddings, and so of a tied output layer, and of their optimiser "
-                                  "state; none in the last such interval; 0 = off, the paper uses 1000", resume="said")  # fmt: skip
+                                  "state; no reset in the last K steps; 0 = off, the paper uses 1000", resume="said")  # fmt: skip
     distill: str = flag(
         "",
         "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well",
@@ -100,7 +100,7 @@ class Config(GPTConfig):
     distill_weight: float = flag(
         1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy", resume="said"
     )
-    distill_temperature: float = flag(2.0, "what the logits of both are divided by", resume="said")
+    distill_temperature: float = flag(2.0, "the logits of teacher and student are divided by it", resume="said")
     # optimisation
     max_steps: int = flag(400, "optimiser steps", resume="said")
     batch_size: int = flag(8, "sequences per micro-step", resume="free")
@@ -269,7 +269,7 @@ def parse(
 ) -> Config:
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
-    begin_if_missing: where there is no run for --resume to go on with, a new one begins.
+    begin_if_missing: if there is no run to resume, a new one begins.
     architecture_of: the model that --init-from names. Its architecture is taken over; a flag that says otherwise is refused.
     """
     given = vars(_parser(prog).parse_args(argv))
@@ -356,7 +356,7 @@ def _taken_over(source: GPTConfig, typed: dict) -> dict:
 
 
 def _read_saved(path: Path) -> dict:
-    """The recipe in a saved config.json, without where that run lay, how it was started, and what it ran on."""
+    """The settings in a saved config.json, without its folder, how it was started and what it ran on."""
     values = read_json(path)
     recipe = {name: value for name, value in values.items() if name not in ("resume", "overwrite", "environment")}
     try:
@@ -413,7 +413,7 @@ def _shown(value: object) -> str:
 def to_dict(config: GPTConfig) -> dict:
     """The fields as a dictionary that JSON can hold and `from_dict` reads back.
 
-    Where the usual choice is in force, its field is 0, so that whoever changes n_embd in it gets what is usual then.
+    A field that has the usual choice is 0: if n_embd changes later, the usual choice follows.
     """
     usual = {name: 0 for name, value in config.usual().items() if getattr(config, name) == value}
     usual |= {"bias": True} if config.arch != "gpt2" else {}

@@ -163,8 +163,8 @@ class Split:
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens.
 
-        Raises InputError naming the shard if one of them is not in the vocabulary. That is looked at here, where a token
-        is used, and not on opening: it costs two microseconds a sequence, and nobody waits for a pass over all shards.
+        Raises InputError naming the shard if one of them is not in the vocabulary. Tokens are checked here, when they
+        are used: that costs two microseconds a sequence. A check on opening would have to read all shards.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start}..{stop} of the {self.tokens} in split {self.name}")
@@ -341,9 +341,9 @@ def strided_windows(n_tokens: int, block_size: int, stride: int) -> Iterator[Win
     """Windows that predict every token 0..n_tokens-1 of a text exactly once, for perplexity with a sliding context.
 
     With stream = [EOS] + tokens, the model reads stream[context_start:stop], at most block_size tokens, and its outputs
-    for tokens[start:stop], the last stop - start of them, count. stride = block_size sets windows side by side, where
-    the first token of each has next to no context; a smaller stride gives every token but the first ones at least
-    block_size - stride tokens of it, and costs block_size / stride times as much.
+    for tokens[start:stop], the last stop - start of them, count. With stride = block_size the windows lie side by side,
+    and the first token of each has almost no context. A smaller stride gives every token but the first ones at least
+    block_size - stride tokens of context, and costs block_size / stride times as much.
 
     >>> [tuple(window) for window in strided_windows(9, block_size=4, stride=2)]
     [(0, 0, 4), (2, 4, 6), (4, 6, 8), (5, 8, 9)]

@@ -9,7 +9,7 @@ is a loss per sequence over the pairs of its tokens i != j, averaged over the ba
   1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch
   asks.)
 - Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
-- The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss, left out here.
+- The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss (not here).
 
 The variants check nothing: dispersion_loss does, then calls them.
 """
@@ -59,8 +59,9 @@ def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
 def _squared_distances(z: Tensor) -> Tensor:
     """||z_i - z_j||^2, (B, T, T).
 
-    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j cancels for tokens that are close compared with their norms, and those carry the
-    loss. Hence float64, where the device has it, and the mean token moved to the origin, which changes no distance.
+    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j loses its digits for tokens that lie close together compared with their norms, and
+    these tokens matter most. Hence float64, where the device has it, and the mean token moved to the origin, which
+    changes no distance.
     """
     wide = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
     wide = wide - wide.mean(dim=1, keepdim=True).detach()
@@ -101,7 +102,7 @@ def orthogonalization(z: Tensor, clamp: float = 0.25, eps: float = 1e-2) -> Tens
 def l2_repel(z: Tensor, tau: float = 1.0) -> Tensor:
     """log mean_{i,j} exp(-||z_i - z_j||^2 / tau) + 0.1 mean(z^2), i = j included; at least -log T.
 
-    tau has the unit of z^2. The second term keeps tokens from running away from each other for ever.
+    tau has the unit of z^2. The second part keeps the norms from growing without end.
     """
     T = z.shape[1]
     exponents = _fill_diagonal(-_squared_distances(z) / tau, 0.0)  # instead of rounding errors
@@ -136,7 +137,7 @@ def perplexity_entropy(z: Tensor, tau: float = 1.0) -> Tensor:
 def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
     """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
 
-    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j contribute the second sum, and not T. So
+    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j add up to the second sum instead of T. So
     this is exactly the mean of the cosines that angular_spread sees. Where all of them exceed its clamp, the gradient
     of angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
     """

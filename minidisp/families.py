@@ -35,7 +35,7 @@ TRAINING_ONLY = {"dropout", "zero_init", "recompute"}
 
 
 class Weight(NamedTuple):
-    """One of our parameters: its name, and the rows of the parts that lie below each other in it."""
+    """One of our parameters: its name, and how many rows each of its stacked parts has."""
 
     name: str
     rows: tuple[int, ...]
@@ -43,7 +43,7 @@ class Weight(NamedTuple):
 
 
 def weights(config: GPTConfig) -> list[Weight]:
-    """The parameters that a family can store, from the config alone: whatever else a model has, it cannot.
+    """The parameters that a family can store, from the config alone. A model with any other parameter cannot be stored.
 
     GPT-2 always has biases there; those that ours lacks are zeros.
     """
@@ -78,7 +78,7 @@ class Names(NamedTuple):
     transposed: bool = False  # the matrices in the blocks, as in GPT-2
 
     def parts(self, weight: Weight) -> list[tuple[str, int]]:
-        """The tensors that one of our parameters consists of, one below another: (name, rows)."""
+        """The tensors that are stacked in one of our parameters: (name, rows)."""
         module, _, kind = weight.name.rpartition(".")
         layer = None
         if module.startswith("h."):
@@ -349,7 +349,7 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
 
     Compared are the logits of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large
     that the logits would fill the memory), with two ends of documents among them. Raises InputError naming what no
-    family has; a block that was changed without a name for it is found by its logits.
+    family has; a changed block that no option describes is found by its logits.
     """
     config, parameters = to_config(model.config), parameters_of(model)
     tensors = to_tensors(model.config, parameters, FAMILIES[config["model_type"]].names)
@@ -376,7 +376,7 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
 def reference_logits(config: dict, tensors: dict[str, Tensor], idx: Tensor, dtype: torch.dtype) -> Tensor:
     """The logits that a config.json and its tensors stand for, (T, V), of the tokens idx (T,), computed in a dtype.
 
-    From the families' definitions and from nothing in model.py: an export is compared with it before it is written.
+    Written from the families' definitions, without model.py. Every export is compared with it before it is written.
     """
     gpt2 = config["model_type"] == "gpt2"
     embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"

@@ -41,12 +41,12 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, in chunks of tokens: the logits of all never exist at once.
+    """Mean cross-entropy of the logits x @ weight.T, chunk by chunk: all logits never exist at once.
 
     LinearCrossEntropy.apply(x, weight, targets): x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not
-    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). The gradients are taken on the way,
-    while a chunk's logits are there, and backward only scales them; so there is one backward per forward. Products are in
-    autocast's dtype or that of x, sums over tokens and over the vocabulary in that of the result.
+    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). Forward computes the gradients as
+    well, while a chunk's logits are there. Backward only multiplies them, so it can run once per forward. Matrix
+    products use autocast's dtype, or that of x; sums over tokens and over the vocabulary use the dtype of the result.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         size = min(chunk_tokens(x), len(x))
         x_grad = torch.empty_like(x) if want_x else None
         weight_grad = torch.empty_like(weight, dtype=wide) if want_weight else None
-        # Buffers for all chunks: new memory of this size would come from the system, page by page, each time.
+        # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
         buffer = x.new_empty(size, len(weight), dtype=wide)
         halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
         weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
@@ -103,7 +103,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_tokens(x: Tensor) -> int:
-    """Tokens whose logits exist at once: few on a CPU, for its caches, and enough to keep anything else busy."""
+    """How many tokens' logits exist at the same time: few on a CPU, so that they fit its caches; elsewhere enough to
+    keep the device busy."""
     return 512 if x.device.type == "cpu" else 2048
 
 

@@ -55,8 +55,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float:
-    """Kendall's tau-b, in [-1, 1]: pairs ordered alike minus pairs ordered contrarily, over the geometric mean of the
-    numbers of pairs untied in x and untied in y. NaN if x or y is constant or holds a NaN."""
+    """Kendall's tau-b, in [-1, 1]: pairs in the same order minus pairs in the opposite order, over the geometric mean
+    of the number of pairs without a tie in x and that without a tie in y. NaN if x or y is constant or holds a NaN."""
     a, b = (np.sign(ranks[:, None] - ranks).ravel() for ranks in (_ranks(x), _ranks(y)))
     return _ratio(a @ b, math.sqrt((a @ a) * (b @ b)))
 
@@ -312,9 +312,9 @@ def paired_bootstrap(
     """Difference in bits per byte between two models on the same text, second minus first, with a 95 % interval.
 
     first, second: nats of each model per block of text, (N,) float64; n_bytes: bytes of each block. Blocks are
-    resampled together for both models (Efron's percentile bootstrap), so what makes a block hard for both cancels;
-    blocks rather than tokens, since neighbouring tokens are not independent. Returns (difference, low, high); low and
-    high are NaN if N < 2.
+    resampled together for both models (Efron's percentile bootstrap), so a block that is hard for both models cancels
+    out. Blocks and not tokens, because neighbouring tokens are not independent. Returns (difference, low, high); low
+    and high are NaN if N < 2.
     """
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     n_bytes, N = np.asarray(n_bytes, np.float64), len(difference)
@@ -377,7 +377,7 @@ def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def student_t(df: int) -> float:
-    """The t that 95 % of Student's distribution with df >= 1 degrees of freedom lie within, +-t; 12.706 for df = 1.
+    """The t so that 95 % of Student's distribution, df >= 1, lies between -t and t; 12.706 for df = 1.
 
     Bisection in theta = arctan(t / sqrt(df)) of the closed form for whole df (Abramowitz & Stegun 26.7.3 and 26.7.4).
     """
@@ -400,7 +400,8 @@ def student_t(df: int) -> float:
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
     """Mean of the paired differences second - first (over seeds, say), their standard deviation, and a 95 % interval.
 
-    The interval is Student's, mean +- t sd / sqrt(n), and so is right for normal differences also with few of them.
+    The interval is Student's, mean +- t sd / sqrt(n), so it is right for normally distributed differences even if there
+    are few.
     Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have n >= 1
     values.
     """

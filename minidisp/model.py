@@ -54,7 +54,7 @@ class GPTConfig:
     )
     mlp: Literal["arch", "relu2"] = flag("arch", "arch: GELU (gpt2) or SwiGLU (qwen3); relu2: squared ReLU, ungated")
     zero_init: bool = flag(
-        False, "what writes into the residual stream starts at 0, so that every block does nothing at first"
+        False, "weights that write into the residual stream start at 0, so at first every block adds nothing"
     )
     recompute: bool = flag(
         False,
@@ -165,7 +165,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all blocks for up to `size` tokens, so that generating costs one token a step.
+    """Keys and values of all blocks for up to `size` tokens, so that each new token costs a forward pass of one token.
 
     A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
     """

@@ -1,4 +1,4 @@
-"""Letting a model go on with a prompt: character by character as it writes, or many prompts at a time."""
+"""Continue a prompt with a model: shown character by character, or many prompts at a time."""
 
 import codecs
 import sys
@@ -90,7 +90,7 @@ def prompt_ids(vocabulary, prompt: str) -> list[int]:
 def stream_sample(
     model: GPT, vocabulary, prompt: str, sampling: Sampling, seed: int, write: Callable[[str], object]
 ) -> dict:
-    """Go on with one prompt and call write(text) with every bit of it as soon as it is there, in whole characters.
+    """Continue one prompt. write(text) is called with every new piece of text, in whole characters.
 
     The sample ends with EOS, before sampling.stop, or after max_new_tokens. Returns what goes into the JSON file:
     prompt, seed, continuation, new_tokens and seconds. Bytes that are no UTF-8 become U+FFFD, as Tokenizer.decode has

@@ -37,7 +37,7 @@ ROWS = 64  # sequences that are generated at a time
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """Names as short as they can be told apart: the last part of the path, or more of them."""
+    """The shortest names that differ: the last part of each path, or more parts."""
     resolved = [Path(path).resolve() for path in paths]
     parts = 1
     while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
@@ -116,7 +116,8 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
 
 @torch.no_grad()
 def _nats(model: GPT, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """-log p of all tokens but the first of each row given those before it, (B, T + 1) int64 -> (B, T) float64."""
+    """-log p of each token of a row, except the first, given the tokens before it, (B, T + 1) int64 -> (B, T)
+    float64."""
     x, y = torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(rows[:, 1:]).to(device)
     return model(x, y, loss_reduction="none").loss.double().cpu().numpy()
 

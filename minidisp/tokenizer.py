@@ -25,7 +25,7 @@ BYTE_FILE = b'{"tokenizer": "byte", "version": 1}\n'
 HUGGING_FACE_FILE = b'{"tokenizer": "huggingface", "version": 1,'  # and so on: see HuggingFaceTokenizer.pack
 MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a file that says more is damaged
 
-# What a tokenizer that normalises, strips or prepends anything would change.
+# A text that comes back changed if a tokenizer normalises, strips or adds anything.
 _PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> c  "
 
 
@@ -114,12 +114,11 @@ class SentencePieceTokenizer(Tokenizer):
     def as_merges(self) -> tuple[list[str], list[tuple[str, str]]]:
         """The same BPE as the package tokenizers writes it: the pieces in the order of ids, and the merges by rank.
 
-        In the pieces, a space is a space. SentencePiece joins any two neighbours that make a piece, those of the best
-        piece first and the leftmost first among them; so every way to cut a piece in two is a merge. Two ways to cut
-        one piece then have two ranks where SentencePiece goes by position alone. That could only matter where
-        occurrences of a piece overlap and are cut differently, which has not been seen (the tests try every text of 11
-        letters).
-        ValueError if the model is no BPE.
+        Spaces are written as spaces. SentencePiece joins two neighbours whenever they make a piece: the best piece
+        first, and from left to right. So every way to cut a piece in two becomes a merge. Two ways to cut the same
+        piece get different ranks here, while SentencePiece decides by position alone. That could only matter where a
+        piece occurs twice, overlapping and cut differently. It has not been seen (the tests try every text of 11
+        letters). ValueError if the model is no BPE.
         """
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         plain = {}
@@ -402,7 +401,7 @@ def _train(sentences: list[str], vocab_size: int) -> bytes:
         allow_whitespace_only_pieces=True,
         split_digits=True,
         character_coverage=0.9995,
-        max_sentence_length=1 << 20,  # bytes; a longer sentence would be left out without a word
+        max_sentence_length=1 << 20,  # bytes; a longer sentence would be left out silently
         unk_id=0,
         eos_id=1,
         bos_id=-1,

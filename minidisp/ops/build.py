@@ -66,7 +66,8 @@ def builds_cuda() -> bool:
 
 
 def file_stem() -> str:
-    """Of the extension built ahead. It names all that the binary depends on, so a stale one is not loaded, but left."""
+    """Of the extension built ahead. The name contains everything that the binary depends on, so an old one is never
+    loaded."""
     digest = hashlib.sha256("\0".join((*CXX_FLAGS, *NVCC_FLAGS, str(builds_cuda()))).encode())
     for path in sorted(SOURCE_FOLDER.glob("*.*")):
         digest.update(path.name.encode() + path.read_bytes())

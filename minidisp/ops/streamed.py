@@ -65,7 +65,7 @@ def _strips(u: Tensor, rows: int, buffer: Tensor) -> Iterator[tuple[int, int, Te
 
 
 def _sum_both(strip: Tensor) -> Tensor:
-    """Sum per sequence of a strip that stands for its mirror image as well, but for the square at its beginning."""
+    """Sum per sequence of a strip and its mirror image; the square at its beginning counts once."""
     rows = strip.shape[1]
     return strip.sum(dim=(1, 2)) * 2 - strip[:, :, :rows].sum(dim=(1, 2))
 
@@ -111,7 +111,7 @@ def _cosine_pairs(
         diagonal = strip.diagonal(dim1=1, dim2=2)
         if variant == "decorrelation":
             diagonal.zero_()
-            # Row by row, as sums of very many equal values round all in the same direction.
+            # Row by row: in a long sum of equal values, all rounding errors have the same sign.
             total += 2 * torch.linalg.vector_norm(strip, dim=2).square().sum(dim=1)
             total -= torch.linalg.vector_norm(strip[:, :, : stop - start], dim=2).square().sum(dim=1)
         else:

@@ -39,9 +39,9 @@ def save(run: Path, state: dict, step: int, keep: int) -> None:
 
 
 def gathered(value, keep: bool = True):
-    """A tensor, or those in a dictionary or list, in one piece and on the CPU where it is sharded; others as they are.
+    """A sharded tensor in one piece, on the CPU; any other value as it is. Dictionaries and lists are walked through.
 
-    All processes must call it alike; with keep=False, one takes part in the gathering and keeps None.
+    Every process must call it in the same order. With keep=False a process helps to gather and gets None.
     """
     return _gathered(value, keep, {})
 
@@ -60,7 +60,7 @@ def _gathered(value, keep: bool, seen: dict):
 
 
 def sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a value that all have, if the parameter is sharded; else the value."""
+    """The shard that this process has of a value, if the parameter is sharded; else the value."""
     if not hasattr(parameter, "placements"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -91,7 +91,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict:
     try:
         _inspect(path)
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a file made to do harm can make a parser raise anything
+    except Exception as error:  # a hostile file can make the parser raise any exception
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         reason = " ".join((str(error) or type(error).__name__).split())
@@ -115,7 +115,7 @@ def _has(values: object, required: dict[str, type]) -> bool:
 def _inspect(path: Path) -> None:
     """Raise an exception unless the file is whole and its pickle describes nothing but tensors that are in it.
 
-    torch.load looks at less: it reads no checksums, believes the shapes, and would unpack what is compressed.
+    torch.load checks less: it reads no checksums, trusts the shapes, and unpacks compressed entries.
     """
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
@@ -133,7 +133,7 @@ def _inspect(path: Path) -> None:
 
 
 class _Outline(pickle._Unpickler):  # the one in Python: that in C allocates gigabytes if the file asks for it
-    """Reads what a checkpoint's pickle describes, with a check in the place of every tensor."""
+    """Reads what a checkpoint's pickle describes and checks each tensor instead of making it."""
 
     def __init__(self, file: BinaryIO, prefix: str, sizes: dict[str, int]):
         super().__init__(file)
@@ -221,7 +221,8 @@ def load_tensors(tensors: list[torch.Tensor], saved: list[torch.Tensor]) -> None
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What is inside reads values out of a checkpoint: if one is missing or of a wrong kind, that is an InputError naming the file."""
+    """For code that reads values out of a checkpoint: one that is missing or of the wrong kind becomes an InputError
+    naming the file."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""What all commands share: flags that are explained when misspelt, output that any terminal takes, and exit codes."""
+"""What all commands share: hints for misspelt flags, output that any terminal can print, and exit codes."""
 
 import argparse
 import difflib
@@ -36,7 +36,7 @@ def make_printable() -> None:
     Consoles on Windows, pipes and LANG=C know few characters, and a sample or a file name may hold any.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding that could lack anything
+        if hasattr(stream, "reconfigure"):  # the streams of a notebook take any text
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -99,7 +99,7 @@ BFLOAT16_PAYS = 192  # channels: on a CPU 0.7 times as fast as float32 with 64 o
 def bfloat16_pays(n_embd: int) -> bool:
     """Whether this processor has instructions for bfloat16 (x86: AVX512-BF16 or AMX), and the model is wide enough.
 
-    It is not chosen by itself, so that a run has the same numbers, but for rounding, on every CPU.
+    The trainer does not choose it by itself: a run shall have the same numbers on every CPU, except for rounding.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot tell, none
     return n_embd >= BFLOAT16_PAYS and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
@@ -133,7 +133,7 @@ def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def fetched(values: dict) -> dict:
-    """The values with their tensors, scalars, as floats. The device is waited for once."""
+    """The values, with scalar tensors turned into floats. It waits for the device once."""
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     numbers = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
     return {**values, **dict(zip(tensors, numbers, strict=True))}

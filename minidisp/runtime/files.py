@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(temporary file), flush it to disk, and only then give it its name: all of it or nothing is there.
+    """Call write(temporary file), flush it to disk, then rename it: the file is there as a whole or not at all.
 
     Raises OSError naming `path` if the disk is full or cannot be written; then the file that was there before is intact.
     """
@@ -62,7 +62,7 @@ class _Writer(io.RawIOBase):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk: a renamed file is under its new name for good only then. Windows has no such call."""
+    """Flush a folder to disk: only then does a rename survive a power cut. Windows has no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -81,7 +81,7 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(1 << 30)  # a byte that is never written: on Windows, what is locked cannot be read either
+            file.seek(1 << 30)  # a byte that is never written: on Windows, locked bytes cannot be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if fcntl and not isinstance(error, BlockingIOError):

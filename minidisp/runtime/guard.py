@@ -15,7 +15,7 @@ from minidisp.runtime.processes import World
 
 # A step whose loss or gradient is not finite changes no weight. So many of them in a row, or in total, end the run.
 MAX_SKIPPED_IN_A_ROW = 10
-MAX_SKIPPED_IN_A_ROW_FLOAT16 = 30  # whose gradient scale starts at 2^16 and comes down by half per skipped step
+MAX_SKIPPED_IN_A_ROW_FLOAT16 = 30  # its gradient scale starts at 2^16, and each skipped step halves it
 MAX_SKIPPED = 20  # and one per hundred steps
 
 
@@ -24,7 +24,8 @@ class Diverged(RuntimeError):
 
 
 class Guard:
-    """Counts the steps whose loss or gradient is not finite, on the device: nobody waits for it until `fetch`.
+    """Counts the steps whose loss or gradient is not finite, on the device: the CPU does not wait for it before
+    `fetch`.
 
     total, in_a_row, longest and last_skipped (the index of the last such step) are what the last `fetch` has seen.
     """
