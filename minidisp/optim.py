@@ -74,11 +74,17 @@ class Average:
     def in_place(self) -> Iterator[None]:
         """Inside, the model has the average as its weights."""
         kept = [p.clone() for p in self._parameters]
-        torch._foreach_copy_(self._parameters, self.weights)
+        self._set(self.weights)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._parameters, kept)
+            self._set(kept)
+
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(
+            self._parameters, values, strict=True
+        ):  # sharded tensors cannot be copied as a list
+            parameter.copy_(value)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

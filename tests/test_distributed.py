@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import minidisp
 import train
@@ -106,7 +107,7 @@ def runs(corpus, tmp_path_factory) -> Path:
     def alone(name, **changes):
         train.main(small_config(corpus, folder / name, **changes))
 
-    rest = {"noisy_embedding": 1.0, "active_forgetting": 2, "distill": str(folder / "one"), "max_steps": 6}
+    rest = {"noisy_embedding": 1.0, "active_forgetting": 2, "distill": str(folder / "one"), "ema": 0.9, "max_steps": 6}
     alone("one", **EVERYTHING, max_steps=9)
     alone("one-rest", **EVERYTHING, **rest)
     muon = {**EVERYTHING, "max_steps": 4, "optimizer": "muon"}
@@ -115,8 +116,8 @@ def runs(corpus, tmp_path_factory) -> Path:
     printed = several(2, corpus, folder, [
         ["moving", {**EVERYTHING, "max_steps": 3}],
         ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
-        ["rest", {**EVERYTHING, **rest}],
-        ["sharded-rest", {**EVERYTHING, **rest, "shard": True}],
+        ["rest", {**EVERYTHING, **rest, "recompute": True}],
+        ["sharded-rest", {**EVERYTHING, **rest, "recompute": True, "shard": True}],
         ["sharded-compiled", {**EVERYTHING, **rest, "shard": True, "compile": "on"}],
         ["muon", muon],
         ["sharded-muon", {**muon, "shard": True}],
@@ -152,7 +153,13 @@ def test_sharding_changes_nothing(runs):
 
 @pytest.mark.parametrize("name", ["rest", "sharded-rest", "sharded-compiled"])
 def test_the_other_counter_measures_agree(runs, name):
+    """The average of the weights, too; two of them compute their blocks again."""
     assert_same_curve(curve(runs / name), curve(runs / "one-rest"))
+    assert "ema_val_loss" in curve(runs / name)[-1]
+    averages = [checkpoint.read(runs / run / checkpoint.AVERAGE)["model"] for run in (name, "one-rest")]
+    assert averages[0].keys() == averages[1].keys()
+    for key, value in averages[0].items():
+        torch.testing.assert_close(value, averages[1][key], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["muon", "sharded-muon"])

@@ -298,6 +298,22 @@ def test_recomputing_gives_the_same_weights_and_keeps_less(corpus, tmp_path, opt
     assert sizes[True] < sizes[False]
 
 
+def test_recomputing_under_compile_gives_the_same_gradients(corpus, tmp_path):
+    config = small_config(corpus, tmp_path / "x", recompute=True, vocab_size=257)
+    torch.manual_seed(0)
+    model, idx = train.GPT(config), torch.arange(128).view(4, 32)
+    gradients = []
+    torch.compiler.reset()
+    for form in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        _, ce, hidden_states = form(idx, idx, return_hidden_states=True)
+        (ce + train.DispersionLoss(impl="streamed")(hidden_states, 0)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.compiler.reset()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_an_average_of_the_weights_is_that_of_the_formula(corpus, tmp_path):
     """Taken along by hand from the checkpoints of every step, in float64."""
     run, decay = tmp_path / "run", 0.7
