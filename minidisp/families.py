@@ -333,6 +333,14 @@ def parameters_of(model: GPT) -> dict[str, Tensor]:
     return found
 
 
+def in_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """The tensor in a dtype, given as torch names it. Raises InputError naming it if a number is too large for that."""
+    converted = tensor.to(getattr(torch, dtype))
+    if not converted.isfinite().all():
+        raise InputError(f"{name} has numbers up to {tensor.abs().max():.3g}, too large for {dtype}: use bfloat16")
+    return converted
+
+
 def to_tensors(config: GPTConfig, parameters: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
     """The parameters as a format names and cuts them."""
     tensors = {}

@@ -15,11 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from minidisp import InputError
-from minidisp.families import Names, family_of, parameters_of, stored_form, to_tensors
-from minidisp.hf import in_dtype, to_tokenizer
+from minidisp.families import Names, family_of, in_dtype, parameters_of, stored_form, to_tensors
 from minidisp.model import GPTConfig
 from minidisp.runtime import checkpoint
-from minidisp.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer
+from minidisp.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of matrices; vectors stay float32
 NAMES = Names({

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 from minidisp import InputError, read_bytes
 from minidisp.config import read_json
-from minidisp.families import FAMILIES, Settings, read_config, stored_form, weights
+from minidisp.families import FAMILIES, Settings, in_dtype, read_config, stored_form, weights
 from minidisp.model import GPT, GPTConfig
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code
-from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["config.json", "tokenizer.json", INDEX, "*.safetensors", *HuggingFaceTokenizer.FILES]
@@ -316,14 +316,6 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def in_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    """The tensor in a dtype, given as torch names it. Raises InputError naming it if a number is too large for that."""
-    converted = tensor.to(getattr(torch, dtype))
-    if not converted.isfinite().all():
-        raise InputError(f"{name} has numbers up to {tensor.abs().max():.3g}, too large for {dtype}: use bfloat16")
-    return converted
-
-
 def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
     """The texts of config.json and of the tokenizer's files by name."""
     # Documents follow one another, each behind the end of the one before, which so is the beginning, too.
@@ -347,39 +339,6 @@ def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
 
 def _json(values: dict) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def to_tokenizer(vocabulary: Tokenizer) -> tuple[dict, str]:
-    """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback, nothing around it.
-
-    The pieces have spaces as they are, so that U+2581 is no space and falls back to its three bytes, as it does here.
-    Raises InputError if the tokenizer is a SentencePiece model of another kind.
-    """
-    if isinstance(vocabulary, HuggingFaceTokenizer):
-        return vocabulary.as_used, vocabulary.eos_token
-    if isinstance(vocabulary, ByteTokenizer):
-        pieces, merges = [*(f"<0x{byte:02X}>" for byte in range(256)), "</s>"], []
-    else:
-        try:
-            pieces, merges = vocabulary.as_merges()
-        except ValueError as error:
-            raise InputError(f"tokenizer.model cannot be exported: {error}") from None
-    flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
-    silent = [i for i, token in enumerate(vocabulary.token_bytes) if not token]  # end of sequence, <unk>
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False}  # fmt: skip
-    tokenizer_json = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in silent],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": model | {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
-    }
-    return tokenizer_json, pieces[vocabulary.eos_id]
 
 
 def main(argv: list[str] | None = None) -> int:
