@@ -52,6 +52,7 @@ from train import Forward, objective  # noqa: E402
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
 MODELS = {
     "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "vocab_size": 257},
+    "tiny": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8, "vocab_size": 4096},
     "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "vocab_size": 257},
     "gpt2": {**GPT2, "block_size": 256, "batch_size": 4},
     "gpt2-1024": {**GPT2, "block_size": 1024, "batch_size": 16},

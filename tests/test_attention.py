@@ -14,15 +14,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best where it has less
 
 
-CHOSEN_DTYPES = attention.CHOSEN_DTYPES
-
-
-@pytest.fixture(autouse=True)
-def both_dtypes(monkeypatch):
-    """The operator computes both here, also the one that is left to torch in training."""
-    monkeypatch.setattr(attention, "CHOSEN_DTYPES", DTYPES)
-
-
 def reference(qkv, n_head, n_kv_head):
     """From the formula, in the dtype of qkv; written for this test."""
     _, T, width = qkv.shape
@@ -217,12 +208,9 @@ def test_an_unknown_instruction_set(monkeypatch):
         causal_attention(torch.zeros(1, 2, 12), 1, 1)
 
 
-def test_choice(monkeypatch):
+def test_choice():
     assert choose(torch.float32, "cpu", 64) == ("fused", "")
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "CHOSEN_DTYPES", CHOSEN_DTYPES)
-        assert choose(torch.float32, "cpu", 64)[0] == "torch"  # so that runs keep the numbers that they had
-        assert choose(torch.bfloat16, "cpu", 64)[0] == "fused"
+    assert choose(torch.bfloat16, "cpu", 64) == ("fused", "")
     assert choose(torch.bfloat16, "cpu", 256) == ("fused", "")
     for arguments, word in (
         ((torch.float32, "cuda", 64), "cuda"),

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from minidisp.ops import build
 
-# Of the dtypes that the operator has. float32 is left to torch, although the operator takes half the time: a run in float32
-# keeps the weights, bit for bit, that it had before there was an operator.
-CHOSEN_DTYPES = (torch.bfloat16,)
+FUSED_DTYPES = (torch.float32, torch.bfloat16)
 FUSED_MOST_WIDTH = 256  # channels of a head
 
 # How a cache takes part: what adds keys and values, (B, n_kv_head, T, D) each, to those kept before and returns all; and
@@ -80,8 +78,8 @@ def choose(
         return "torch", f"the operator does not run on {device_type}"
     if cached or dropout > 0:
         return "torch", "the operator has no " + ("cache" if cached else "dropout")
-    if dtype not in CHOSEN_DTYPES:
-        return "torch", f"the operator is not used in {str(dtype).removeprefix('torch.')}"
+    if dtype not in FUSED_DTYPES:
+        return "torch", f"the operator does not compute in {str(dtype).removeprefix('torch.')}"
     if width > FUSED_MOST_WIDTH:
         return "torch", f"the operator has no heads of more than {FUSED_MOST_WIDTH} channels"
     return "fused", ""
