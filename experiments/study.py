@@ -67,7 +67,7 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
     """Run a study, or what is left of it, print its tables and draw its figures; returns the exit code.
 
     file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the figures.
-    scales: per name a dictionary with `seeds` (how many), `train` (flags of train.py, by their names in Config), and what
+    scales: per name a dictionary with `seeds` (how many, from `first_seed` or 0 on), `train` (flags of train.py, by their names in Config), and what
     `arms` wants to know. arms(scale): label -> what this arm changes in `train`, in the order they run; the first is the baseline.
     views: what is compared; each goes from arm -> evaluations of each seed to label -> one evaluation per seed, the first the
         baseline. differences.png shows the first view.
@@ -80,12 +80,7 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
         plan = make_plan(scale, arms(scale), out, args)
         if reason := report.cannot_draw():
             print(reason, flush=True)
-        for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
-            how = finish(config, flags)
-            summary = read_json(config.run_dir / "summary.json")
-            last = summary["last"]
-            print(f"{i:3d}/{len(plan)}  {arm}, seed {seed}: {last['bits_per_byte']:.4f} bits/byte, mean cosine "
-                  f"{last['last_half_mean']:.3f}, {summary['seconds']:.0f} s{how}", flush=True)  # fmt: skip
+        train_all(plan)
         conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out)
 
     # A Ctrl-C between two runs ends here; within one, the trainer saves and ends with SystemExit.
@@ -115,8 +110,8 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
 
     Seed by seed, so that a study stopped half-way has its arms side by side.
     """
-    plan = {}
-    for seed in range(args.seeds or scale["seeds"]):
+    plan, first = {}, scale.get("first_seed", 0)
+    for seed in range(first, first + (args.seeds or scale["seeds"])):
         folders = {arm: out / f"{re.sub('[^a-z0-9.]+', '-', arm.lower()).strip('-')}-s{seed}" for arm in arms}
         for arm, changes in arms.items():
             flags = {**scale["train"], **changes, "seed": seed, "out": folders[arm]}
@@ -130,6 +125,16 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
                     line += [f"--{flag}", str(folders[value] if isinstance(value, RunOf) else value)]
             plan[arm, seed] = parse(line), line
     return plan
+
+
+def train_all(plan: dict) -> None:
+    """Train every run of the plan, or what is left of it; a line for each."""
+    for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
+        how = finish(config, flags)
+        summary = read_json(config.run_dir / "summary.json")
+        last = summary["last"]
+        print(f"{i:3d}/{len(plan)}  {arm}, seed {seed}: {last['bits_per_byte']:.4f} bits/byte, mean cosine "
+              f"{last['last_half_mean']:.3f}, {summary['seconds']:.0f} s{how}", flush=True)  # fmt: skip
 
 
 def finish(config: Config, flags: list[str]) -> str:

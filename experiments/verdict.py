@@ -1,0 +1,317 @@
+"""Does the dispersion loss help, under a plain and under a good recipe, with every arm tuned?
+
+    python data/prepare.py --input books10m.jsonl.gz --name books       # 142 English books: docs/verdict.md says where they are
+    python experiments/verdict.py --recipe gpt2 --stage choice          # and the same with --recipe fast
+    python experiments/verdict.py --recipe gpt2 --stage small --pairs "blimp/*.jsonl"
+    python experiments/verdict.py --stage report
+
+The protocol was fixed before the first run; docs/verdict.md has it in words, and what was run of it. In short:
+
+choice           each arm's learning rate, then its weight decay at that rate; seeds 100 and 101, validation books
+small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, and the best other arm of the choice
+default          8 x 192, 6.1M tokens, four seeds;          the same arms
+large            8 x 320 (11M parameters), 6.1M tokens, three seeds
+mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
+limited-choice   8 x 192 on a million words, again and again: rate, weight decay and dropout
+limited          the same with four seeds, the best and the last evaluation
+
+All arms of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per byte of
+the test books, which no choice has seen; a stage that was stopped goes on. "report" puts together what is there.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import study
+import torch
+from study import files, read_json, report
+
+import eval as evaluation
+from minidisp import InputError
+from minidisp.metrics import holm, paired_p, sign_test_p
+from minidisp.runtime.cli import Parser, exit_code
+
+ARMS = {  # how the loss is used
+    "off": {},
+    "lambda 0.1": {"dispersion": 0.1},
+    "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
+    "l2_repel": {"dispersion": 0.1, "dispersion_variant": "l2_repel"},
+}
+PUBLISHED = "lambda 0.1"
+GRID = {  # what is tried, the recipe's own value in the middle
+    "gpt2": {"lr": (1e-3, 2e-3, 4e-3), "weight_decay": (0.0, 0.1, 0.5)},
+    "fast": {"lr": (3e-3, 6e-3, 1.2e-2), "weight_decay": (0.0, 0.1, 0.5)},
+}
+SIZES = {
+    "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "warmup_steps": 40},
+    "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8, "warmup_steps": 100},
+    "large": {"n_layer": 8, "n_head": 5, "n_embd": 320, "block_size": 256, "batch_size": 8, "warmup_steps": 100},
+}
+STAGES = {  # tunes: what is chosen per arm, one after the other. settings_of: the stage that chose
+    "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "tunes": ("lr", "weight_decay")},
+    "small": {"size": "small", "max_steps": 3000, "seeds": 6, "settings_of": "choice"},
+    "default": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice"},
+    "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "choice"},
+    "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
+    "limited-choice": {"size": "default", "max_steps": 4000, "first_seed": 100, "seeds": 2, "data": "books1m",
+                       "tunes": ("lr", "weight_decay", "dropout")},
+    "limited": {"size": "default", "max_steps": 4000, "seeds": 4, "data": "books1m", "settings_of": "limited-choice"},
+}  # fmt: skip
+INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
+    "gpt2": {"lr": 2e-3},
+    "wsd": {"lr": 2e-3, "schedule": "wsd", "min_lr": 0.0},
+    "qwen3 block, ReLU^2": {"lr": 2e-3, "arch": "qwen3", "mlp": "relu2"},
+    "projections from 0": {"lr": 2e-3, "zero_init": True},
+    "muon": {"lr": 6e-3, "optimizer": "muon"},
+}
+# Compiled where that is faster: a narrow GPT-2 block is not.
+HOW = {"gpt2": {"compile": "off"}, "fast": {"compile": "on"}}
+SCALES = ("laptop", "smoke")
+DIVERGED = 3  # exit code of train.py
+EVAL_TOKENS = 102_400
+TEXTS = 32
+
+# What is measured of a finished run: key, label, digits, the words for less and for more of it.
+MEASURES = (
+    ("test", "bits per byte, test books", 4, ("better", "worse")),
+    ("other", "bits per byte, another corpus", 4, ("better", "worse")),
+    ("val", "bits per byte, validation books", 4, ("better", "worse")),
+    ("val_best", "the same at its best evaluation", 4, ("better", "worse")),
+    ("train_loss", "training loss, last tenth of the steps", 4, ("lower", "higher")),
+    ("pairs", "accuracy on minimal pairs", 4, ("worse", "better")),
+    ("rep_4", "repeated 4-grams of greedy continuations", 3, ("fewer", "more")),
+    ("last_half_mean", "mean cosine, last half of the layers", 3, ("lower", "higher")),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("verdict.py", lambda: command(parse(argv)))
+
+
+def command(args: argparse.Namespace) -> None:
+    if args.stage == "report":
+        return conclude(args)
+    stage = STAGES[args.stage]
+    out = args.out / f"{args.recipe}-{args.stage}"
+    if "tunes" in stage:
+        choose(stage, args, out)
+    else:
+        confirm(stage, args, out)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="experiments/verdict.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--stage", choices=(*STAGES, "report"), required=True, help="which part of the study")
+    add("--recipe", choices=tuple(GRID), default="gpt2", help="how to train (default gpt2)")
+    add("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it runs (default laptop)")
+    add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
+    add("--data", metavar="TEXT", help="corpus (default: books, books1m for the limited stages)")
+    add("--other", default="pystdlib", metavar="TEXT", help="a second corpus that no run sees (default pystdlib)")
+    add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
+    add(
+        "--time-ratio", type=float, metavar="R", help="one more arm: off, for R times the steps (bench/train.py says R)"
+    )
+    add("--seeds", type=int, metavar="N", help="fewer seeds than the protocol's, to try it out")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    args = parser.parse_args(argv)
+    for option in ("seeds", "threads"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise InputError(f"--{option} is {getattr(args, option)}, but must be at least 1")
+    return args
+
+
+def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
+    """(arm, seed) -> Config and command line of the stage's runs."""
+    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], **HOW[args.recipe], "recipe": args.recipe,
+             "dtype": "bfloat16", "device": "cpu", "max_steps": stage["max_steps"],
+             "eval_every": stage["max_steps"] // 4, "eval_tokens": EVAL_TOKENS}  # fmt: skip
+    if args.scale == "smoke":
+        flags |= {**study.SMOKE, "compile": "off"}
+    if args.stage == "mechanism":
+        del flags["recipe"]  # its ingredients are named one by one
+    return study.make_plan({**stage, "train": flags}, arms, out, args)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
+    """Find every arm's settings one after the other, each at the best of those before; choice.json has all that was tried.
+
+    The best is what has the fewest validation bits per byte in the mean over the seeds.
+    """
+    grid = {"dropout": (0.0, 0.1), **GRID[args.recipe]}
+    chosen = {}
+    for arm, changes in ARMS.items():
+        best, tried = {"weight_decay": 0.1}, {}
+        for field in stage["tunes"]:
+            candidates = {
+                name_of(arm, {**best, field: value}): {**changes, **best, field: value} for value in grid[field]
+            }
+            bits: dict[str, list[float]] = {}
+            for (label, seed), run in plan(stage, candidates, args, out).items():
+                bits.setdefault(label, []).append(final_bits((label, seed), run))
+            tried |= {label: float(np.mean(over_seeds)) for label, over_seeds in bits.items()}
+            winner = min(candidates, key=tried.get)
+            best |= {field: candidates[winner][field]}
+        chosen[arm] = {"settings": best, "bits_per_byte": tried[winner], "tried": tried}
+    files.write_json(out / "choice.json", {"seeds": stage["seeds"], "first_seed": stage["first_seed"], "arms": chosen})
+    rows = [
+        [arm, *(f"{c['settings'][field]:g}" for field in stage["tunes"]), f"{c['bits_per_byte']:.4f}"]
+        for arm, c in chosen.items()
+    ]
+    show(report.table([f"{args.recipe}, chosen", *stage["tunes"], "bits per byte"], rows), out)
+
+
+def name_of(arm: str, settings: dict) -> str:
+    return ", ".join([arm, *(f"{field.replace('_', ' ')} {value:g}" for field, value in sorted(settings.items()))])
+
+
+def final_bits(name: tuple[str, int], run: tuple) -> float:
+    """Train a run, or what is left of it; its validation bits per byte at the end, infinite if it diverged."""
+    try:
+        study.train_all({name: run})
+    except SystemExit as failed:
+        if failed.code != DIVERGED:
+            raise
+        return math.inf
+    return read_json(run[0].run_dir / "summary.json")["last"]["bits_per_byte"]
+
+
+# --- confirming -------------------------------------------------------------------------------------------------------
+
+
+def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """label -> flags: off, as published, and the other arm that was best in the choice; each with its own settings."""
+    path = args.out / f"{args.recipe}-{stage['settings_of']}" / "choice.json"
+    if not path.exists():
+        raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
+    chosen = read_json(path)["arms"]
+    best = min((arm for arm in chosen if arm not in ("off", PUBLISHED)), key=lambda arm: chosen[arm]["bits_per_byte"])
+    arms = {arm: {**ARMS[arm], **chosen[arm]["settings"]} for arm in ("off", PUBLISHED, best)}
+    if args.time_ratio:
+        steps = round(args.time_ratio * stage["max_steps"])
+        arms[f"off, {args.time_ratio:g} x the steps"] = {**arms["off"], "max_steps": steps}
+    return arms
+
+
+def mechanism_arms() -> dict[str, dict]:
+    uses = ("off", PUBLISHED, "tau 0.1")
+    return {f"{name}, {arm}": {**flags, **ARMS[arm]} for name, flags in INGREDIENTS.items() for arm in uses}
+
+
+def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
+    """Train the arms over the seeds, measure each run, compare; results.json, table.txt, differences.png."""
+    arms = mechanism_arms() if args.stage == "mechanism" else confirmed_arms(stage, args)
+    runs = plan(stage, arms, args, out)
+    study.train_all(runs)
+    found: dict[str, list[dict]] = {}
+    for (arm, _), (config, _) in runs.items():
+        found.setdefault(arm, []).append(measured(config, args))
+    groups = [list(arms)]
+    if args.stage == "mechanism":
+        groups = [[label for label in arms if label.startswith(f"{name}, ")] for name in INGREDIENTS]
+    results, tables = [], []
+    for group in groups:
+        compared = {key: study.compare({arm: found[arm] for arm in group}, key, words)
+                    for key, _, _, words in MEASURES if key in found[group[0]][0]}  # fmt: skip
+        results.append(compared)
+        tables += [
+            study.comparison_table(label, digits, compared[key])
+            for key, label, digits, _ in MEASURES
+            if key in compared
+        ]
+    settings = {arm: flags for arm, flags in arms.items()}
+    files.write_json(out / "results.json", {"recipe": args.recipe, "stage": args.stage, "settings": settings,
+                                            "seconds": {arm: [f["seconds"] for f in of] for arm, of in found.items()},
+                                            "compared": results})  # fmt: skip
+    show("\n\n".join(tables), out)
+    labels = {key: label for key, label, *_ in MEASURES if key in ("test", "other", "last_half_mean")}
+    title = f"{args.recipe}, {args.stage}: does the dispersion loss help?"
+    for path in report.draw_differences(results[0], labels, title, out / "differences.png"):
+        print(f"figure  {path}")
+
+
+def measured(config, args: argparse.Namespace) -> dict:
+    """The numbers of a finished run. What eval.py found is kept in its folder, so that it is done once."""
+    run, flags = config.run_dir, ["--split", "test", "--stride", str(config.block_size), "--device", "cpu"]
+    path = run / "measured.json"
+    kept = read_json(path) if path.exists() else {}
+    wanted = {"test": [*flags, "--texts", str(TEXTS)], "other": [*flags, "--data", args.other]}
+    if args.pairs:
+        wanted["pairs"] = ["--split", "none", "--minimal-pairs", args.pairs, "--device", "cpu"]
+    torch.set_num_threads(args.threads)
+    for key, line in wanted.items():
+        if key not in kept:
+            with contextlib.redirect_stdout(io.StringIO()):
+                kept[key] = evaluation.main([str(run), *line])[0]
+            files.write_json(path, kept)
+    lines, summary = report.read_metrics(run / "metrics.jsonl"), read_json(run / "summary.json")
+    late = [line["ce"] for line in lines if "ce" in line and line["step"] > 0.9 * config.max_steps]
+    found = {
+        "test": kept["test"]["bits_per_byte"],
+        "other": kept["other"]["bits_per_byte"],
+        "val": summary["last"]["bits_per_byte"],
+        "val_best": summary["best"]["bits_per_byte"],
+        "train_loss": float(np.mean(late)),
+        "rep_4": kept["test"]["writing"]["greedy"]["rep_4"],
+        "last_half_mean": summary["last"]["last_half_mean"],
+        "seconds": summary["seconds"],
+    }
+    return found | ({"pairs": kept["pairs"]["minimal_pairs"]["accuracy"]} if "pairs" in kept else {})
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------
+
+
+def conclude(args: argparse.Namespace) -> None:
+    """One row per comparison that has been run, p-values corrected for their number; verdict.txt and verdict.png."""
+    results = [read_json(path) for path in sorted(args.out.glob("*/results.json"))]
+    if not results:
+        raise InputError(f"{args.out} has no finished stage: run one with --stage first")
+    rows, drawn, p_values = [], {"test": {"off": None}, "other": {"off": None}}, []
+    for result in results:
+        for compared in result["compared"]:
+            base, *others = compared["test"]
+            for arm in others:
+                off, own = compared["test"][base]["values"], compared["test"][arm]
+                label = f"{result['recipe']}, {result['stage']}: {arm}"
+                p_values.append(paired_p(off, own["values"]))
+                better = sum(b < a for a, b in zip(off, own["values"], strict=True))
+                rows.append([label, f"{np.mean(off):.4f}", f"{own['difference']:+.4f}", f"{own['low']:+.4f} to {own['high']:+.4f}",
+                             f"{better} of {len(off)}", f"{sign_test_p(off, own['values']):.3f}"])  # fmt: skip
+                for key in drawn:
+                    drawn[key][label] = compared[key][arm]
+    for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
+        row += [f"{p:.4f}", f"{corrected:.4f}"]
+    head = [
+        "bits per byte of the test books",
+        "off",
+        "difference",
+        "95 % interval",
+        "better",
+        "sign p",
+        "p",
+        "Holm's p",
+    ]
+    show(report.table(head, rows), args.out, "verdict.txt")
+    labels = {key: label for key, label, *_ in MEASURES if key in drawn}
+    for path in report.draw_differences(drawn, labels, "Does the dispersion loss help?", args.out / "verdict.png"):
+        print(f"figure  {path}")
+
+
+def show(text: str, folder: Path, name: str = "table.txt") -> None:
+    """Print a text, and keep it."""
+    print("\n" + text)
+    files.write_atomic(folder / name, lambda file: file.write((text + "\n").encode()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
