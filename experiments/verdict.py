@@ -8,7 +8,7 @@
 The protocol was fixed before the first run; docs/verdict.md has it in words, and what was run of it. In short:
 
 choice           each arm's learning rate, then its weight decay at that rate; seeds 100 and 101, validation books
-small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, and the best other arm of the choice
+small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, the same with tau 0.1
 default          8 x 192, 6.1M tokens, four seeds;          the same arms
 large            8 x 320 (11M parameters), 6.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
@@ -40,7 +40,6 @@ ARMS = {  # how the loss is used
     "off": {},
     "lambda 0.1": {"dispersion": 0.1},
     "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
-    "l2_repel": {"dispersion": 0.1, "dispersion_variant": "l2_repel"},
 }
 PUBLISHED = "lambda 0.1"
 GRID = {  # what is tried, the recipe's own value in the middle
@@ -94,14 +93,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> None:
-    if args.stage == "report":
-        return conclude(args)
-    stage = STAGES[args.stage]
     out = args.out / f"{args.recipe}-{args.stage}"
-    if "tunes" in stage:
-        choose(stage, args, out)
+    if args.stage == "report":
+        conclude(args)
+    elif "tunes" in STAGES[args.stage]:
+        choose(STAGES[args.stage], args, out)
     else:
-        confirm(stage, args, out)
+        confirm(STAGES[args.stage], args, out)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -228,8 +226,7 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
             for key, label, digits, _ in MEASURES
             if key in compared
         ]
-    settings = {arm: flags for arm, flags in arms.items()}
-    files.write_json(out / "results.json", {"recipe": args.recipe, "stage": args.stage, "settings": settings,
+    files.write_json(out / "results.json", {"recipe": args.recipe, "stage": args.stage, "settings": arms,
                                             "seconds": {arm: [f["seconds"] for f in of] for arm, of in found.items()},
                                             "compared": results})  # fmt: skip
     show("\n\n".join(tables), out)

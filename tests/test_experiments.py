@@ -164,3 +164,54 @@ def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
         {"x": study.compare(rows, "x", ("less", "more"))}, {"x": "x"}, "?", tmp_path / "x.png"
     )
     assert path.stat().st_size > 1000
+
+
+def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatch, capsys):
+    verdict, out = load("verdict"), tmp_path / "verdict"
+    monkeypatch.setattr(verdict, "GRID", {"gpt2": {"lr": (1e-3, 2e-3), "weight_decay": (0.1, 0.5)}})
+    monkeypatch.setattr(verdict, "ARMS", {name: verdict.ARMS[name] for name in ("off", "lambda 0.1", "tau 0.1")})
+    monkeypatch.setattr(verdict, "TEXTS", 1)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "It is good.", "sentence_bad": "It are good."}\n' * 2)
+
+    def command(*more):
+        flags = ["--scale", "smoke", "--data", str(corpus), "--other", str(corpus), "--out", str(out), "--seeds", "2"]
+        return verdict.main([*flags, *more])
+
+    assert command("--stage", "small") == 2
+    assert "run --stage choice --recipe gpt2 first" in capsys.readouterr().err
+    assert command("--stage", "report") == 2
+    assert "no finished stage" in capsys.readouterr().err
+    assert command("--stage", "choice") == 0
+    choice = json.loads((out / "gpt2-choice" / "choice.json").read_text())["arms"]
+    for arm, chosen in choice.items():
+        assert chosen["bits_per_byte"] == min(chosen["tried"].values())
+        assert len(chosen["tried"]) == 3  # two rates, then the other weight decay
+        assert set(chosen["settings"]) == {"lr", "weight_decay"}, arm
+    assert command("--stage", "small", "--pairs", str(pairs), "--time-ratio", "1.5") == 0
+    results = json.loads((out / "gpt2-small" / "results.json").read_text())
+    (compared,) = results["compared"]
+    assert set(compared) == {key for key, *_ in verdict.MEASURES}
+    assert list(compared["test"]) == ["off", "lambda 0.1", "tau 0.1", "off, 1.5 x the steps"]
+    assert results["settings"]["off, 1.5 x the steps"]["max_steps"] == 4500
+    for arm in ("off", "lambda 0.1", "tau 0.1"):
+        assert results["settings"][arm] == {**verdict.ARMS[arm], **choice[arm]["settings"]}
+    run = out / "gpt2-small" / "tau-0.1-s1"
+    assert compared["train_loss"]["tau 0.1"]["values"][1] == pytest.approx(
+        [line["ce"] for line in report.read_metrics(run / "metrics.jsonl") if "ce" in line][-1]
+    )
+    capsys.readouterr()
+    assert command("--stage", "report") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("gpt2, small: ") == 3
+    assert (out / "verdict.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_verdict_takes_a_run_that_diverges_for_the_worst(load, corpus, tmp_path, monkeypatch, capsys):
+    verdict = load("verdict")
+    monkeypatch.setattr(verdict, "GRID", {"gpt2": {"lr": (1e-3, 1e30), "weight_decay": (0.1,)}})
+    monkeypatch.setattr(verdict, "ARMS", {"off": {"grad_clip": 0.0, "warmup_steps": 0, "log_every": 1}})
+    flags = ["--scale", "smoke", "--data", str(corpus), "--out", str(tmp_path), "--seeds", "1", "--stage", "choice"]
+    assert verdict.main(flags) == 0
+    tried = json.loads((tmp_path / "gpt2-choice" / "choice.json").read_text())["arms"]["off"]["tried"]
+    assert sorted(math.isfinite(bits) for bits in tried.values()) == [False, True]

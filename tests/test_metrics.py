@@ -15,13 +15,16 @@ from minidisp.metrics import (
     bootstrap_mean,
     cosine_matrix,
     distinct_ngrams,
+    holm,
     isoscore_star,
     kendall_tau_b,
     minimal_pair_values,
     paired_bootstrap,
     paired_interval,
+    paired_p,
     perplexity,
     repeated_ngrams,
+    sign_test_p,
     singular_entropy,
     singular_values,
     spearman,
@@ -456,6 +459,32 @@ def test_paired_interval_agrees_with_scipy(n):
     assert mean == pytest.approx((second - first).mean())
     assert sd == pytest.approx(np.std(second - first, ddof=1))
     assert (low, high) == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 12])
+def test_paired_p_and_the_sign_test_agree_with_scipy(n):
+    stats = pytest.importorskip("scipy.stats")
+    first, second = np.random.default_rng(n).normal(size=(2, n))
+    assert paired_p(first, second) == pytest.approx(stats.ttest_rel(second, first).pvalue, rel=1e-9)
+    assert sign_test_p(first, second) == pytest.approx(stats.binomtest(int((second > first).sum()), n).pvalue)
+    _, _, low, high = paired_interval(first, second)
+    assert (paired_p(first, second) < 0.05) == (low > 0 or high < 0)
+
+
+def test_tests_over_seeds_at_their_limits():
+    assert math.isnan(paired_p([1.0], [2.0]))
+    assert paired_p([1, 2, 3], [2, 3, 4]) == 0
+    assert paired_p([1, 2], [1, 2]) == 1
+    assert sign_test_p([0] * 6, [1] * 6) == 0.03125
+    assert sign_test_p([0] * 7, [0] + [1] * 6) == 0.03125
+    assert sign_test_p([0, 0], [0, 0]) == 1
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, math.nan, 0.9])[::2] == [1, 1]
+    assert math.isnan(holm([0.5, math.nan])[1])
+    assert holm([]) == []
 
 
 def test_paired_interval_at_its_limits():
