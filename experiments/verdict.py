@@ -41,7 +41,6 @@ ARMS = {  # how the loss is used
     "lambda 0.1": {"dispersion": 0.1},
     "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
 }
-PUBLISHED = "lambda 0.1"
 GRID = {  # what is tried, the recipe's own value in the middle
     "gpt2": {"lr": (1e-3, 2e-3, 4e-3), "weight_decay": (0.0, 0.1, 0.5)},
     "fast": {"lr": (3e-3, 6e-3, 1.2e-2), "weight_decay": (0.0, 0.1, 0.5)},
@@ -187,13 +186,12 @@ def final_bits(name: tuple[str, int], run: tuple) -> float:
 
 
 def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """label -> flags: off, as published, and the other arm that was best in the choice; each with its own settings."""
+    """label -> flags: every arm with the settings that were chosen for it."""
     path = args.out / f"{args.recipe}-{stage['settings_of']}" / "choice.json"
     if not path.exists():
         raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
     chosen = read_json(path)["arms"]
-    best = min((arm for arm in chosen if arm not in ("off", PUBLISHED)), key=lambda arm: chosen[arm]["bits_per_byte"])
-    arms = {arm: {**ARMS[arm], **chosen[arm]["settings"]} for arm in ("off", PUBLISHED, best)}
+    arms = {arm: {**changes, **chosen[arm]["settings"]} for arm, changes in ARMS.items()}
     if args.time_ratio:
         steps = round(args.time_ratio * stage["max_steps"])
         arms[f"off, {args.time_ratio:g} x the steps"] = {**arms["off"], "max_steps": steps}
@@ -201,8 +199,7 @@ def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
 
 
 def mechanism_arms() -> dict[str, dict]:
-    uses = ("off", PUBLISHED, "tau 0.1")
-    return {f"{name}, {arm}": {**flags, **ARMS[arm]} for name, flags in INGREDIENTS.items() for arm in uses}
+    return {f"{name}, {arm}": {**flags, **uses} for name, flags in INGREDIENTS.items() for arm, uses in ARMS.items()}
 
 
 def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
