@@ -11,6 +11,7 @@ table.txt, results.json, differences.png, and, where there are few arms, condens
 import argparse
 import contextlib
 import gc
+import io
 import math
 import re
 import signal
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from minidisp import InputError, report  # noqa: E402
 from minidisp.config import Config, parse, read_json, to_dict  # noqa: E402
@@ -49,6 +51,7 @@ MEASURES = (
     ("last_half_mean", "mean cosine, last half of the layers", 3, ("lower", "higher")),
     ("spearman", "Spearman, mean cosine against depth", 3, ("lower", "higher")),
     ("kendall", "Kendall, mean cosine against depth", 3, ("lower", "higher")),
+    ("other", "bits per byte of the other corpus, best checkpoint", 4, ("better", "worse")),
 )
 Evaluations = list[dict]  # of one run in order, or of one moment, one per seed
 
@@ -77,11 +80,11 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
     def command() -> None:
         args = parse_arguments(name, doc, scales, argv)
         scale, out = scales[args.scale], Path(args.out or f"runs/{name}-{args.scale}")
-        plan = make_plan(scale, arms(scale), out, args)
+        plan = make_plan(scale, at_equal_time(arms(scale), scale["train"], args.time_ratio), out, args)
         if reason := report.cannot_draw():
             print(reason, flush=True)
         train_all(plan)
-        conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out)
+        conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out, args.other)
 
     # A Ctrl-C between two runs ends here; within one, the trainer saves and ends with SystemExit.
     return exit_code(f"{name}.py", command)
@@ -98,11 +101,41 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
         "--seeds", type=int, metavar="N", help="another number of seeds than the scale's; more show smaller differences"
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    args = parser.parse_args(argv)
+    add_measures(parser)
+    return check_counts(parser.parse_args(argv))
+
+
+def add_measures(parser: argparse.ArgumentParser) -> None:
+    """Flags that every study has: what is compared beside tokens and validation."""
+    add = parser.add_argument
+    add("--other", metavar="TEXT", help="also bits per byte of this corpus's test split, which no run is trained on")
+    add(
+        "--time-ratio",
+        type=float,
+        metavar="R",
+        help="one more arm: the first one, for R times the steps; R is how much longer a step with the loss takes on an "
+        "idle machine (bench/train.py: the row minidisp against minidisp + dispersion)",
+    )
+
+
+def check_counts(args: argparse.Namespace) -> argparse.Namespace:
     for option in ("seeds", "threads"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise InputError(f"--{option} is {getattr(args, option)}, but must be at least 1")
+    if args.time_ratio is not None and not 0 < args.time_ratio < 100:
+        raise InputError(
+            f"--time-ratio is {args.time_ratio:g}, but must be more than 0 and less than 100, such as 1.05"
+        )
     return args
+
+
+def at_equal_time(arms: dict[str, dict], flags: dict, ratio: float | None) -> dict[str, dict]:
+    """The arms, and with a ratio the first one once more, for as many steps as it takes in the time of a slower arm."""
+    if ratio is None:
+        return arms
+    first, changes = next(iter(arms.items()))
+    steps = {**flags, **changes}["max_steps"]
+    return {**arms, f"{ratio:g} x the steps of {first}": {**changes, "max_steps": round(ratio * steps)}}
 
 
 def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Namespace) -> dict:
@@ -177,13 +210,27 @@ def finish(config: Config, flags: list[str]) -> str:
     return remark
 
 
-def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out: Path) -> None:
-    """Tables on the screen and in table.txt, results.json, figures."""
+def evaluated(config: Config, name: str, flags: list[str]) -> dict:
+    """What eval.py finds of a finished run with these flags. Kept under this name in its measured.json, and so found once."""
+    path = config.run_dir / "measured.json"
+    kept = read_json(path) if path.exists() else {}
+    if name not in kept:
+        with contextlib.redirect_stdout(io.StringIO()):
+            kept[name] = evaluation.main([str(config.run_dir), "--device", config.device, *flags])[0]
+        files.write_json(path, kept)
+    return kept[name]
+
+
+def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out: Path, other: str | None) -> None:
+    """Tables on the screen and in table.txt, results.json, figures. other: a corpus that no run is trained on."""
     evaluations: dict[str, list[Evaluations]] = {}
     cost: dict[str, list[dict]] = {}
     for (arm, _), (config, _) in plan.items():
         metrics = report.read_metrics(config.run_dir / "metrics.jsonl")
         evaluations.setdefault(arm, []).append([line for line in metrics if "val_loss" in line])
+        if other:  # of the last evaluation, as nothing else is left of the earlier ones
+            flags = ["--split", "test", "--stride", str(config.block_size), "--data", other]
+            evaluations[arm][-1][-1]["other"] = evaluated(config, f"other {other}", flags)["bits_per_byte"]
         cost.setdefault(arm, []).append(read_json(config.run_dir / "summary.json"))
     seeds = len({seed for _, seed in plan})
 
@@ -204,12 +251,13 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     compared = {}
     for view in views:
         rows = view(evaluations)
-        compared[view.__name__] = {key: compare(rows, key, words) for key, _, _, words in MEASURES}
-        tables += [comparison_table(label, digits, compared[view.__name__][key]) for key, label, digits, _ in MEASURES]
+        known = [m for m in MEASURES if all(m[0] in e for over_seeds in rows.values() for e in over_seeds)]
+        compared[view.__name__] = {key: compare(rows, key, words) for key, _, _, words in known}
+        tables += [comparison_table(label, digits, compared[view.__name__][key]) for key, label, digits, _ in known]
         base, *others = rows
         tables.append(
             f"{seeds} seeds. Differences to {base!r}, taken seed by seed, with Student's 95 % interval: of the "
-            f"{len(others) * len(MEASURES)} here, about one in twenty leaves out 0 by chance."
+            f"{len(others) * len(known)} here, about one in twenty leaves out 0 by chance."
         )
     text = "\n\n".join(tables)
     print("\n" + text)

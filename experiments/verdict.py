@@ -20,8 +20,6 @@ the test books, which no choice has seen; a stage that was stopped goes on. "rep
 """
 
 import argparse
-import contextlib
-import io
 import math
 import sys
 from pathlib import Path
@@ -31,7 +29,6 @@ import study
 import torch
 from study import files, read_json, report
 
-import eval as evaluation
 from minidisp import InputError
 from minidisp.metrics import holm, paired_p, sign_test_p
 from minidisp.runtime.cli import Parser, exit_code
@@ -110,18 +107,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it runs (default laptop)")
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
     add("--data", metavar="TEXT", help="corpus (default: books, books1m for the limited stages)")
-    add("--other", default="pystdlib", metavar="TEXT", help="a second corpus that no run sees (default pystdlib)")
     add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
-    add(
-        "--time-ratio", type=float, metavar="R", help="one more arm: off, for R times the steps (bench/train.py says R)"
-    )
-    add("--seeds", type=int, metavar="N", help="fewer seeds than the protocol's, to try it out")
+    add("--seeds", type=int, metavar="N", help="another number of seeds than the protocol's")
+    add("--first-seed", type=int, metavar="N", help="and another first one: so two processes can share a stage")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
-    args = parser.parse_args(argv)
-    for option in ("seeds", "threads"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise InputError(f"--{option} is {getattr(args, option)}, but must be at least 1")
-    return args
+    study.add_measures(parser)
+    parser.set_defaults(other="pystdlib")
+    return study.check_counts(parser.parse_args(argv))
 
 
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
@@ -133,7 +125,9 @@ def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path
         flags |= {**study.SMOKE, "compile": "off"}
     if args.stage == "mechanism":
         del flags["recipe"]  # its ingredients are named one by one
-    return study.make_plan({**stage, "train": flags}, arms, out, args)
+    arms = study.at_equal_time(arms, flags, args.time_ratio)
+    first = stage.get("first_seed", 0) if args.first_seed is None else args.first_seed
+    return study.make_plan({**stage, "first_seed": first, "train": flags}, arms, out, args)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -142,7 +136,7 @@ def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path
 def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
     """Find every arm's settings one after the other, each at the best of those before; choice.json has all that was tried.
 
-    The best is what has the fewest validation bits per byte in the mean over the seeds.
+    The best is what has the fewest validation bits per byte in the mean over the seeds; null stands for a run that diverged.
     """
     grid = {"dropout": (0.0, 0.1), **GRID[args.recipe]}
     chosen = {}
@@ -191,11 +185,7 @@ def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
     if not path.exists():
         raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
     chosen = read_json(path)["arms"]
-    arms = {arm: {**changes, **chosen[arm]["settings"]} for arm, changes in ARMS.items()}
-    if args.time_ratio:
-        steps = round(args.time_ratio * stage["max_steps"])
-        arms[f"off, {args.time_ratio:g} x the steps"] = {**arms["off"], "max_steps": steps}
-    return arms
+    return {arm: {**changes, **chosen[arm]["settings"]} for arm, changes in ARMS.items()}
 
 
 def mechanism_arms() -> dict[str, dict]:
@@ -210,7 +200,7 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
     found: dict[str, list[dict]] = {}
     for (arm, _), (config, _) in runs.items():
         found.setdefault(arm, []).append(measured(config, args))
-    groups = [list(arms)]
+    groups = [list(found)]
     if args.stage == "mechanism":
         groups = [[label for label in arms if label.startswith(f"{name}, ")] for name in INGREDIENTS]
     results, tables = [], []
@@ -233,33 +223,27 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
         print(f"figure  {path}")
 
 
-def measured(config, args: argparse.Namespace) -> dict:
-    """The numbers of a finished run. What eval.py found is kept in its folder, so that it is done once."""
-    run, flags = config.run_dir, ["--split", "test", "--stride", str(config.block_size), "--device", "cpu"]
-    path = run / "measured.json"
-    kept = read_json(path) if path.exists() else {}
-    wanted = {"test": [*flags, "--texts", str(TEXTS)], "other": [*flags, "--data", args.other]}
-    if args.pairs:
-        wanted["pairs"] = ["--split", "none", "--minimal-pairs", args.pairs, "--device", "cpu"]
+def measured(config: study.Config, args: argparse.Namespace) -> dict:
+    """The numbers of a finished run."""
     torch.set_num_threads(args.threads)
-    for key, line in wanted.items():
-        if key not in kept:
-            with contextlib.redirect_stdout(io.StringIO()):
-                kept[key] = evaluation.main([str(run), *line])[0]
-            files.write_json(path, kept)
-    lines, summary = report.read_metrics(run / "metrics.jsonl"), read_json(run / "summary.json")
-    late = [line["ce"] for line in lines if "ce" in line and line["step"] > 0.9 * config.max_steps]
+    text = ["--split", "test", "--stride", str(config.block_size)]
+    test = study.evaluated(config, "test", [*text, "--texts", str(TEXTS)])
+    lines, summary = report.read_metrics(config.run_dir / "metrics.jsonl"), read_json(config.run_dir / "summary.json")
+    losses = [line["ce"] for line in lines if "ce" in line]
     found = {
-        "test": kept["test"]["bits_per_byte"],
-        "other": kept["other"]["bits_per_byte"],
+        "test": test["bits_per_byte"],
+        "other": study.evaluated(config, f"other {args.other}", [*text, "--data", args.other])["bits_per_byte"],
         "val": summary["last"]["bits_per_byte"],
         "val_best": summary["best"]["bits_per_byte"],
-        "train_loss": float(np.mean(late)),
-        "rep_4": kept["test"]["writing"]["greedy"]["rep_4"],
+        "train_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
+        "rep_4": test["writing"]["greedy"]["rep_4"],
         "last_half_mean": summary["last"]["last_half_mean"],
         "seconds": summary["seconds"],
     }
-    return found | ({"pairs": kept["pairs"]["minimal_pairs"]["accuracy"]} if "pairs" in kept else {})
+    if args.pairs:
+        pairs = study.evaluated(config, f"pairs {args.pairs}", ["--split", "none", "--minimal-pairs", args.pairs])
+        found["pairs"] = pairs["minimal_pairs"]["accuracy"]
+    return found
 
 
 # --- what it comes to -------------------------------------------------------------------------------------------------

@@ -56,6 +56,35 @@ def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
     assert script.SCALES[scale]["seeds"] >= 2
 
 
+def test_a_study_at_equal_time_and_on_another_corpus(load, corpus, tmp_path, capsys):
+    script = load("mlp_width")
+    flags = [
+        "--scale",
+        "smoke",
+        "--data",
+        str(corpus),
+        "--other",
+        str(corpus),
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert script.main([*flags, "--time-ratio", "1.5"]) == 0
+    assert "bits per byte of the other corpus" in capsys.readouterr().out
+    first, *_, longer = json.loads((tmp_path / "results.json").read_text())["compared"]["at_the_end"]["other"].items()
+    assert longer[0] == f"1.5 x the steps of {first[0]}"
+    assert longer[1]["values"] != first[1]["values"]
+    summaries = [
+        json.loads((tmp_path / f"{name}-s0" / "summary.json").read_text())
+        for name in ("mlp-4", "1.5-x-the-steps-of-mlp-4")
+    ]
+    assert summaries[1]["tokens"] == 1.5 * summaries[0]["tokens"]
+    for ratio in ("0", "nan", "-1"):
+        assert script.main([*flags, "--time-ratio", ratio]) == 2
+        assert "--time-ratio" in capsys.readouterr().err
+
+
 def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tmp_path, monkeypatch, capsys):
     script, lr = load("mlp_width"), train.learning_rate
 
@@ -192,8 +221,10 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     results = json.loads((out / "gpt2-small" / "results.json").read_text())
     (compared,) = results["compared"]
     assert set(compared) == {key for key, *_ in verdict.MEASURES}
-    assert list(compared["test"]) == ["off", "lambda 0.1", "tau 0.1", "off, 1.5 x the steps"]
-    assert results["settings"]["off, 1.5 x the steps"]["max_steps"] == 4500
+    assert list(compared["test"]) == ["off", "lambda 0.1", "tau 0.1", "1.5 x the steps of off"]
+    assert (
+        json.loads((out / "gpt2-small" / "1.5-x-the-steps-of-off-s0" / "summary.json").read_text())["tokens"] == 6 * 128
+    )
     for arm in ("off", "lambda 0.1", "tau 0.1"):
         assert results["settings"][arm] == {**verdict.ARMS[arm], **choice[arm]["settings"]}
     run = out / "gpt2-small" / "tau-0.1-s1"
@@ -214,4 +245,5 @@ def test_verdict_takes_a_run_that_diverges_for_the_worst(load, corpus, tmp_path,
     flags = ["--scale", "smoke", "--data", str(corpus), "--out", str(tmp_path), "--seeds", "1", "--stage", "choice"]
     assert verdict.main(flags) == 0
     tried = json.loads((tmp_path / "gpt2-choice" / "choice.json").read_text())["arms"]["off"]["tried"]
-    assert sorted(math.isfinite(bits) for bits in tried.values()) == [False, True]
+    assert [label for label, bits in tried.items() if bits is None] == ["off, lr 1e+30, weight decay 0.1"]
+    assert len(tried) == 2
