@@ -182,18 +182,27 @@ void squared_relu_backward(const void* grad, const void* x, void* out, int64_t b
 
 using B16 = c10::BFloat16;
 
+// table[index[l]] in lane l.
+PAIR_INLINE F gather(const float* table, const uint16_t* index) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  return __builtin_ia32_gathersiv16sf(F{}, table, (I)__builtin_convertvector(load<Short>(index), U), -1, sizeof(float));
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+  const I lanes = (I)__builtin_convertvector(load<Short>(index), U);
+  return __builtin_ia32_gathersiv8sf(F{}, table, lanes, (F)(I{} - 1), sizeof(float));
+#else
+  float part[W];
+  for (int64_t l = 0; l < W; ++l) part[l] = table[index[l]];
+  return load<F>(part);
+#endif
+}
+
 void lookup_backward(const void* grad, const void* x, const float* slopes, void* out, int64_t begin, int64_t end) {
-  constexpr int64_t kChunk = 512;
-  float slope[kChunk];
-  for (; begin < end; begin += kChunk) {
-    const int64_t count = std::min(kChunk, end - begin);
-    const uint16_t* in = static_cast<const uint16_t*>(x) + begin;
-    const B16* g = static_cast<const B16*>(grad) + begin;
-    B16* y = static_cast<B16*>(out) + begin;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; ++i) slope[i] = slopes[in[i]];
-    for_vectors(count, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA { write(y + d, read(g + d, part) * read(slope + d, part), part); });
-  }
+  const uint16_t* in = static_cast<const uint16_t*>(x) + begin;
+  const B16* g = static_cast<const B16*>(grad) + begin;
+  B16* y = static_cast<B16*>(out) + begin;
+  int64_t i = 0;
+  for (; i + W <= end - begin; i += W) write(y + i, read(g + i) * gather(slopes, in + i));
+  for (; i < end - begin; ++i) y[i] = static_cast<float>(g[i]) * slopes[in[i]];
 }
 
 // In strips of 64 columns, so that few rows of out are written at a time, 32 rows after 32, which make whole lines of memory there.
@@ -221,7 +230,7 @@ void transpose(const void* from, int64_t rows, int64_t columns, void* to, float*
           for (int64_t l = 0; l < W; ++l) total += r[l];
           transpose_step<float, 1>(r);
 #pragma GCC unroll 16
-          for (int64_t l = 0; l < W; ++l) write(line + l * kLine + half, r[l]);
+          for (int64_t l = 0; l < W; ++l) store(line + l * kLine + half, __builtin_convertvector((U)r[l] >> 16, Short));  // exact
         }
         sum[(c - strip) / W] += total;
         for (int64_t l = 0; l < part; ++l) {

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError
-from minidisp.loss import compute_dtype, cross_entropy
+from minidisp.loss import cross_entropy
 from minidisp.ops import layers
-from minidisp.ops.attention import causal_attention
+from minidisp.ops.attention import causal_attention, compute_dtype
 
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 

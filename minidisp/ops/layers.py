@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidisp.ops import attention
+from minidisp.ops.attention import compute_dtype
 
 
 def _fake_like(x: Tensor, *_) -> Tensor:
@@ -40,6 +41,7 @@ def _fake_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     return _fake_like(x), _fake_like(weight), x.new_empty(len(weight), dtype=torch.float32)
 
 
+EITHER = (torch.float32, torch.bfloat16)
 FAKES = {
     "norm": _fake_norm, "norm_backward": _fake_norm_backward, "rotate": _fake_like, "rotate_backward": _fake_rotate_backward,
     "squared_relu": _fake_like, "squared_relu_backward": _fake_like, "lookup": _fake_like, "lookup_backward": _fake_like,
@@ -57,24 +59,15 @@ def find_or_build() -> str:
     return missing
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype matrix products of x are computed: autocast's where it is on, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-
-
 def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
     """Whether the operators compute on x: on a CPU, where products are in one of the dtypes, and not under torch.compile.
 
     Finds the extension or builds it if that is all that is missing. Norms with centring, GELU and linear layers stay with
     torch in float32, where torch's forms are as fast.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or product_dtype(x) not in dtypes:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(x) not in dtypes:
         return False
     return x.dtype in EITHER and not find_or_build()
-
-
-EITHER = (torch.float32, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,21 +75,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Without a gradient, autocast keeps the weights that it has cast; with one, they change before they are used again.
     if not torch.is_grad_enabled() or not fuses(x):
         return F.linear(x, weight, bias)
-    dtype = product_dtype(x)
+    dtype = compute_dtype(x)
     return torch.ops.minidisp.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension, in the dtype of the matrix products that read it."""
     if fuses(x):
-        return torch.ops.minidisp.norm(x, weight, bias, eps, True, product_dtype(x))
+        return torch.ops.minidisp.norm(x, weight, bias, eps, True, compute_dtype(x))
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in the dtype of the matrix products that read it."""
     if fuses(x, EITHER):
-        return torch.ops.minidisp.norm(x, weight, None, eps, False, product_dtype(x))
+        return torch.ops.minidisp.norm(x, weight, None, eps, False, compute_dtype(x))
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
