@@ -13,7 +13,6 @@ The peak memory is what a step needs beyond input, output and gradients, and com
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minidisp.ops import attention
+from minidisp.runtime.device import cpu_model
 
 SHAPES = "12x4x64x32,8x6x256x32,16x6x256x64,2x12x1024x64,4x12x256x64"
 MOST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the norm
@@ -136,7 +136,7 @@ def main() -> None:
         raise SystemExit(f"there is no operator to time: {missing}")
 
     instructions = torch.ops.minidisp.instruction_set()
-    where = f"{platform.machine()} CPU, {args.threads} threads"
+    where = f"{cpu_model()}, {args.threads} threads"
     print(f"causal attention on {where}, torch {torch.__version__}; instructions: {instructions}")
     print("ms of torch -> of the operator, and in brackets how many times as fast that is\n")
     print("| (B, H, T, D) | dtype | forward | backward | both | GFLOP/s | error, torch's | MiB, torch's | taken |")
@@ -163,7 +163,6 @@ def main() -> None:
         json.dumps(
             {
                 "device": where,
-                "processor": processor(),
                 "instructions": instructions,
                 "cpus": os.cpu_count(),
                 "torch": torch.__version__,
@@ -172,12 +171,6 @@ def main() -> None:
             }
         )
     )
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

@@ -46,11 +46,15 @@ from minidisp.config import Config, from_dict  # noqa: E402
 from minidisp.data import Batches, Dataset  # noqa: E402
 from minidisp.dispersion import DispersionLoss  # noqa: E402
 from minidisp.model import GPT  # noqa: E402
+from minidisp.ops import layers  # noqa: E402
 from minidisp.optim import build_optimizers  # noqa: E402
+from minidisp.runtime.device import cpu_model, keep_freed_memory  # noqa: E402
 from train import Forward, objective  # noqa: E402
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
 MODELS = {
+    "4x64": {"n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 64, "batch_size": 12, "vocab_size": 257},
+    "8x64": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 16, "vocab_size": 257},
     "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "vocab_size": 257},
     "tiny": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8, "vocab_size": 4096},
     "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "vocab_size": 257},
@@ -357,6 +361,11 @@ def measure(model: str, folder: Path, args) -> dict:
     return result
 
 
+def instruction_set() -> str:
+    """That the extension's operators use."""
+    return layers.find_or_build() or torch.ops.minidisp.instruction_set()
+
+
 def make_config(model: str) -> Config:
     return from_dict({**MODELS[model], "lr": 1e-4, "weight_decay": 0.1, "beta2": 0.95})
 
@@ -409,6 +418,7 @@ def main() -> None:
         )
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the trainer; all forms profit from it
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.peak_of:
@@ -416,9 +426,9 @@ def main() -> None:
         print_peak(args.peak_of, config, Batches(Dataset(args.data).split("train"), config.block_size, seed=0), args)
         return
 
-    where = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
-    )
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_model()}, {args.threads} threads"
+    if args.device == "cpu":
+        where += f", instructions of the operators: {instruction_set()}"
     print(f"{where}, {args.dtype}, torch {torch.__version__}", end="")
     if args.forms is None or "dispersion" in args.forms:
         print(f"; dispersion {DISPERSION}, all layers and tokens: {DispersionLoss().prepare(args.device)}", end="")

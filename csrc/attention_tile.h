@@ -8,39 +8,10 @@
 
 #include "vector_tile.h"
 
-typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
-constexpr int64_t W = lanes<float>();
-
 constexpr int64_t kPanel = 32;   // queries side by side in a transposed block
 constexpr int64_t kKeys = 256;   // forward, in a tile
 constexpr int64_t kRowQueries = 128, kColumnKeys = 64;  // backward
 constexpr int64_t kTileStride = kRowQueries + 16;       // off the powers of two, whose rows would fight for the same cache lines
-
-// W elements as floats, or the first count of them and zeros.
-PAIR_INLINE F read(const float* p) { return load<F>(p); }
-PAIR_INLINE F read(const c10::BFloat16* p) { return (F)(__builtin_convertvector(load<Short>(p), U) << 16); }
-template <class T>
-PAIR_INLINE F read(const T* p, int64_t count) {
-  if (count >= W) return read(p);
-  T part[W] = {};
-  for (int64_t d = 0; d < count; ++d) part[d] = p[d];
-  return read(part);
-}
-PAIR_INLINE void write(float* p, F x) { store(p, x); }
-PAIR_INLINE void write(c10::BFloat16* p, F x) {  // rounded to the nearest, ties to even
-  U bits = (U)x;
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  bits = x == x ? bits : U{} + 0x7fc0;
-  store(p, __builtin_convertvector(bits, Short));
-}
-template <class T>
-PAIR_INLINE void write(T* p, F x, int64_t count) {
-  if (count >= W) return write(p, x);
-  T part[W];
-  write(part, x);
-  for (int64_t d = 0; d < count; ++d) p[d] = part[d];
-}
 
 // 2^x for x <= 0 or not far above, to a unit in the last place; NaN stays NaN, below 2^-126 it stays there.
 PAIR_INLINE F power_of_two(F x) {
@@ -73,14 +44,6 @@ PAIR_INLINE void fetch(const T* row, int64_t stride, int64_t rows, int64_t width
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < rows; ++i, row += stride)
     for (int64_t d = 0; d < width; d += line) __builtin_prefetch(row + d, kWrite);
-}
-
-// function(d, part) for every vector of a row; part: how many of its elements are in the row.
-template <class Function>
-PAIR_INLINE void for_vectors(int64_t width, Function function) {
-  int64_t d = 0;
-  for (; d + W <= width; d += W) function(d, std::integral_constant<int64_t, W>());
-  if (d < width) function(d, width - d);
 }
 
 struct Range {

@@ -18,6 +18,25 @@ TORCH_LIBRARY(minidisp, m) {
   m.def("causal_attention(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)");
   m.def(
       "causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor");
-  // The best instructions that these two use here: baseline, avx2, avx512 or amx.
+  // What a block does besides (layers_cpu.cpp), in float32 and bfloat16, computed in float32. Backward returns the gradient of the
+  // input, and those of the weights as the rows of one float32 tensor (2, width).
+  // LayerNorm (centred) or RMSNorm over the last dimension, the output in dtype.
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> Tensor");
+  m.def("norm_backward(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred) -> (Tensor, Tensor)");
+  // RMSNorm of every head of the queries and keys in qkv, as above, then rotary positions: cos and sin are float32 (T, D).
+  m.def(
+      "rotate(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int n_head, int n_kv_head, float eps) -> Tensor");
+  m.def(
+      "rotate_backward(Tensor grad_out, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int n_head, "
+      "int n_kv_head, float eps) -> (Tensor, Tensor)");
+  m.def("squared_relu(Tensor x) -> Tensor");
+  m.def("squared_relu_backward(Tensor grad_out, Tensor x) -> Tensor");
+  // Any function of one number, in bfloat16: values (65536) in bfloat16 and slopes (65536) in float32, by the bits of x.
+  m.def("lookup(Tensor x, Tensor values, Tensor slopes) -> Tensor");
+  m.def("lookup_backward(Tensor grad_out, Tensor x, Tensor slopes) -> Tensor");
+  // x weight^T + bias in bfloat16. Backward returns the gradients of x and weight, and that of bias in float32.
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_backward(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)");
+  // The best instructions that these use here: baseline, avx2, avx512 or amx.
   m.def("instruction_set() -> str");
 }

@@ -28,6 +28,43 @@ template <class V, class T>
 PAIR_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+constexpr int64_t W = lanes<float>();
+
+// W elements as floats, or the first count of them and zeros.
+PAIR_INLINE F read(const float* p) { return load<F>(p); }
+PAIR_INLINE F read(const c10::BFloat16* p) { return (F)(__builtin_convertvector(load<Short>(p), U) << 16); }
+template <class T>
+PAIR_INLINE F read(const T* p, int64_t count) {
+  if (count >= W) return read(p);
+  T part[W] = {};
+  for (int64_t d = 0; d < count; ++d) part[d] = p[d];
+  return read(part);
+}
+PAIR_INLINE void write(float* p, F x) { store(p, x); }
+PAIR_INLINE void write(c10::BFloat16* p, F x) {  // rounded to the nearest, ties to even
+  U bits = (U)x;
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  bits = x == x ? bits : U{} + 0x7fc0;
+  store(p, __builtin_convertvector(bits, Short));
+}
+template <class T>
+PAIR_INLINE void write(T* p, F x, int64_t count) {
+  if (count >= W) return write(p, x);
+  T part[W];
+  write(part, x);
+  for (int64_t d = 0; d < count; ++d) p[d] = part[d];
+}
+
+// function(d, part) for every vector of a row; part: how many of its elements are in the row.
+template <class Function>
+PAIR_INLINE void for_vectors(int64_t width, Function function) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) function(d, std::integral_constant<int64_t, W>());
+  if (d < width) function(d, width - d);
+}
+
 // C += A B for a block of M rows and N vectors that fits the registers: summed from zero, then added. A(m, k) stands at
 // a[m * lda + k], or at a[k * lda + m] if kTransposed.
 template <class T, int M, int N, bool kTransposed>

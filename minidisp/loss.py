@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidisp import InputError
+from minidisp.ops.attention import compute_dtype
 
 IGNORE = -1  # a target that is not counted
 CHUNKED_MIN_VOCAB: int | None = 1024  # from this vocabulary on in chunks of tokens; for 256 bytes it would not pay
@@ -106,12 +107,6 @@ def chunk_tokens(x: Tensor) -> int:
     """How many tokens' logits exist at the same time: few on a CPU, so that they fit its caches; elsewhere enough to
     keep the device busy."""
     return 512 if x.device.type == "cpu" else 2048
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 def refuse_unlike_forms() -> None:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError
-from minidisp.loss import compute_dtype, cross_entropy
-from minidisp.ops.attention import causal_attention
+from minidisp.loss import cross_entropy
+from minidisp.ops import layers
+from minidisp.ops.attention import causal_attention, compute_dtype
 
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 
@@ -148,20 +149,32 @@ class Output(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None  # n_layer + 1 times (B, T, C)
 
 
+class Linear(nn.Linear):
+    """torch's, by the fastest form there is; so the norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """The output comes in the dtype of the matrix products that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """The output comes in the dtype of the matrix products that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.rms_norm(x, self.weight, self.eps)
+
+
 def norm(config: GPTConfig, width: int) -> nn.Module:
     """LayerNorm or RMSNorm over the last dimension."""
     if config.arch == "gpt2":
-        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(width, eps=config.norm_eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x (B, H, T, D); channel i is paired with channel i + D/2.
-
-    cos, sin: (T, D), float32. Computed in float32, returned in the dtype of x.
-    """
-    a, b = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+        return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return RMSNorm(width, eps=config.norm_eps)
 
 
 class KVCache:
@@ -216,8 +229,8 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         width = config.n_head * config.head_dim
         kv_width, bias = config.n_kv_head * config.head_dim, config.bias or config.attention_bias
-        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=bias)
-        self.c_proj = nn.Linear(width, config.n_embd, bias=bias)
+        self.c_attn = Linear(config.n_embd, width + 2 * kv_width, bias=bias)
+        self.c_proj = Linear(width, config.n_embd, bias=bias)
         if config.arch == "qwen3":
             self.q_norm, self.k_norm = norm(config, config.head_dim), norm(config, config.head_dim)
         self.rotary = config.arch == "qwen3"
@@ -225,18 +238,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, (n_head + 2 n_kv_head) D)
         if self.rotary:
-            qkv = self.rotated(qkv, *positions)
+            weights = self.q_norm.weight, self.k_norm.weight
+            qkv = layers.rotate_heads(qkv, *weights, *positions, self.n_head, self.n_kv_head, self.q_norm.eps)
         dropout = self.dropout if self.training else 0.0
         kept = None if cache is None else (functools.partial(cache.append, self.layer), cache.mask)
         y = causal_attention(qkv, self.n_head, self.n_kv_head, dropout, kept)
         return F.dropout(self.c_proj(y), self.dropout, self.training) if self.dropout else self.c_proj(y)
-
-    def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """QK-norm and rotary positions of the queries and the keys in qkv."""
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return torch.cat((q, k, v), dim=1).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -246,8 +253,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.relu2, self.dropout = config.gated, config.mlp == "relu2", config.dropout
         self.gelu = "tanh" if config.gelu == "tanh" else "none"
-        self.c_fc = nn.Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, (2 if self.gated else 1) * config.mlp_dim, bias=config.bias)
+        self.c_proj = Linear(config.mlp_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
@@ -255,9 +262,9 @@ class MLP(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
         elif self.relu2:
-            x = F.relu(x).square()
+            x = layers.squared_relu(x)
         else:
-            x = F.gelu(x, approximate=self.gelu)
+            x = layers.gelu(x, self.gelu)
         x = self.c_proj(x)
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 

@@ -7,7 +7,7 @@ import torch
 
 from minidisp.config import Config
 from minidisp.model import GPT
-from minidisp.optim import build_optimizers, learning_rate
+from minidisp.optim import Muon, build_optimizers, learning_rate
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
 
@@ -73,3 +73,26 @@ def test_one_step_of_adamw_is_the_formula():
         decay = 0.5 if p.ndim >= 2 else 0.0
         want = before[name] * (1 - 0.1 * decay) - 0.1 * g / (g.abs() + 1e-8)
         torch.testing.assert_close(p.detach().double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 1 << 24])  # one matrix, a few, all of a shape
+def test_muon_together_is_torch_s_one_by_one(monkeypatch, at_once):
+    monkeypatch.setattr(Muon, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 8), (8, 12), (8, 8), (12, 8), (12, 8), (8, 8), (1, 5)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator) * 10.0 ** -(3 * step)
+            b.grad = a.grad.clone()
+        if step == 1:
+            ours[3].grad = theirs[3].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # products are in bfloat16
+        momenta = (o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (a, b), strict=True))
+        torch.testing.assert_close(*momenta)
+    assert str(optimizers[0].state_dict()["param_groups"]) == str(optimizers[1].state_dict()["param_groups"])

@@ -67,6 +67,12 @@ def find_or_build() -> str:
 find_or_build._dynamo_marked_constant = True  # for torch.compile, as in the package's __init__.py
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
 def choose(
     dtype: torch.dtype, device_type: str, width: int, dropout: float = 0.0, cached: bool = False
 ) -> tuple[str, str]:
@@ -94,10 +100,8 @@ def causal_attention(
     share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
     or the cache empty.
     """
-    dtype, device_type, width = qkv.dtype, qkv.device.type, qkv.shape[2] // (n_head + 2 * n_kv_head)
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    chosen, _ = choose(dtype, device_type, width, dropout, kept is not None)
+    width = qkv.shape[2] // (n_head + 2 * n_kv_head)
+    chosen, _ = choose(compute_dtype(qkv), qkv.device.type, width, dropout, kept is not None)
     if chosen == "fused" and not find_or_build():
         return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
     return torch_attention(qkv, n_head, n_kv_head, dropout, kept)

@@ -1,0 +1,136 @@
+"""What a block of the model computes beside attention, and the one place that chooses what computes it.
+
+    linear, layer_norm, rms_norm, rotate_heads, gelu, squared_relu
+
+fused: operators in csrc/layers_*, on a CPU: each goes over its memory once, forward and backward, and hands on the dtype
+that the next product takes, so that nothing is cast in between. torch: the same in PyTorch's own calls, everywhere else,
+and where torch.compile fuses by itself. fuses() says which. Both round differently, and only there they differ.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidisp.ops import attention
+from minidisp.ops.attention import compute_dtype
+
+
+def _fake_like(x: Tensor, *_) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _fake_norm_backward(grad: Tensor, x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _fake_like(x), x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+
+
+def _fake_rotate_backward(grad: Tensor, qkv: Tensor, q_weight: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _fake_like(qkv), qkv.new_empty((2, len(q_weight)), dtype=torch.float32)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
+def _fake_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_like(x), _fake_like(weight), x.new_empty(len(weight), dtype=torch.float32)
+
+
+EITHER = (torch.float32, torch.bfloat16)
+FAKES = {
+    "norm": _fake_norm, "norm_backward": _fake_norm_backward, "rotate": _fake_like, "rotate_backward": _fake_rotate_backward,
+    "squared_relu": _fake_like, "squared_relu_backward": _fake_like, "lookup": _fake_like, "lookup_backward": _fake_like,
+    "linear": _fake_linear, "linear_backward": _fake_linear_backward,
+}  # fmt: skip
+
+
+@functools.cache
+def find_or_build() -> str:
+    """Find the extension or build it, now at the latest. Returns "", or why there is none."""
+    missing = attention.find_or_build()
+    if not missing:
+        for name, fake in FAKES.items():
+            torch.library.register_fake(f"minidisp::{name}", fake)
+    return missing
+
+
+def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
+    """Whether the operators compute on x: on a CPU, where products are in one of the dtypes, and not under torch.compile.
+
+    Finds the extension or builds it if that is all that is missing. Norms with centring, GELU and linear layers stay with
+    torch in float32, where torch's forms are as fast.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(x) not in dtypes:
+        return False
+    return x.dtype in EITHER and not find_or_build()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias; x (..., in), weight (out, in), bias (out,)."""
+    # Without a gradient, autocast keeps the weights that it has cast; with one, they change before they are used again.
+    if not torch.is_grad_enabled() or not fuses(x):
+        return F.linear(x, weight, bias)
+    dtype = compute_dtype(x)
+    return torch.ops.minidisp.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, in the dtype of the matrix products that read it."""
+    if fuses(x):
+        return torch.ops.minidisp.norm(x, weight, bias, eps, True, compute_dtype(x))
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, in the dtype of the matrix products that read it."""
+    if fuses(x, EITHER):
+        return torch.ops.minidisp.norm(x, weight, None, eps, False, compute_dtype(x))
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate_heads(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, eps: float
+) -> Tensor:
+    """RMSNorm, and then rotary positions (arXiv 2104.09864), of every query and key head in qkv; values as they are.
+
+    qkv: (B, T, (n_head + 2 n_kv_head) D). Channel i of a head is paired with channel i + D/2. weights: (D,). cos, sin:
+    float32, (T, D), or (B, 1, T, D) with positions of each sequence. Computed in float32, returned in the dtype of qkv.
+    """
+    if cos.ndim == 2 and fuses(qkv, EITHER):
+        return torch.ops.minidisp.rotate(qkv, q_weight, k_weight, cos, sin, n_head, n_kv_head, eps)
+    heads = qkv.unflatten(-1, (-1, len(q_weight))).transpose(1, 2)  # (B, heads, T, D)
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
+    q, k = (rotate(F.rms_norm(x, w.shape, w, eps), cos, sin) for x, w in ((q, q_weight), (k, k_weight)))
+    return torch.cat((q.to(v.dtype), k.to(v.dtype), v), dim=1).transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x (B, H, T, D), in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU, exact with approximate="none", or its approximation "tanh"; in bfloat16 from a table of torch's own values."""
+    if x.dtype == torch.bfloat16 and fuses(x):
+        return torch.ops.minidisp.lookup(x, *gelu_tables(approximate))
+    return F.gelu(x, approximate=approximate)
+
+
+@functools.cache
+def gelu_tables(approximate: str) -> tuple[Tensor, Tensor]:
+    """Of all bfloat16 numbers, by their bits: GELU in bfloat16, and its derivative in float32."""
+    with torch.no_grad():
+        x = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+        slopes = torch.ops.aten.gelu_backward(torch.ones(x.shape), x.float(), approximate=approximate)
+        return F.gelu(x, approximate=approximate), slopes
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+    return torch.ops.minidisp.squared_relu(x) if fuses(x, EITHER) else F.relu(x).square()
