@@ -15,7 +15,8 @@ the processor time of this process in place of the time that passes. FLOP/s coun
 products, the output layer included, and 6 T C per token and layer for causal attention. What is computed twice counts
 once, and the dispersion loss counts nothing. The peak is measured with a product of square matrices in the same rounds.
 Memory is the peak of a child process over three steps, beyond what importing torch takes (CPU), or the allocator's
-(CUDA). "First step" is the time from the command line of train.py to its first step done, its evaluation at step 0
+(CUDA). The C library's memory stays as it is, for all forms; the
+trainer sets it (keep_freed_memory in minidisp/runtime/device.py). "First step" is the time from the command line of train.py to its first step done, its evaluation at step 0
 included, compile off. A table, then one JSON line.
 """
 
@@ -48,7 +49,7 @@ from minidisp.dispersion import DispersionLoss  # noqa: E402
 from minidisp.model import GPT  # noqa: E402
 from minidisp.ops import layers  # noqa: E402
 from minidisp.optim import build_optimizers  # noqa: E402
-from minidisp.runtime.device import cpu_model, keep_freed_memory  # noqa: E402
+from minidisp.runtime.device import cpu_model  # noqa: E402
 from train import Forward, objective  # noqa: E402
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
@@ -418,7 +419,6 @@ def main() -> None:
         )
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the trainer; all forms profit from it
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.peak_of:

@@ -225,6 +225,22 @@ def test_choice():
         assert word in why
 
 
+@needs_operator
+def test_forward_alone_without_tiles_is_torch_s(monkeypatch):
+    monkeypatch.setenv("MINIDISP_CPU", "avx512")
+    qkv, _ = inputs(1, 520, 1, 1, 8, torch.bfloat16)
+    operator = torch.ops.minidisp.causal_attention(qkv, 1, 1)[0]
+    theirs = torch_attention(qkv, 1, 1)
+    assert not torch.equal(operator, theirs)
+    assert torch.equal(causal_attention(qkv, 1, 1), theirs)
+    assert torch.equal(causal_attention(qkv[:, :500], 1, 1), operator[:, :500])
+    assert torch.equal(causal_attention(qkv.clone().requires_grad_(), 1, 1).detach(), operator)
+    monkeypatch.delenv("MINIDISP_CPU")
+    expected = torch.ops.minidisp.causal_attention(qkv, 1, 1)[0]
+    if torch.ops.minidisp.instruction_set() == "amx":
+        assert torch.equal(causal_attention(qkv, 1, 1), expected)
+
+
 def test_dropout_and_a_cache_are_torch_s():
     qkv, _ = inputs(2, 12, 2, 1, 8)
     kept = []

@@ -91,6 +91,17 @@ def choose(
     return "fused", ""
 
 
+def torch_is_faster(dtype: torch.dtype, tokens: int, gradient: bool) -> bool:
+    """Whether torch's form is the faster one where the operator, which must have been found, could compute, too.
+
+    It is in bfloat16 without matrix tiles (AMX), for a forward pass that no backward one follows, from 512 tokens on.
+    """
+    return dtype == torch.bfloat16 and not gradient and tokens >= 512 and torch.ops.minidisp.instruction_set() != "amx"
+
+
+torch_is_faster._dynamo_marked_constant = True
+
+
 def causal_attention(
     qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0.0, kept: Kept | None = None
 ) -> Tensor:
@@ -100,9 +111,10 @@ def causal_attention(
     share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
     or the cache empty.
     """
-    width = qkv.shape[2] // (n_head + 2 * n_kv_head)
-    chosen, _ = choose(compute_dtype(qkv), qkv.device.type, width, dropout, kept is not None)
-    if chosen == "fused" and not find_or_build():
+    dtype, tokens, width = compute_dtype(qkv), qkv.shape[1], qkv.shape[2] // (n_head + 2 * n_kv_head)
+    gradient = torch.is_grad_enabled() and qkv.requires_grad
+    chosen, _ = choose(dtype, qkv.device.type, width, dropout, kept is not None)
+    if chosen == "fused" and not find_or_build() and not torch_is_faster(dtype, tokens, gradient):
         return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
     return torch_attention(qkv, n_head, n_kv_head, dropout, kept)
 
