@@ -94,7 +94,8 @@ def choose(
 def torch_is_faster(dtype: torch.dtype, tokens: int, gradient: bool) -> bool:
     """Whether torch's form is the faster one where the operator, which must have been found, could compute, too.
 
-    It is in bfloat16 without matrix tiles (AMX), for a forward pass that no backward one follows, from 512 tokens on.
+    It is in bfloat16 without matrix tiles (AMX), for a forward pass that no backward one follows, from 512 tokens on
+    (docs/speed.md).
     """
     return dtype == torch.bfloat16 and not gradient and tokens >= 512 and torch.ops.minidisp.instruction_set() != "amx"
 
