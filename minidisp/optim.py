@@ -27,10 +27,63 @@ def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
     taken = {id(p) for p in matrices}
-    optimizer = torch.optim.Muon(
+    optimizer = Muon(
         matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return [_adamw((p for p in model.parameters() if id(p) not in taken), config), optimizer]
+
+
+class Muon(torch.optim.Muon):
+    """torch's, but on CUDA matrices of one shape take their step together, in 30 launches instead of 27 for each."""
+
+    found_inf: Tensor | None = None  # 1 leaves everything as it is, as for a fused AdamW; only where `together`
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.together = all(p.is_cuda and not hasattr(p, "full_tensor") for p in parameters)  # in one piece each
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.together:
+            return super().step(closure)
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for matrices in by_shape.values():
+                self._step_together(matrices, group)
+        return None
+
+    def _step_together(self, matrices: list[Tensor], group: dict) -> None:
+        """One step of matrices of one shape, (N, rows, columns) when stacked."""
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+        weights, grads, before = torch.stack(matrices), torch.stack([p.grad for p in matrices]), torch.stack(buffers)
+        momentum, rate = group["momentum"], 0.2 * group["lr"] * math.sqrt(max(weights.shape[1:]))
+        after = before.lerp(grads, 1 - momentum)
+        update = orthogonalized(grads.lerp(after, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        stepped = (weights * (1 - group["lr"] * group["weight_decay"])).add_(update, alpha=-rate)
+        if self.found_inf is not None:
+            after, stepped = (torch.where(self.found_inf > 0, *pair) for pair in ((before, after), (weights, stepped)))
+        torch._foreach_copy_(buffers, after.unbind())
+        torch._foreach_copy_(matrices, stepped.unbind())
+
+
+def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices x (N, rows, columns) with singular values near 1, by Newton-Schulz iterations in bfloat16, as torch.optim.Muon has
+    them for one matrix."""
+    a, b, c = coefficients
+    wide = x.shape[1] <= x.shape[2]
+    x = (x if wide else x.mT).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 def _adamw(parameters, config) -> torch.optim.AdamW:
@@ -132,8 +185,9 @@ def learning_rate(step: int, config) -> float:
 def step_where(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     """Let all optimizers step if `finite`, a bool scalar; if not, all weights and states stay as they are.
 
-    On CUDA the decision is taken on the device, so that nothing waits for it. A fused AdamW can do that by itself; what
-    any other one has changed is put back, which takes the memory of its weights and states once more for a moment.
+    On CUDA the decision is taken on the device, so that nothing waits for it. A fused AdamW can do that by itself, and so
+    can Muon unless it is sharded; what any other one has changed is put back, which takes the memory of its weights and
+    states once more for a moment.
     """
     if finite.device.type != "cuda":
         if finite:
@@ -146,7 +200,7 @@ def step_where(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
 def step_where_on_device(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     """step_where without reading `finite`."""
     for optimizer in optimizers:
-        if optimizer.defaults.get("fused"):
+        if optimizer.defaults.get("fused") or getattr(optimizer, "together", False):
             optimizer.found_inf = (~finite).float()
             optimizer.step()
             continue

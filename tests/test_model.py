@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
-from minidisp.loss import LinearCrossEntropy
+from minidisp.loss import chunked
 from minidisp.model import GPT, GPTConfig, PrefixTree, sample
+from tests.conftest import NothingIsLookedAt
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 KINDS = {
@@ -164,7 +165,7 @@ def test_chunked_loss_and_gradients_against_float64(dtype, autocast, small_chunk
     targets = torch.randint(0, 60, (32,))
     targets[[0, 9, 31]] = -1
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        loss = LinearCrossEntropy.apply(x, weight, targets)
+        loss = chunked(x, weight, targets)
     (3 * loss).backward()
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert (x.grad.dtype, weight.grad.dtype) == (dtype, dtype)
@@ -186,7 +187,7 @@ def test_chunked_loss_gradcheck(small_chunks):
         inputs = [a.detach().requires_grad_(on) for a, on in zip((x, weight), wanted, strict=True)]
         # Recomputed for each of gradcheck's many backward passes, as its backward can be taken once only.
         assert torch.autograd.gradcheck(
-            lambda x, weight: checkpoint(LinearCrossEntropy.apply, x, weight, targets, use_reentrant=False), inputs
+            lambda x, weight: checkpoint(chunked, x, weight, targets, use_reentrant=False), inputs
         )
 
 
@@ -196,7 +197,7 @@ def test_chunked_loss_sums_thousands_of_tokens_in_float32():
     x, weight = torch.randn(5000, 16), torch.randn(50, 16).requires_grad_()
     targets = torch.randint(0, 50, (5000,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = LinearCrossEntropy.apply(x, weight, targets)
+        loss = chunked(x, weight, targets)
     loss.backward()
     want, _, grad = exact_cross_entropy(x, weight, targets)
     assert loss.item() == pytest.approx(want, rel=2e-4)
@@ -205,7 +206,7 @@ def test_chunked_loss_sums_thousands_of_tokens_in_float32():
 
 def test_chunked_loss_can_be_differentiated_once_only():
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    loss = LinearCrossEntropy.apply(x, weight, torch.arange(4))
+    loss = chunked(x, weight, torch.arange(4))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -213,7 +214,7 @@ def test_chunked_loss_can_be_differentiated_once_only():
 
 def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
     x, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -1)
-    assert LinearCrossEntropy.apply(x, weight, targets).isnan()
+    assert chunked(x, weight, targets).isnan()
     assert torch.nn.functional.cross_entropy(x @ weight.T, targets, ignore_index=-1).isnan()
 
 
@@ -345,6 +346,27 @@ def test_generation_stops_at_the_stop_token():
     idx = torch.tensor([[1, 2, 3]])
     token = model.generate(idx, 1, temperature=0)[0, -1].item()
     assert model.generate(idx, 10, temperature=0, stop_token=token).shape[1] == 4
+
+
+def test_tokens_are_drawn_without_waiting_for_the_device(model, monkeypatch):
+    monkeypatch.setattr("minidisp.model.look_every", lambda device: 16)
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with NothingIsLookedAt():
+        for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.9}):
+            assert len(list(model.stream(idx, 15, stop_token=0, **options))) == 15
+
+
+@pytest.mark.parametrize("every", [2, 5, 16])
+def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, every):
+    """As on devices that would be waited for: seeds whose samples end before, at and behind a look, or never."""
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(6) for stop in (0, 7)]
+    options += [{"temperature": 0, "stop_token": model.generate(idx, n, temperature=0)[0, -1].item()} for n in (1, 2)]
+    at_once = [model.generate(idx, 25, **each) for each in options]
+    monkeypatch.setattr("minidisp.model.look_every", lambda device: every)
+    for each, out in zip(options, at_once, strict=True):
+        assert torch.equal(model.generate(idx, 25, **each), out)
+    assert model.generate(idx, 0, stop_token=0).equal(idx)
 
 
 @pytest.mark.parametrize(
