@@ -212,6 +212,38 @@ def test_chunked_loss_can_be_differentiated_once_only():
         loss.backward()
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_as_an_operator(dtype, wanted, small_chunks):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 5, requires_grad=on) for n, on in zip((16, 11), wanted, strict=True))
+    arguments = x, weight, torch.randint(-1, 11, (16,)), dtype, *wanted
+    torch.library.opcheck(torch.ops.minidisp.linear_cross_entropy.default, arguments)
+
+
+def test_compiled_the_chunked_loss_stays_one_operator_in_one_graph(small_chunks):
+    torch.manual_seed(0)
+    model, graphs = GPT(GPTConfig(**{**SMALL, "vocab_size": 2000})), []
+    idx, targets = torch.randint(0, 2000, (2, 3, 16))
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for autocast in (False, True):
+        found = []
+        for each in (model, torch.compile(model, backend=look, fullgraph=True)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = each(idx, targets, return_hidden_states=True).loss
+            found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        assert all(a.equal(b) for a, b in zip(*found, strict=True))
+    assert len(graphs) == 2
+    for graph in graphs:
+        made = [node.meta.get("example_value") for node in graph.graph.nodes if node.op != "placeholder"]
+        assert torch.ops.minidisp.linear_cross_entropy in [node.target for node in graph.graph.nodes]
+        assert max(value.numel() for value in made if isinstance(value, torch.Tensor)) < 3 * 16 * 2000  # all logits
+
+
 def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
     x, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -1)
     assert chunked(x, weight, targets).isnan()
