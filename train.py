@@ -130,13 +130,13 @@ class Trainer:
         elif source:
             model.load_state_dict(source.state_dict())
         model.to(device)
+        self.compiled = compiles(config.compile, device)
         if self.sharded:
-            shard(model, device, dtype, world)
+            shard(model, device, dtype, world, self.compiled)
         self.optimizers = build_optimizers(model, config)
         self.average = Average(model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.compiled = compiles(config.compile, device)
-        self.trained = torch.compile(model) if self.compiled else model
+        self.trained = torch.compile(model) if self.compiled and not self.sharded else model
         if world.launched and not self.sharded:
             self.trained = data_parallel(self.trained)
 

@@ -67,9 +67,6 @@ step build 240 "$python" bench/gpu.py build ${dry[@]+"${dry[@]}"}
 step diagnosis 60 "$python" bench/gpu.py diagnosis ${dry[@]+"${dry[@]}"}
 step tests 90 "$python" -m pytest -q tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"}
 step checks 60 "$python" bench/gpu.py check ${dry[@]+"${dry[@]}"}
-for tool in memcheck initcheck racecheck synccheck; do
-  step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "${small[@]}"
-done
 step timing 90 "$python" bench/gpu.py time ${dry[@]+"${dry[@]}"}
 step profile 40 ncu --kernel-name "$kernels" --launch-count 12 --set basic \
   "$python" bench/gpu.py profile ${dry[@]+"${dry[@]}"}
@@ -77,6 +74,9 @@ step steps 120 "$python" bench/train.py --device cuda --models "$model" --compil
 step train 60 "${train[@]}" --max-steps "$half"
 step resume 40 "${train[@]}" --max-steps "$all" --resume
 step evaluate 30 "$python" eval.py "$out/run" --device cuda ${sample[@]+"${sample[@]}"}
+for tool in memcheck initcheck racecheck synccheck; do  # the slowest, of which least is learnt
+  step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "${small[@]}"
+done
 
 "$python" bench/gpu.py page "$out" || failed=1
 exit $failed

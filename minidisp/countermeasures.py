@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from minidisp import InputError
 from minidisp.config import Config
 from minidisp.data import Dataset, sha256_of
+from minidisp.loss import compute_dtype
 from minidisp.runtime import checkpoint
 
 
@@ -73,13 +74,17 @@ def forget(weight: Tensor, optimizers: list[torch.optim.Optimizer], seed: int, s
         optimizer.state.pop(weight, None)  # moments and step count: the next update begins them again
 
 
+def tokens_at_once(device: torch.device, vocab_size: int) -> int:
+    """How many tokens' logits exist at the same time, of student and teacher, in several copies: few on a CPU, so that
+    they fit its caches; elsewhere, to be done in few launches, as many as make 256 MiB in float32."""
+    return 512 if device.type == "cpu" else max(1, (1 << 26) // vocab_size)
+
+
 class Teacher:
     """Knowledge distillation (arXiv 1503.02531) from the model of another run, in eval mode and without gradients.
 
     Raises InputError if the run has another tokenizer than the data, or a shorter context than the student.
     """
-
-    CHUNK = 512  # tokens whose logits exist at once, those of student and teacher
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
         self.model, vocabulary, saved = checkpoint.load_run(config.distill, device)
@@ -103,14 +108,18 @@ class Teacher:
         """
         with torch.no_grad():
             target, _ = self.model._backbone(idx)
-        total = 0.0
-        for rows in zip(x.flatten(0, 1).split(self.CHUNK), target.flatten(0, 1).split(self.CHUNK), strict=True):
-            total = total + recompute(self._chunk, *rows, weight, use_reentrant=False, preserve_rng_state=False)
+            # Not the student's: its gradient, the sum over the chunks, would be rounded with each of them.
+            target_weight = self.model.lm_head.weight.to(compute_dtype(target))
+        size, total = tokens_at_once(x.device, len(weight)), 0.0
+        for rows in zip(x.flatten(0, 1).split(size), target.flatten(0, 1).split(size), strict=True):
+            total = total + recompute(
+                self._chunk, *rows, weight, target_weight, use_reentrant=False, preserve_rng_state=False
+            )
         return self.temperature**2 * total / idx.numel()
 
-    def _chunk(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _chunk(self, x: Tensor, target: Tensor, weight: Tensor, target_weight: Tensor) -> Tensor:
         """KL summed over some tokens; x: (N, C) of the student, target: (N, C') of the teacher."""
-        logits = F.linear(x, weight), self.model.lm_head(target)
+        logits = F.linear(x, weight), F.linear(target, target_weight)
         student, teacher = (
             F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / self.temperature, dim=-1) for z in logits
         )

@@ -24,83 +24,110 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: Literal
     counted. Returns the mean over the counted tokens, a scalar, or with reduction="none" the loss of each, (N,), 0 where
     it is not counted; in nats, in float32 (float64 if x is).
     """
-    # torch.compile fuses the plain form by itself and would stop at the chunked one.
-    if CHUNKED_MIN_VOCAB is None or len(weight) < CHUNKED_MIN_VOCAB or torch.compiler.is_compiling():
+    if CHUNKED_MIN_VOCAB is None or len(weight) < CHUNKED_MIN_VOCAB:
         return plain(x, weight, targets, reduction)
     if reduction == "mean":
-        return LinearCrossEntropy.apply(x, weight, targets)
+        return chunked(x, weight, targets)
     size = chunk_tokens(x)
     pieces = zip(x.split(size), targets.split(size), strict=True)
     return torch.cat([plain(x, weight, targets, reduction) for x, targets in pieces])
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """cross_entropy as one reads it: all logits exist at once. Change this one, and LinearCrossEntropy with it."""
+    """cross_entropy as one reads it: all logits exist at once. Change this one, and chunked with it."""
     logits = F.linear(x, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, chunk by chunk: all logits never exist at once.
+def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """cross_entropy's mean, chunk by chunk: all logits never exist at once. For torch.compile it is one operator.
 
-    LinearCrossEntropy.apply(x, weight, targets): x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not
-    counted; returns a scalar, nats per counted token, in float32 (float64 if x is). Forward computes the gradients as
-    well, while a chunk's logits are there. Backward only multiplies them, so it can run once per forward. Matrix
-    products use autocast's dtype, or that of x; sums over tokens and over the vocabulary use the dtype of the result.
+    x (N, C), weight (V, C), targets (N,) int64, of which IGNORE are not counted; returns a scalar, nats per counted
+    token, in float32 (float64 if x is). Forward computes the gradients as well, while a chunk's logits are there.
+    Backward only multiplies them, so it can run once per forward. Matrix products use autocast's dtype, or that of x;
+    sums over tokens and over the vocabulary use the dtype of the result.
     """
+    wanted = [torch.is_grad_enabled() and value.requires_grad for value in (x, weight)]
+    return torch.ops.minidisp.linear_cross_entropy(x, weight, targets, compute_dtype(x), *wanted)[0]
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        wide = torch.promote_types(dtype, torch.float32)
-        want_x, want_weight, _ = ctx.needs_input_grad
-        ctx.dtypes = x.dtype, weight.dtype
-        x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
-        counted = targets != IGNORE
-        targets = torch.where(counted, targets, 0)
-        size = min(chunk_tokens(x), len(x))
-        x_grad = torch.empty_like(x) if want_x else None
-        weight_grad = torch.empty_like(weight, dtype=wide) if want_weight else None
-        # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
-        buffer = x.new_empty(size, len(weight), dtype=wide)
-        halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
-        weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
-        total = buffer.new_zeros(())
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
-            z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
-            product = z if halves is None else halves[: len(x_rows)]
-            z.copy_(torch.mm(x_rows, weight.T, out=product))
-            z -= z.amax(1, keepdim=True)
-            at_target = z.gather(1, target)
-            exp_sum = z.exp_().sum(1, keepdim=True)
-            total += torch.where(count, exp_sum.log() - at_target, 0).sum()
-            if want_x or want_weight:
-                z *= count / exp_sum
-                grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
-            if want_x:
-                torch.mm(grad, weight, out=x_grad[rows])
-            if want_weight and dtype == wide:
-                weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
-            elif want_weight:
-                torch.mm(grad.T, x_rows, out=weight_product)
-                weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
-        number = counted.sum()
-        ctx.save_for_backward(x_grad, weight_grad, number)
-        return total / number
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor):
-        x_grad, weight_grad, number = ctx.saved_tensors
-        scale = upstream / number
-        if x_grad is not None:
-            x_grad = x_grad.to(ctx.dtypes[0]) * scale
-        if weight_grad is not None:  # in place: it may be the largest tensor there is
-            weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1])
-        return x_grad, weight_grad, None
+def _chunked(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, want_x: bool, want_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its gradients times the number of counted tokens (empty unless wanted), and that number.
+
+    dtype: of the matrix products.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
+    counted = targets != IGNORE
+    targets = torch.where(counted, targets, 0)
+    size = min(chunk_tokens(x), len(x))
+    x_grad = x.new_empty(x.shape if want_x else 0)
+    weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)
+    # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
+    buffer = x.new_empty(size, len(weight), dtype=wide)
+    halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
+    weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
+    total = buffer.new_zeros(())
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
+        z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
+        product = z if halves is None else halves[: len(x_rows)]
+        z.copy_(torch.mm(x_rows, weight.T, out=product))
+        z -= z.amax(1, keepdim=True)
+        at_target = z.gather(1, target)
+        exp_sum = z.exp_().sum(1, keepdim=True)
+        total += torch.where(count, exp_sum.log() - at_target, 0).sum()
+        if want_x or want_weight:
+            z *= count / exp_sum
+            grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
+        if want_x:
+            torch.mm(grad, weight, out=x_grad[rows])
+        if want_weight and dtype == wide:
+            weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
+        elif want_weight:
+            torch.mm(grad.T, x_rows, out=weight_product)
+            weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
+    number = counted.sum()
+    return total / number, x_grad, weight_grad, number
+
+
+def _shapes(x, weight, targets, dtype, want_x, want_weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    x_grad = x.new_empty(x.shape if want_x else 0, dtype=dtype)
+    weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)
+    return x.new_empty((), dtype=wide), x_grad, weight_grad, targets.new_empty(())
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, *_, ctx.want_x, ctx.want_weight = inputs
+    ctx.dtypes = x.dtype, weight.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, upstream: Tensor, *_):
+    if torch.is_grad_enabled():  # only under create_graph=True
+        raise RuntimeError("the chunked cross-entropy has no second derivative: set CHUNKED_MIN_VOCAB = None")
+    x_grad, weight_grad, number = ctx.saved_tensors
+    scale = upstream / number
+    x_grad = x_grad.to(ctx.dtypes[0]) * scale if ctx.want_x else None
+    # In place: it may be the largest tensor there is.
+    weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1]) if ctx.want_weight else None
+    return x_grad, weight_grad, None, None, None, None
+
+
+torch.library.define(
+    "minidisp::linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, bool want_x, bool want_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("minidisp::linear_cross_entropy", "CompositeExplicitAutograd")(_chunked)
+torch.library.register_fake("minidisp::linear_cross_entropy", _shapes)
+torch.library.register_autograd("minidisp::linear_cross_entropy", _backward, setup_context=_save)
 
 
 def chunk_tokens(x: Tensor) -> int:
@@ -116,7 +143,7 @@ def refuse_unlike_forms() -> None:
     weight = torch.randn(9, 4, dtype=torch.float64, generator=generator)
     targets = torch.tensor([3, 0, IGNORE, 8, 5, 5])
     found = []
-    for form in (plain, LinearCrossEntropy.apply):
+    for form in (plain, chunked):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.enable_grad():
             loss = form(*inputs, targets)

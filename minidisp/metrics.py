@@ -79,10 +79,28 @@ def word_perplexity(nats: float, words: int) -> float:
     return perplexity(nats, words)
 
 
-def _count(cosines: Tensor) -> np.ndarray:
-    """How many cosines fall into each bin, exactly (torch.histc counts in float32); NaN falls into none."""
+def _count_pairs(cosines: Tensor) -> Tensor:
+    """How many cosines (B, T, T) of pairs i != j fall into each bin, (BINS,) int64, exactly (torch.histc counts in
+    float32); NaN falls into none."""
     bins = ((cosines + 1) * (BINS / 2)).clamp(max=BINS - 1).nan_to_num(BINS).to(torch.uint8)
-    return torch.bincount(bins.flatten(), minlength=BINS + 1)[:BINS].cpu().numpy()
+    bins.diagonal(dim1=1, dim2=2).fill_(BINS)
+    count = _count_at_once if bins.device.type in ("cpu", "mps") else _count_by_rows
+    return count(bins)[:BINS]
+
+
+def _count_at_once(bins: Tensor) -> Tensor:
+    """How often each of 0..BINS is there, (BINS + 1,) int64."""
+    return torch.bincount(bins.flatten(), minlength=BINS + 1)
+
+
+def _count_by_rows(bins: Tensor) -> Tensor:
+    """The same without waiting for the device, as bincount does to find the largest. Slower on a CPU.
+
+    Each row has counts of its own, so that few threads add to the same number.
+    """
+    counts = torch.zeros(*bins.shape[:-1], BINS + 1, dtype=torch.int64, device=bins.device)
+    ones = torch.ones((), dtype=torch.int64, device=bins.device).expand(bins.shape)
+    return counts.scatter_add_(-1, bins.long(), ones).flatten(0, -2).sum(dim=0)
 
 
 def _density(counts: np.ndarray, total: int) -> list[float]:
@@ -93,13 +111,14 @@ class Condensation:
     """The paper's condensation protocol, one batch after another.
 
     Keeps the sum of the T x T cosine matrices of each layer, in float64, and a count of the individual cosines per bin:
-    the memory does not grow with the number of sequences. The paper takes 100 held-out sequences of 512 tokens.
+    the memory does not grow with the number of sequences. Both lie on the hidden states' device, which only `result`
+    waits for, or on the CPU where that has no float64. The paper takes 100 held-out sequences of 512 tokens.
     """
 
     def __init__(self):
         self.sequences = 0
-        self.matrix_sums: list[np.ndarray] = []  # per layer (T, T), float64
-        self.pair_counts: list[np.ndarray] = []  # per layer (BINS,), int64, over the pairs i != j
+        self.matrix_sums: Tensor | None = None  # (n_layer + 1, T, T), float64
+        self.pair_counts: Tensor | None = None  # (n_layer + 1, BINS), int64, over the pairs i != j
 
     @torch.no_grad()
     def update(self, hidden_states: Sequence[Tensor]) -> None:
@@ -113,19 +132,20 @@ class Condensation:
         B, T, _ = shapes[0]
         if T < 2:
             raise ValueError(f"one token has no cosine with another: hidden_states are {shapes}")
-        if not self.matrix_sums:
-            self.matrix_sums = [np.zeros((T, T)) for _ in shapes]
-            self.pair_counts = [np.zeros(BINS, np.int64) for _ in shapes]
-        if (len(shapes), T) != (len(self.matrix_sums), len(self.matrix_sums[0])):
+        if self.matrix_sums is None:
+            device = hidden_states[0].device if hidden_states[0].device.type != "mps" else "cpu"
+            self.matrix_sums = torch.zeros(len(shapes), T, T, dtype=torch.float64, device=device)
+            self.pair_counts = torch.zeros(len(shapes), BINS, dtype=torch.int64, device=device)
+        if (len(shapes), T) != self.matrix_sums.shape[:2]:
             raise ValueError(
                 f"{len(shapes)} hidden states of {T} tokens cannot be averaged with the earlier "
-                f"{len(self.matrix_sums)} of {len(self.matrix_sums[0])} tokens"
+                f"{len(self.matrix_sums)} of {self.matrix_sums.shape[1]} tokens"
             )
         self.sequences += B
-        for layer, z in enumerate(hidden_states):
+        for z, matrix_sum, counts in zip(hidden_states, self.matrix_sums, self.pair_counts, strict=True):
             cosines = cosine_matrix(z)  # (B, T, T), smaller than the logits that came with it
-            self.matrix_sums[layer] += cosines.sum(dim=0).cpu().numpy()
-            self.pair_counts[layer] += _count(cosines) - _count(cosines.diagonal(dim1=1, dim2=2))
+            matrix_sum += cosines.sum(dim=0).to(matrix_sum.device)
+            counts += _count_pairs(cosines).to(counts.device)
 
     def result(self) -> dict:
         """The scores so far, in plain Python numbers and lists that can go into a JSON file.
@@ -143,8 +163,9 @@ class Condensation:
         """
         if not self.sequences:
             raise ValueError("no hidden states yet: call update first")
-        matrices = [matrix_sum / self.sequences for matrix_sum in self.matrix_sums]
-        T = len(matrices[0])
+        matrices = (self.matrix_sums / self.sequences).cpu().numpy()
+        pair_counts = self.pair_counts.cpu().numpy()
+        T = matrices.shape[1]
         pairs = T * (T - 1)
         mu = [float(matrix.mean()) for matrix in matrices]
         depth = range(len(mu))
@@ -159,7 +180,7 @@ class Condensation:
             "last_half_mean": float(np.mean([mu[layer] for layer in select_layers("late_half", n_layer)])),
             "last_1_to_5_means": [float(np.mean(mu[-k:])) for k in range(1, min(5, n_layer) + 1)],
             "histogram_by_layer": [_density(np.histogram(m, BINS, range=(-1, 1))[0], m.size) for m in matrices],
-            "pair_histogram_by_layer": [_density(counts, self.sequences * pairs) for counts in self.pair_counts],
+            "pair_histogram_by_layer": [_density(counts, self.sequences * pairs) for counts in pair_counts],
         }
 
 
@@ -231,9 +252,11 @@ class FullCondensation(Condensation):
         before = self.sequences - B
         sampled = range(before, min(self.sequences, SAMPLED_SEQUENCES))
         positions = torch.tensor(np.array([_sample_positions(T, sequence) for sequence in sampled], dtype=np.int64))
+        if hidden_states[0].device.type != "cpu":
+            hidden_states = torch.stack(tuple(hidden_states)).cpu()  # at once: each copy waits for the device
         hfc_of_embeddings = None
         for layer, z in enumerate(hidden_states):
-            x = z.cpu().double()  # the CPU first: not every device has float64
+            x = z.double()
             if len(sampled):
                 self.samples[layer].append(x[torch.arange(len(sampled))[:, None], positions].float())
             tokens = x.flatten(0, 1)

@@ -396,7 +396,11 @@ class GPT(nn.Module):
         leaves torch's global generator alone. stop_token: end when every sequence has produced it.
         When the context is full, its older half is dropped. Raises ValueError on a value out of range.
         """
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token)), dim=1)
+        drawn = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token))
+        if stop_token is not None and drawn:  # stream may have gone on after all had stopped
+            stopped = ((torch.cat(drawn, dim=1) == stop_token).cumsum(dim=1) > 0).all(dim=0)  # (new,)
+            del drawn[len(drawn) - int(stopped[:-1].sum()) :]
+        return torch.cat((idx, *drawn), dim=1)
 
     @torch.no_grad()
     def stream(
@@ -409,7 +413,10 @@ class GPT(nn.Module):
         seed: int | None = None,
         stop_token: int | None = None,
     ) -> Iterator[Tensor]:
-        """The new tokens of `generate` one after the other as they are drawn, (B, 1) int64 each; see there."""
+        """The new tokens of `generate` one after the other as they are drawn, (B, 1) int64 each; see there.
+
+        Where `look_every` is more than 1, a few more may come after all have stopped.
+        """
         if idx.ndim != 2 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
         check_sampling(temperature, top_k, top_p)
@@ -419,8 +426,9 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         cache = KVCache(self.config, len(idx), block_size, idx.device, compute_dtype(self.wte.weight))
         context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        every = look_every(idx.device)
         try:
-            for _ in range(max_new_tokens):
+            for new in range(1, max_new_tokens + 1):
                 if cache.length + unread.shape[1] > block_size:
                     cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
                 x, _ = self._backbone(unread, cache=cache)
@@ -429,10 +437,15 @@ class GPT(nn.Module):
                 yield unread
                 if stop_token is not None:
                     stopped |= unread[:, 0] == stop_token
-                    if stopped.all():
+                    if new % every == 0 and stopped.all():
                         break
         finally:  # also where nobody asks for more
             self.train(was_training)
+
+
+def look_every(device: torch.device) -> int:
+    """After how many tokens sampling looks at what was drawn: any device but a CPU would be waited for each time."""
+    return 1 if device.type == "cpu" else 16
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

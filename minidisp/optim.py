@@ -63,18 +63,19 @@ class Muon(torch.optim.Muon):
 
     def _step_together(self, parameters: list[nn.Parameter], group: dict) -> None:
         rows, columns = shape = parameters[0].shape
+        grads, momentum = [p.grad for p in parameters], group["momentum"]
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
         updates = torch.empty(len(parameters), *shape, dtype=torch.bfloat16, device=parameters[0].device)
-        for p, update in zip(parameters, updates, strict=True):
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
-            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            update.copy_(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+        torch._foreach_copy_(updates.unbind(), torch._foreach_lerp(grads, momenta, momentum))  # Nesterov's
         x = updates.mT if rows > columns else updates
         x = newton_schulz(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
         lr = group["lr"] * 0.2 * math.sqrt(max(shape))
-        for p, update in zip(parameters, x.mT if rows > columns else x, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, (x.mT if rows > columns else x).unbind(), alpha=-lr)
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

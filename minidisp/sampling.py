@@ -1,6 +1,7 @@
 """Continue a prompt with a model: shown character by character, or many prompts at a time."""
 
 import codecs
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minidisp import InputError, read_bytes
-from minidisp.model import GPT, check_sampling
+from minidisp.model import GPT, check_sampling, look_every
 
 ROWS = 64  # sequences that are generated at a time
 
@@ -99,9 +100,9 @@ def stream_sample(
     idx = torch.tensor([prompt_ids(vocabulary, prompt)], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text, shown, new_tokens, began = "", 0, 0, time.perf_counter()
-    for token in _stream(model, idx, sampling, seed, vocabulary.eos_id):
+    for token in _fetched(_stream(model, idx, sampling, seed, vocabulary.eos_id), idx.device, vocabulary.eos_id):
         new_tokens += 1
-        text += decoder.decode(vocabulary.token_bytes[token.item()])
+        text += decoder.decode(vocabulary.token_bytes[token])
         if sampling.stop and (found := text.find(sampling.stop, shown)) >= 0:
             text = text[:found]
             break
@@ -119,6 +120,15 @@ def _stream(model: GPT, idx: torch.Tensor, sampling: Sampling, seed: int, eos_id
     return model.stream(
         idx, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, seed, stop_token=eos_id
     )
+
+
+def _fetched(tokens: Iterator[torch.Tensor], device: torch.device, last: int) -> Iterator[int]:
+    """The tokens (1, 1) as numbers, up to the first that is `last`; see look_every."""
+    while group := list(itertools.islice(tokens, look_every(device))):
+        for token in torch.cat(group, dim=1)[0].tolist():
+            yield token
+            if token == last:
+                return
 
 
 def _begun(text: str, stop: str) -> int:

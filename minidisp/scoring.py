@@ -27,6 +27,7 @@ from minidisp.metrics import (
     word_perplexity,
 )
 from minidisp.model import GPT, PrefixTree
+from minidisp.runtime.device import to_device
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
 BLOCK_BYTES = 1024  # what the bootstrap resamples
@@ -101,25 +102,30 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
     windows = list(strided_windows(len(tokens), model.config.block_size, stride))
     batch_size = max(1, BATCH_TOKENS // model.config.block_size)
     progress = tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False, disable=None)
+    batches, losses = [], []
     while windows:
         # Windows of one batch have one length; only the first ones and the last one differ.
         length = windows[0].stop - windows[0].context_start
         batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
         windows = windows[len(batch) :]
-        loss = _nats(model, np.stack([stream[w.context_start : w.stop + 1] for w in batch]), device)
+        rows = to_device(np.stack([stream[w.context_start : w.stop + 1] for w in batch]), device)
+        losses.append(model(rows[:, :-1], rows[:, 1:], loss_reduction="none").loss)
+        batches.append(batch)
+        progress.update(sum(w.stop - w.start for w in batch))
+    progress.close()
+    for batch, loss in zip(batches, fetched_at_once(losses), strict=True):
         for w, row in zip(batch, loss, strict=True):
             nats[w.start : w.stop] = row[w.start - w.context_start :]
-            progress.update(w.stop - w.start)
-    progress.close()
     return nats
 
 
-@torch.no_grad()
-def _nats(model: GPT, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """-log p of each token of a row, except the first, given the tokens before it, (B, T + 1) int64 -> (B, T)
-    float64."""
-    x, y = torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(rows[:, 1:]).to(device)
-    return model(x, y, loss_reduction="none").loss.double().cpu().numpy()
+def fetched_at_once(tensors: list[torch.Tensor]) -> list[np.ndarray]:
+    """The tensors in float64 on the CPU; another device is waited for once."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu().double()
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape).numpy() for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 @torch.no_grad()
@@ -132,7 +138,7 @@ def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
     collected = FullCondensation()
     batch_size = max(1, BATCH_TOKENS // T)
     for i in range(0, n, batch_size):
-        x = torch.from_numpy(np.stack([tokens[s : s + T] for s in starts[i : i + batch_size]])).to(device)
+        x = to_device(np.stack([tokens[s : s + T] for s in starts[i : i + batch_size]]), device)
         collected.update(model(x, return_hidden_states=True).hidden_states)
     return collected.result()
 
@@ -305,20 +311,21 @@ def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.de
     by_length = {}
     for row in plant([texts[i] for i in short], vocabulary.eos_id):
         by_length.setdefault(len(row.tokens), []).append(row)
+    planted, losses = [], []
     progress = tqdm(total=len(short), unit="sentence", unit_scale=True, leave=False, disable=None)
     for length, rows in by_length.items():
         size = max(1, BATCH_TOKENS // length)
         for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
-            idx, targets, parents, depth = (
-                torch.tensor([row[field] for row in batch], device=device) for field in range(4)
-            )
-            tree = PrefixTree(parents, depth)
-            loss = model(idx, targets, loss_reduction="none", tree=tree).loss.double().cpu().numpy()
-            for row, row_loss in zip(batch, loss, strict=True):
-                for i, path in row.sentences:
-                    nats[short[i]] = row_loss[path].sum()
+            fields = np.array([[row[field] for row in batch] for field in range(4)], dtype=np.int64)
+            idx, targets, parents, depth = to_device(fields, device)
+            losses.append(model(idx, targets, loss_reduction="none", tree=PrefixTree(parents, depth)).loss)
+            planted += batch
             progress.update(sum(len(row.sentences) for row in batch))
     progress.close()
+    row_losses = [row for loss in fetched_at_once(losses) for row in loss]
+    for row, row_loss in zip(planted, row_losses, strict=True):
+        for i, path in row.sentences:
+            nats[short[i]] = row_loss[path].sum()
     return nats[[distinct[sentence] for sentence in sentences]]
 
 
@@ -410,10 +417,10 @@ def writing(model: GPT, vocabulary, texts: list[str], seed: int, device: torch.d
     for way, options in (("greedy", {"temperature": 0.0}), ("nucleus", {"temperature": 1.0, "top_p": TOP_P})):
         parts = []
         for start in range(0, len(prompts), ROWS):
-            idx = torch.from_numpy(prompts[start : start + ROWS]).to(device)
+            idx = to_device(prompts[start : start + ROWS], device)
             out = model.generate(idx, CONTINUATION_TOKENS, seed=seed + start, **options)
-            parts.append(out[:, prompts.shape[1] :].cpu().numpy())
-        ways[way] = np.concatenate(parts)
+            parts.append(out[:, prompts.shape[1] :])
+        ways[way] = torch.cat(parts).cpu().numpy()
     return {
         way: {
             **{f"rep_{n}": float(np.mean([repeated_ngrams(row, n) for row in rows])) for n in (2, 3, 4)},

@@ -50,19 +50,23 @@ class Validation:
     def _scores(self, model: GPT) -> dict:
         was_training = model.training
         model.eval()
-        nats, condensation = 0.0, Condensation()
+        starts = range(0, len(self.x), self.batch_size)
+        losses, condensation = [], Condensation()
         try:
-            for first in range(0, len(self.x), self.batch_size):
+            for first in starts:
                 x, y = (to_device(tokens[first : first + self.batch_size], self.device) for tokens in (self.x, self.y))
                 _, loss, hidden_states = model(x, y, return_hidden_states=True)
-                nats += loss.item() * y.numel()
-                if not math.isfinite(nats):
-                    return {"val_loss": nats}
+                losses.append(loss)
                 room = CONDENSATION_SEQUENCES - condensation.sequences
                 if room > 0:
                     condensation.update([z[:room, :512] for z in hidden_states])
         finally:
             _leave(model, was_training)
+        nats = 0.0
+        for first, loss in zip(starts, torch.stack(losses).tolist(), strict=True):  # only here is the device waited for
+            nats += loss * self.y[first : first + self.batch_size].size
+            if not math.isfinite(nats):
+                return {"val_loss": nats}
         scores = condensation.result()
         # The histogram is what the heat map and its history are drawn from; four digits are plenty for a colour.
         histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]

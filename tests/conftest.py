@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import prepare
 from minidisp.config import from_dict
@@ -13,6 +15,15 @@ SMALL = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
     "eval_every": 6, "eval_tokens": 512, "log_every": 1, "save_every": 6, "lr": 3e-3, "device": "cpu", "threads": 1,
 }  # fmt: skip
+
+
+class NothingIsLookedAt(TorchDispatchMode):
+    """Inside, an operator whose result depends on numbers in Python is an error: on a GPU it would wait for them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
 
 
 def pytest_addoption(parser):

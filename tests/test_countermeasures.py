@@ -9,6 +9,7 @@ import torch
 from scipy.stats import kstest, norm
 
 import train
+from minidisp import countermeasures
 from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.optim import build_optimizers
@@ -205,7 +206,7 @@ def log_softmax(z):
 
 @pytest.mark.parametrize("chunk", [1000, 7])
 def test_the_divergence_and_its_gradient_agree_with_the_formula(corpus, run, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(train.Teacher, "CHUNK", chunk)
+    monkeypatch.setattr(countermeasures, "tokens_at_once", lambda device, vocab_size: chunk)
     config = small_config(corpus, tmp_path / "x", distill=str(run), distill_temperature=2.5)
     teacher = train.Teacher(config, Dataset(corpus), torch.device("cpu"))
     teacher.model.double()
@@ -253,7 +254,7 @@ def test_the_divergence_never_holds_the_logits_of_all_tokens(corpus, run, tmp_pa
     """Nothing of N x V numbers is kept for the backward pass."""
     config = small_config(corpus, tmp_path / "x", distill=str(run))
     teacher = train.Teacher(config, Dataset(corpus), torch.device("cpu"))
-    monkeypatch.setattr(train.Teacher, "CHUNK", 32)
+    monkeypatch.setattr(countermeasures, "tokens_at_once", lambda device, vocab_size: 32)
     x, weight = torch.randn(8, 32, 16, requires_grad=True), torch.randn(257, 16, requires_grad=True)
     sizes = []
 

@@ -232,6 +232,22 @@ def test_a_sample_ends_where_it_should():
     )
 
 
+@pytest.mark.parametrize("every", [2, 16])
+def test_a_sample_ends_there_also_where_tokens_are_fetched_rarely(monkeypatch, every):
+    """Behind EOS, more may have been drawn; half a character before it is one that is broken."""
+    vocabulary = ByteTokenizer()
+    for script in ([*b"abc\xc3", 256, *b"de"], [256, *b"de"], b"one\ntwo\n\nthree", b"ab"):
+        found = []
+        for n in (1, every):
+            monkeypatch.setattr(sampling, "look_every", lambda device, n=n: n)
+            model, bits = Script(script), []
+            model.stream = lambda *args, stop_token, stream=model.stream: stream(*args, stop_token=-1)
+            sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
+            found.append((sample["continuation"], sample["new_tokens"], "".join(bits)))
+        assert found[0] == found[1]
+    assert sampling.stream_sample(Script([*b"a\xc3", 256, 7]), vocabulary, "", Sampling(), 0, print)["new_tokens"] == 3
+
+
 def test_prompts_are_answered_together_and_in_their_order():
     model = Script([*b"x\ny", 256, 7], [*b"zz", 256])
     found = sampling.sample_all(model, ByteTokenizer(), ["bb", "a", "cc"], Sampling(samples=2, stop="\n"))

@@ -11,6 +11,8 @@ from minidisp.metrics import (
     BINS,
     Condensation,
     FullCondensation,
+    _count_at_once,
+    _count_by_rows,
     bits_per_byte,
     bootstrap_mean,
     cosine_matrix,
@@ -31,6 +33,7 @@ from minidisp.metrics import (
     student_t,
     word_perplexity,
 )
+from tests.conftest import NothingIsLookedAt
 
 
 def randn(*shape, seed=0):
@@ -179,6 +182,24 @@ def test_any_dtype(dtype):
     rounded = tuple(z.to(dtype) for z in condensing())
     result, truth = measure(rounded), measure(tuple(z.double() for z in rounded))
     np.testing.assert_allclose(result["mean_cosine_by_layer"], truth["mean_cosine_by_layer"], atol=1e-6)
+
+
+def test_the_two_ways_to_count_agree():
+    """_count_by_rows is what a GPU takes."""
+    bins = torch.randint(0, BINS + 1, (3, 7, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bins[0], bins[1, 2] = BINS - 1, 0
+    counts = np.bincount(bins.flatten().numpy(), minlength=BINS + 1).tolist()
+    assert _count_at_once(bins).tolist() == _count_by_rows(bins).tolist() == counts
+
+
+def test_a_batch_is_added_without_waiting_for_the_device(monkeypatch):
+    hidden_states, condensation = condensing(), Condensation()
+    with pytest.raises(AssertionError, match="bincount"), NothingIsLookedAt():
+        Condensation().update(hidden_states)
+    monkeypatch.setattr("minidisp.metrics._count_at_once", _count_by_rows)
+    with NothingIsLookedAt():
+        condensation.update(hidden_states)
+    assert condensation.result() == measure(hidden_states)
 
 
 def test_equal_tokens_fill_the_last_bin():

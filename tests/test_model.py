@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
-from minidisp.loss import LinearCrossEntropy
+from minidisp.loss import chunked
 from minidisp.model import GPT, GPTConfig, PrefixTree, sample
+from tests.conftest import NothingIsLookedAt
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 KINDS = {
@@ -164,7 +165,7 @@ def test_chunked_loss_and_gradients_against_float64(dtype, autocast, small_chunk
     targets = torch.randint(0, 60, (32,))
     targets[[0, 9, 31]] = -1
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        loss = LinearCrossEntropy.apply(x, weight, targets)
+        loss = chunked(x, weight, targets)
     (3 * loss).backward()
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert (x.grad.dtype, weight.grad.dtype) == (dtype, dtype)
@@ -186,7 +187,7 @@ def test_chunked_loss_gradcheck(small_chunks):
         inputs = [a.detach().requires_grad_(on) for a, on in zip((x, weight), wanted, strict=True)]
         # Recomputed for each of gradcheck's many backward passes, as its backward can be taken once only.
         assert torch.autograd.gradcheck(
-            lambda x, weight: checkpoint(LinearCrossEntropy.apply, x, weight, targets, use_reentrant=False), inputs
+            lambda x, weight: checkpoint(chunked, x, weight, targets, use_reentrant=False), inputs
         )
 
 
@@ -196,7 +197,7 @@ def test_chunked_loss_sums_thousands_of_tokens_in_float32():
     x, weight = torch.randn(5000, 16), torch.randn(50, 16).requires_grad_()
     targets = torch.randint(0, 50, (5000,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = LinearCrossEntropy.apply(x, weight, targets)
+        loss = chunked(x, weight, targets)
     loss.backward()
     want, _, grad = exact_cross_entropy(x, weight, targets)
     assert loss.item() == pytest.approx(want, rel=2e-4)
@@ -205,15 +206,49 @@ def test_chunked_loss_sums_thousands_of_tokens_in_float32():
 
 def test_chunked_loss_can_be_differentiated_once_only():
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    loss = LinearCrossEntropy.apply(x, weight, torch.arange(4))
+    loss = chunked(x, weight, torch.arange(4))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_as_an_operator(dtype, wanted, small_chunks):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 5, requires_grad=on) for n, on in zip((16, 11), wanted, strict=True))
+    arguments = x, weight, torch.randint(-1, 11, (16,)), dtype, *wanted
+    # Its gradients are for its own backward pass, which scales them in place: that a compiler may do so is tested below.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.minidisp.linear_cross_entropy.default, arguments, test_utils=tests)
+
+
+def test_compiled_the_chunked_loss_stays_one_operator_in_one_graph(small_chunks):
+    torch.manual_seed(0)
+    model, graphs = GPT(GPTConfig(**{**SMALL, "vocab_size": 2000})), []
+    idx, targets = torch.randint(0, 2000, (2, 3, 16))
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for autocast in (False, True):
+        found = []
+        for each in (model, torch.compile(model, backend=look, fullgraph=True)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = each(idx, targets, return_hidden_states=True).loss
+            found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        assert all(a.equal(b) for a, b in zip(*found, strict=True))
+    assert len(graphs) == 2
+    for graph in graphs:
+        made = [node.meta.get("example_value") for node in graph.graph.nodes if node.op != "placeholder"]
+        assert torch.ops.minidisp.linear_cross_entropy in [node.target for node in graph.graph.nodes]
+        assert max(value.numel() for value in made if isinstance(value, torch.Tensor)) < 3 * 16 * 2000  # all logits
+
+
 def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
     x, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -1)
-    assert LinearCrossEntropy.apply(x, weight, targets).isnan()
+    assert chunked(x, weight, targets).isnan()
     assert torch.nn.functional.cross_entropy(x @ weight.T, targets, ignore_index=-1).isnan()
 
 
@@ -345,6 +380,27 @@ def test_generation_stops_at_the_stop_token():
     idx = torch.tensor([[1, 2, 3]])
     token = model.generate(idx, 1, temperature=0)[0, -1].item()
     assert model.generate(idx, 10, temperature=0, stop_token=token).shape[1] == 4
+
+
+def test_tokens_are_drawn_without_waiting_for_the_device(model, monkeypatch):
+    monkeypatch.setattr("minidisp.model.look_every", lambda device: 16)
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with NothingIsLookedAt():
+        for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.9}):
+            assert len(list(model.stream(idx, 15, stop_token=0, **options))) == 15
+
+
+@pytest.mark.parametrize("every", [2, 5, 16])
+def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, every):
+    """As on devices that would be waited for: seeds whose samples end before, at and behind a look, or never."""
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(6) for stop in (0, 7)]
+    options += [{"temperature": 0, "stop_token": model.generate(idx, n, temperature=0)[0, -1].item()} for n in (1, 2)]
+    at_once = [model.generate(idx, 25, **each) for each in options]
+    monkeypatch.setattr("minidisp.model.look_every", lambda device: every)
+    for each, out in zip(options, at_once, strict=True):
+        assert torch.equal(model.generate(idx, 25, **each), out)
+    assert model.generate(idx, 0, stop_token=0).equal(idx)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from minidisp.config import Config
 from minidisp.model import GPT
-from minidisp.optim import Muon, build_optimizers, learning_rate
+from minidisp.optim import Muon, build_optimizers, learning_rate, step_where_on_device
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
 
@@ -96,3 +96,66 @@ def test_muon_together_is_torch_s_one_by_one(monkeypatch, at_once):
         momenta = (o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (a, b), strict=True))
         torch.testing.assert_close(*momenta)
     assert str(optimizers[0].state_dict()["param_groups"]) == str(optimizers[1].state_dict()["param_groups"])
+
+
+def exact_muon(weight, grads, lr, decay, momentum=0.95):
+    """Muon's steps with these gradients in float64, by its formula; and the momentum."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    buffer = torch.zeros_like(weight)
+    for grad in grads:
+        buffer = momentum * buffer + (1 - momentum) * grad
+        x = (1 - momentum) * grad + momentum * buffer
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        weight = weight * (1 - lr * decay) - 0.2 * lr * max(weight.shape) ** 0.5 * x
+    return weight, buffer
+
+
+def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch):
+    """In bfloat16, the two round differently: a step is right to 2 % of its size."""
+    config = Config(**SMALL, optimizer="muon", lr=0.1, weight_decay=0.5)
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        muon = build_optimizers(model, config)[1]
+        monkeypatch.setattr(Muon, "AT_ONCE", 1 << 24 if together else 1)
+        before = {name: p.detach().clone() for name, p in model.h.named_parameters() if p.ndim == 2}
+        grads = {name: [] for name in before}
+        for step in range(3):
+            for name, p in model.h.named_parameters():
+                generator = torch.Generator().manual_seed(len(name) + step)
+                p.grad = torch.randn(p.shape, generator=generator) if name != "1.mlp.c_fc.weight" else None
+                if name in grads:
+                    grads[name].append(p.grad)
+            muon.step()
+        found.append({name: p.detach() for name, p in model.h.named_parameters() if name in before})
+        for name, p in model.h.named_parameters():
+            if name == "1.mlp.c_fc.weight":  # has no gradient
+                assert p.equal(before[name])
+                assert p not in muon.state
+            elif name in before:
+                weight, buffer = exact_muon(before[name].double(), [g.double() for g in grads[name]], 0.1, 0.5)
+                step = (weight - before[name]).norm()
+                assert (p.double() - weight).norm() < 0.02 * step
+                torch.testing.assert_close(muon.state[p]["momentum_buffer"].double(), buffer, rtol=1e-5, atol=1e-6)
+    for name, p in found[0].items():
+        assert (p - found[1][name]).norm() <= 0.02 * (p - before[name]).norm()
+
+
+def test_muon_leaves_all_as_it_was_where_something_is_not_finite():
+    config = Config(**SMALL, optimizer="muon")
+    model = GPT(config)
+    muon = build_optimizers(model, config)[1]
+    states = []
+    for step, bad in enumerate((False, True, False)):
+        for p in model.h.parameters():
+            p.grad = torch.full_like(p, math.nan) if bad else torch.randn_like(p)
+        step_where_on_device(torch.tensor(not bad), [muon])
+        states.append([t.clone() for p in muon.state for t in (p.detach(), muon.state[p]["momentum_buffer"])])
+        assert all(t.isfinite().all() for t in states[step])
+    same = [[a.equal(b) for a, b in zip(states[step], states[step + 1], strict=True)] for step in (0, 1)]
+    assert all(same[0])
+    assert not any(same[1])

@@ -164,10 +164,11 @@ class World:
 ALONE = World()
 
 
-def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World) -> None:
+def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World, compiled: bool) -> None:
     """Split the weights, and with them gradients and optimiser states, over the processes (FSDP2): each block, then the rest.
 
-    dtype: of matrix products. Raises InputError for float16, whose gradient scale is not sharded.
+    dtype: of matrix products. compiled: whether to compile what a block computes. A graph of the whole model would break
+    before and after each block, where FSDP gathers its weights; those of the blocks are one and the same. Raises InputError for float16, whose gradient scale is not sharded.
     """
     if dtype == torch.float16:
         raise InputError("--shard --dtype float16: the gradient scale is not sharded; take bfloat16 or float32")
@@ -176,6 +177,8 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World) ->
 
     mesh = init_device_mesh(device.type, (world.size,))
     for block in model.h:
+        if compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
