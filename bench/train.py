@@ -113,9 +113,10 @@ class Form:
         self.clock.mark("data")
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             ce, hidden_states = self.forward(x, y)
-        self.clock.mark("forward")
-        forward = Forward(x, ce, hidden_states, self.step_number)
-        loss = sum(term.weight * term.value(forward) for term in self.terms) if self.terms else ce
+            self.clock.mark("forward")
+            forward = Forward(x, ce, hidden_states, self.step_number)
+            values = [term.value(forward) for term in self.terms]
+        loss = sum(term.weight * value for term, value in zip(self.terms, values, strict=True)) if self.terms else ce
         del forward, hidden_states
         self.clock.mark("dispersion")
         loss.backward()

@@ -9,89 +9,23 @@
 
 #include "attention.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#include "amx_tile.h"
 
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(MINIDISP_AMX)
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#define AMX_TARGET "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16"
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(AMX_TARGET))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
-#endif
+MINIDISP_AMX_BEGIN
 
 namespace minidisp {
 namespace {
 
-using Bits = uint16_t;               // a bfloat16
-constexpr int64_t kTile = 512;       // bfloat16 in a tile; 256 floats
 constexpr int64_t kBlock = 32;       // queries or keys
 constexpr int64_t kKeys = 512;       // forward, between corrections of the maximum
 constexpr int64_t kSide = 4;         // backward, blocks on a side
 constexpr float kLog2E = 1.44269504f;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The thread's tiles, configured for this file, and given back as they were configured.
-class Tiles {
- public:
-  Tiles() {
-    _tile_storeconfig(&before_);
-    static const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (before_.palette != 0) _tile_loadconfig(&before_);
-    else _tile_release();
-  }
-
- private:
-  TileConfig before_;
-};
-
-// A block of C, 2 x 2 tiles at c, c + 256 (to the right), c + down and c + down + 256, = or += A B. The tiles of A lie one after
-// the other along the depth, those of the lower 16 rows a_down further; those of B b_step apart, of the right 16 columns b_right.
-inline void multiply_block(const Bits* a, int64_t a_down, const Bits* b, int64_t b_step, int64_t b_right, int64_t steps, float* c,
-                           int64_t down, bool add) {
-  if (add) {
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + 256, 64);
-    _tile_loadd(2, c + down, 64);
-    _tile_loadd(3, c + down + 256, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, a + s * kTile, 64);
-    _tile_loadd(6, b + s * b_step, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + s * b_step + b_right, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + s * kTile + a_down, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + 256, 64);
-  _tile_stored(2, c + down, 64);
-  _tile_stored(3, c + down + 256, 64);
-  asm volatile("" ::: "memory");  // the compiler does not see what the tiles write
-}
 
 // Rows of a head, read 32 features at a time with zeros beyond its width and its last token.
 struct Rows {
@@ -107,34 +41,6 @@ struct Rows {
       for (int64_t d = 0; d < width; d += 32) _mm_prefetch(first + i * stride + d, _MM_HINT_T0);
   }
 };
-
-inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    const __m512i low2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    const __m512i high2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
-    t[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    t[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
 
 // Layouts of 32 tokens, depth tiles = padded width / 32:
 // A(token, feature): [token / 16][feature / 32].
@@ -186,13 +92,6 @@ void tokens_deep(const Rows& in, int64_t depth, Bits* out) {
     }
 }
 
-// Two rows of floats as one row of a tile of B: pairs, rounded.
-inline __m512i pairs(__m512 even, __m512 odd) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
-  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_add_epi32(_mm512_castps_si512(odd), half));
-}
-
 // 2^x for x <= 0 or not far above, right to 3e-6, which is far below what rounding to bfloat16 costs.
 inline __m512 power_of_two(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // in this order NaN stays NaN
@@ -218,7 +117,6 @@ inline __m512 binary_logarithm(__m512 x) {
   return y;
 }
 
-inline __mmask16 first_of(int64_t count) { return static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1); }
 inline __mmask16 sees(int64_t key, int64_t query) {  // which of 16 queries from query on see the key
   const int64_t first = std::clamp<int64_t>(key - query, 0, 16);
   return static_cast<__mmask16>(0xffffu << first);
@@ -260,8 +158,6 @@ inline void want(Bits* out, int64_t stride, int64_t count, int64_t width) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < width; d += 32) __builtin_prefetch(out + i * stride + d, 1);
 }
-constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 int64_t forward_floats(int64_t tokens, int64_t width) {
   const int64_t n = up(tokens, kBlock), D = up(width, 32);
   return n * D + kBlock * D / 2 + kBlock * D + kKeys * kBlock + kKeys * kBlock / 2;  // K and V, Q^T, O^T, S^T, P^T
@@ -492,27 +388,11 @@ bool backward(const HeadGroup& g, float* memory) {
 
 const AmxKernels kernels = {forward, backward, forward_floats, backward_floats};
 
-// The processor has the tiles, bfloat16 for them and for vectors, and the system lets this process use them.
-bool permitted() {
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1)) return false;
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MINIDISP_AMX_END
 
-const AmxKernels* amx_kernels() {
-  static const bool allowed = permitted();
-  return allowed ? &kernels : nullptr;
-}
+const AmxKernels* amx_kernels() { return amx_permitted() ? &kernels : nullptr; }
 
 }  // namespace minidisp
 

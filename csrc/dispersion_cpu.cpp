@@ -11,10 +11,13 @@
 // pair of blocks: two threads have a G each; more than two share one, and go through the pairs in rounds in which no block
 // occurs twice. So every sum has a fixed order: for a given number of threads the result is always the same.
 // l2_repel does all this in double, as differences of nearly equal tokens need it, on copies of small pieces of z.
+// angular_spread may use matrix tiles (dispersion_amx.cpp) instead: the same phases, with blocks of 256 tokens.
 // Memory beyond the gradient: U and at most two G, 3 L D floats, for each sequence that is being worked on (l2_repel: G in
-// double, no U), and for each thread tiles of half a megabyte.
+// double, no U; on matrix tiles half as much again), and for each thread tiles of half a megabyte.
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -28,6 +31,7 @@
 
 #include "cpu.h"
 #include "dispersion.h"
+#include "dispersion_amx.h"
 
 namespace minidisp {
 namespace {
@@ -36,6 +40,7 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kTileStride = kBlock + 16;  // off the powers of two, whose rows would fight for the same cache lines
 constexpr int64_t kDepth = 256;               // of the pieces in which S is summed
 constexpr int64_t kWideDepth = 128;           // the same in double
+constexpr int64_t kTileBlock = 256;           // on matrix tiles
 constexpr int64_t kPad = 16;                  // floats in the longest vector
 
 // The vector code, one set per kind of processor.
@@ -50,8 +55,8 @@ struct Kernels {
   double (*weigh_cosines)(const Options&, double, float*, int64_t, int64_t, int64_t, bool, bool);
   double (*weigh_distances)(double, const double*, const double*, double*, int64_t, int64_t, int64_t, bool, bool);
   float (*largest)(const float*, int64_t, int64_t, int64_t, bool);
-  float (*unit_row)(const Options&, float*, int64_t, float*, float*);
-  void (*gradient_row)(const Options&, float* const*, int, const float*, int64_t, float, float, float, float*);
+  float (*unit_row)(const Options&, const float*, float*, int64_t, float*, float*);
+  void (*gradient_row)(const Options&, float* const*, int, const float*, float, const float*, int64_t, float, float, float, float*);
 };
 
 #define MINIDISP_TILE "dispersion_tile.h"
@@ -80,6 +85,7 @@ void read_token(const at::Tensor& z, int64_t b, int64_t i, int64_t d, int64_t n,
 // Beside the sum of weights, what a thread works with, and what it has found out.
 struct Thread {
   float *tile, *panel;                                       // by cosines
+  uint16_t* pair;                                            // on matrix tiles
   double *wide_tile, *wide_panel, *wide_rows, *wide_columns;  // by distances
   double sum, square_sum;
   float most, bad;
@@ -91,6 +97,8 @@ int64_t gradients(int64_t threads) { return threads <= kGradients ? threads : 1;
 
 struct Sequence {
   float *u, *norm, *length, *g[kGradients];          // by cosines
+  SpreadTiles tiles;                                 // on matrix tiles, too
+  float *u_mean, *base, centre;                      // base - centre u_i: what the weights' centre contributes to G_i
   double *mean, *square, *wide_g[kGradients];        // by distances
   double sum, square_sum, shift;
   bool bad;
@@ -103,20 +111,25 @@ struct Call {
   const bool need_grad;
   float* const grad;
   const Kernels& k;
+  const SpreadKernels* const spread;  // matrix tiles, if they compute it
+  const SpreadFit fit = spread != nullptr ? fit_spread(o, o.smallest_angle()) : SpreadFit{};
   const int64_t B = z.size(0), L = z.size(1), D = z.size(2);
   const bool by_distance = o.variant == Variant::l2_repel;
-  const int64_t width = round_up(by_distance ? D + 1 : D, kPad);  // by distances, column D counts: the sum of the weights
+  const int64_t width = round_up(by_distance ? D + 1 : D, spread ? 32 : kPad);  // by distances, column D sums the weights
   const int64_t stride = width % 64 == 0 ? width + kPad : width;
+  const bool direct = z.scalar_type() == at::kFloat && z.stride(2) == 1 && D % kPad == 0;  // rows of z can be read as they are
+  const int64_t rows = round_up(L, kTileTokens), matrix = (spread ? rows : L) * stride;
 
   int64_t thread_bytes() const {
     if (by_distance) return 8 * ((kBlock + kWideDepth) * kTileStride + 2 * kBlock * (kWideDepth + kPad));
+    if (spread) return 2 * spread->memory(std::min(L, kTileBlock));
     return 4 * (kBlock + kDepth) * kTileStride;
   }
 
   int64_t sequence_bytes(int64_t gradients) const {
-    const int64_t rows = round_up(L, kPad), matrix = L * stride;
     if (!need_grad) gradients = 0;
-    return by_distance ? 8 * (round_up(D, kPad) + rows + gradients * matrix) : 4 * (2 * rows + (1 + gradients) * matrix);
+    const int64_t tiles = spread ? 3 * 2 * rows * width + 4 * (rows + 2 * width) : 0;
+    return by_distance ? 8 * (round_up(D, kPad) + rows + gradients * matrix) : 4 * (2 * rows + (1 + gradients) * matrix) + tiles;
   }
 
   Thread thread_at(char* memory) const {
@@ -128,6 +141,7 @@ struct Call {
       t.wide_rows = std::exchange(p, p + kBlock * (kWideDepth + kPad));
       t.wide_columns = p;
     } else {
+      t.pair = reinterpret_cast<uint16_t*>(memory);  // or
       t.tile = reinterpret_cast<float*>(memory);
       t.panel = t.tile + kBlock * kTileStride;
     }
@@ -136,7 +150,6 @@ struct Call {
 
   Sequence sequence_at(char* memory, int64_t gradients) const {
     Sequence s{};
-    const int64_t rows = round_up(L, kPad), matrix = L * stride;
     if (!need_grad) gradients = 0;
     if (by_distance) {
       double* p = reinterpret_cast<double*>(memory);
@@ -149,6 +162,15 @@ struct Call {
       s.length = std::exchange(p, p + rows);
       s.u = std::exchange(p, p + matrix);
       for (int64_t c = 0; c < gradients; ++c) s.g[c] = std::exchange(p, p + matrix);
+      if (spread) {
+        s.tiles.side = std::exchange(p, p + rows);
+        s.u_mean = std::exchange(p, p + width);
+        s.base = std::exchange(p, p + width);
+        uint16_t* bits = reinterpret_cast<uint16_t*>(p);
+        s.tiles.rows = std::exchange(bits, bits + rows * width);
+        s.tiles.columns = std::exchange(bits, bits + rows * width);
+        s.tiles.pairs = bits;
+      }
     }
     return s;
   }
@@ -172,9 +194,10 @@ struct Call {
     for (; i < stop; ++i) {
       if (!by_distance) {
         float* u = s.u + i * stride;
-        read_token(z, b, i, 0, D, u);
         std::fill(u + D, u + width, 0.0f);
-        t.bad += k.unit_row(o, u, D, s.norm + i, s.length + i);
+        const float* row = direct ? z.const_data_ptr<float>() + b * z.stride(0) + i * z.stride(1) : u;
+        if (!direct) read_token(z, b, i, 0, D, u);
+        t.bad += k.unit_row(o, row, u, D, s.norm + i, s.length + i);
         continue;
       }
       double square = 0;
@@ -252,6 +275,15 @@ struct Call {
     }
   }
 
+  // Phase 3, on matrix tiles only: the mean unit vector, and the weight of a pair that is as it is on average.
+  void find_mean_unit(Sequence& s) const {
+    spread->mean(s.u, stride, L, width, s.u_mean);
+    double square = 0;
+    for (int64_t d = 0; d < D; ++d) square += static_cast<double>(s.u_mean[d]) * s.u_mean[d];
+    s.centre = fit.weight(square);
+    for (int64_t d = 0; d < width; ++d) s.base[d] = s.centre * static_cast<float>(L) * s.u_mean[d];
+  }
+
   // Phase 3, where it is needed: the largest cosine.
   void find_largest(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
     products(t, s, b, i, j, m, n);
@@ -265,8 +297,14 @@ struct Call {
   }
 
   // Phase 4, of a pair of blocks: the sum of the values, and the weights times the other tokens, added to a G.
-  void sum_pair(Thread& t, const Sequence& s, int64_t copy, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
+  void sum_pair(Thread& t, const Sequence& s, int64_t copy, int64_t b, bool first, int64_t i, int64_t j, int64_t m,
+                int64_t n) const {
     const bool diagonal = i == j;
+    if (spread) {
+      t.sum += spread->sum_pair(fit, s.centre, s.tiles, width, i, m, j, n, need_grad ? s.g[copy] : nullptr, stride, first,
+                              t.pair);
+      return;
+    }
     products(t, s, b, i, j, m, n);
     if (by_distance) {
       t.sum += k.weigh_distances(o.tau, s.square + i, s.square + j, t.wide_tile, kTileStride, m, n, diagonal, need_grad);
@@ -318,7 +356,7 @@ struct Call {
         if (o.variant == Variant::orthogonalization) scale = 4 / (kPi * pairs);
         if (o.variant == Variant::decorrelation) scale = 4 / pairs;
         for (int64_t c = 0; c < copies; ++c) parts[c] = s.g[c] + i * stride;
-        k.gradient_row(o, parts, static_cast<int>(copies), s.u + i * stride, D, s.norm[i], s.length[i],
+        k.gradient_row(o, parts, static_cast<int>(copies), s.base, s.centre, s.u + i * stride, D, s.norm[i], s.length[i],
                        static_cast<float>(scale / batch), out);
       }
     }
@@ -338,8 +376,8 @@ struct Call {
   template <class Split>
   void run(Sequence* sequences, int64_t count, Thread* threads, int64_t n, int64_t b, double* losses, Split split) const {
     const int64_t copies = gradients(n);
-    int64_t block = kBlock;  // smaller ones are easier to share
-    const int64_t least = n == 1 ? kBlock : copies > 1 ? kBlock / 2 : kBlock / 4;
+    int64_t block = spread ? kTileBlock : kBlock;  // smaller ones are easier to share
+    const int64_t least = n == 1 ? block : copies > 1 ? kBlock / 2 : kBlock / 4;
     while (block > least && L < 2 * n * block) block /= 2;
     const auto first = [&](int64_t t) { return t * L / n; };
     const auto for_members = [&](int64_t q, auto function) {
@@ -359,6 +397,17 @@ struct Call {
       sequences[q].shift = o.smallest_angle();
     }
 
+    if (spread) {
+      split([&](int64_t q, int64_t t) {
+        if (t == 0) find_mean_unit(sequences[q]);
+      });
+      split([&](int64_t q, int64_t t) {
+        const int64_t groups = rows / kTileTokens;
+        const Sequence& s = sequences[q];
+        spread->lay_out(s.u, stride, L, width, s.u_mean, t * groups / n, (t + 1) * groups / n, s.tiles);
+      });
+    }
+
     if (o.shift_must_be_found()) {
       split([&](int64_t q, int64_t t) {
         threads[q * n + t].most = -2;
@@ -375,15 +424,17 @@ struct Call {
     split([&](int64_t q, int64_t t) {
       threads[q * n + t].sum = 0;
       if (copies < n) clear_gradient(sequences[q], 0, first(t), first(t + 1));
-      else clear_gradient(sequences[q], t, 0, L);
+      else if (!spread || n > 1) clear_gradient(sequences[q], t, 0, L);
       if (copies < n || sequences[q].bad) return;
-      for_pairs(block, t, n, [&](auto... pair) { sum_pair(threads[q * n + t], sequences[q], t, b + q, pair...); });
+      for_pairs(block, t, n, [&](int64_t i, auto... pair) {
+        sum_pair(threads[q * n + t], sequences[q], t, b + q, n == 1 && i == 0, i, pair...);  // (0, J) is the first of J
+      });
     });
     for (int64_t round = 0; copies < n && round < rounds(block); ++round)
       split([&](int64_t q, int64_t t) {
         if (sequences[q].bad) return;
         for_pairs_of_round(round, block, t, n,
-                           [&](auto... pair) { sum_pair(threads[q * n + t], sequences[q], 0, b + q, pair...); });
+                           [&](auto... pair) { sum_pair(threads[q * n + t], sequences[q], 0, b + q, false, pair...); });
       });
     for (int64_t q = 0; q < count; ++q) {
       sequences[q].sum = 0;
@@ -395,11 +446,22 @@ struct Call {
   }
 };
 
+// Matrix tiles round to bfloat16. So they are for callers who let products round, by autocast or by torch's float32 matmul precision,
+// and for options under which the weight of a pair does not change much with its cosine.
+const SpreadKernels* spread_kernels_for(const Options& o, const at::Tensor& z) {
+  const bool gentle = o.variant == Variant::angular_spread && o.tau >= 0.5 && o.clamp >= 0.2;
+  const bool allowed = at::autocast::is_autocast_enabled(at::kCPU) ||
+                       at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+  const bool large = z.size(1) >= kTileTokens && z.size(2) >= kPad;  // errors average out, and it pays
+  if (!gentle || !allowed || !large || best_instruction_set() != InstructionSet::amx) return nullptr;
+  return spread_kernels();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_view variant, double tau,
                                                           double clamp, double eps, bool need_grad) {
   const Options options = checked_options(z, variant, tau, clamp, eps);
   at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), z.options().dtype(at::kFloat));
-  const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, choose_kernels()};
+  const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, choose_kernels(), spread_kernels_for(options, z)};
 
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t dealt = call.B / threads * threads, left = call.B - dealt;

@@ -152,9 +152,9 @@ double weigh_distances(double tau, const double* row_square, const double* colum
                        });
 }
 
-// A row of z, padded with zeros to a multiple of the lanes, becomes a row of u: divided by length = norm + eps, or, for
+// A row of z, padded with zeros to a multiple of the lanes, becomes a row of u, or is one already: divided by length = norm + eps, or, for
 // decorrelation, centred first, with a constant row turned into zeros. Returns NaN for NaN or infinity in the row, else 0.
-float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* length) {
+float unit_row(const Options& o, const float* z, float* u, int64_t D_, float* norm, float* length) {
   constexpr int W = lanes<float>();
   const int64_t padded = (D_ + W - 1) / W * W;
   double eps = o.eps;
@@ -162,13 +162,13 @@ float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* lengt
   if (o.variant == Variant::decorrelation) {
     F sum{}, most{}, rest{};
     for (int64_t d = 0; d < padded; d += W) {
-      const F x = load<F>(u + d);
+      const F x = load<F>(z + d);
       bad += x * 0.0f;
       sum += x;
       most = magnitude(x) > most ? magnitude(x) : most;
     }
     const float mean = static_cast<float>(sum_lanes(sum) / static_cast<double>(D_));
-    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) - mean);
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(z + d) - mean);
     for (int64_t d = D_; d < padded; ++d) u[d] = 0;
     for (int64_t d = 0; d < padded; d += W) {
       const F x = magnitude(load<F>(u + d));
@@ -181,31 +181,34 @@ float unit_row(const Options& o, float* u, int64_t D_, float* norm, float* lengt
     }
     if (largest_after <= 4 * std::numeric_limits<float>::epsilon() * largest_before) std::fill(u, u + padded, 0.0f);
     eps = 0;
+    z = u;
   }
-  for (int64_t d = 0; d < padded; d += W) {
-    const F x = load<F>(u + d);
-    bad += x * 0.0f;
-    squares += x * x;
-  }
-  *norm = static_cast<float>(std::sqrt(sum_lanes(squares)));
+  for (int64_t d = 0; d < padded; d += W) squares += load<F>(z + d) * load<F>(z + d);
+  const double square = sum_lanes(squares);
+  if (!std::isfinite(square))
+    for (int64_t d = 0; d < padded; d += W) bad += load<F>(z + d) * 0.0f;
+  *norm = static_cast<float>(std::sqrt(square));
   *length = static_cast<float>(*norm + eps);
   if (*length == 0) *length = std::numeric_limits<float>::infinity();  // no direction, so no gradient
   const float inverse = 1 / *length;
   if (std::isnormal(inverse))  // dividing the whole row would cost more than all of the above
-    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) * inverse);
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(z + d) * inverse);
   else
-    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(u + d) / *length);
+    for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(z + d) / *length);
   return static_cast<float>(sum_lanes(bad));
 }
 
-// grad_u, in parts (padded like u), becomes the gradient of the row of z: through the division, and through the centring.
-void gradient_row(const Options& o, float* const* parts, int n_parts, const float* u, int64_t D_, float norm, float length,
-                  float scale, float* out) {
+// grad_u, in parts (padded like u) and, unless base is null, base - centre u, becomes the gradient of the row of z: through the
+// division, and through the centring.
+void gradient_row(const Options& o, float* const* parts, int n_parts, const float* base, float centre, const float* u, int64_t D_,
+                  float norm, float length, float scale, float* out) {
   constexpr int W = lanes<float>();
   const int64_t padded = (D_ + W - 1) / W * W, whole = D_ / W * W;
   float* g = parts[0];
   for (int p = 1; p < n_parts; ++p)
     for (int64_t d = 0; d < padded; d += W) store(g + d, load<F>(g + d) + load<F>(parts[p] + d));
+  if (base != nullptr)
+    for (int64_t d = 0; d < padded; d += W) store(g + d, load<F>(g + d) + (load<F>(base + d) - load<F>(u + d) * centre));
   F dot{}, g_sum{}, u_sum{};
   for (int64_t d = 0; d < padded; d += W) {
     const F x = load<F>(g + d), y = load<F>(u + d);

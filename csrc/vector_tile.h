@@ -135,9 +135,16 @@ PAIR_INLINE void transpose_step(typename VectorOf<T>::V* r) {
   if constexpr (2 * S < W) transpose_step<T, 2 * S>(r);
 }
 
-template <class V>
-PAIR_INLINE double sum_lanes(V v) {
-  double sum = 0;
-  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) sum += v[l];
-  return sum;
+// In double, half by half: one lane after the other would wait for each addition.
+PAIR_INLINE double sum_lanes(D v) {
+  double part[lanes<double>()];
+  store(part, v);
+  for (int n = lanes<double>() / 2; n > 0; n /= 2)
+    for (int l = 0; l < n; ++l) part[l] += part[l + n];
+  return part[0];
+}
+PAIR_INLINE double sum_lanes(F v) {
+  HalfF half[2];
+  std::memcpy(half, &v, sizeof v);
+  return sum_lanes(__builtin_convertvector(half[0], D) + __builtin_convertvector(half[1], D));
 }

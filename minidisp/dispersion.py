@@ -186,9 +186,10 @@ def dispersion_loss(
     mean_cosine has no pairs and is the same under every name.
     Precision: exact float32 at float32 matmul precision "highest". At "high", on CUDA, fused takes tensor cores for all
     but l2_repel: its gradient is off by up to 2e-3 of its norm, its value by 5e-4 (1 + |value|); more where tokens
-    form tight groups that lie apart (docs/gpu.md). The
-    reference's products are TF32, off by up to 7e-2 of the gradient where tokens are nearly parallel. streamed stays
-    exact.
+    form tight groups that lie apart (docs/gpu.md). At "high" and under autocast, on a CPU with AMX, fused takes matrix
+    tiles for angular_spread with tau >= 0.5 and clamp >= 0.2, T >= 32 and C >= 16: off by no more than that. The
+    reference's products are TF32 on CUDA, off by up to 7e-2 of the gradient where tokens are nearly parallel. streamed
+    stays exact.
     Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
     """
     _check_options(variant, tau, clamp, eps)

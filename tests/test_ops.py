@@ -18,7 +18,7 @@ from test_dispersion import CASES, randn
 
 from minidisp import InputError, dispersion, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
-from minidisp.ops import build
+from minidisp.ops import build, streamed
 from minidisp.ops.__main__ import check, self_test
 
 MISSING = ops.find_or_build("cpu")  # why there is no extension, or ""
@@ -236,6 +236,137 @@ def test_cuda_memory_stays_small(variant, dtype, shape):
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - 4 * z.numel()
     assert extra <= 2**26 + 64 * shape[0] * shape[1]  # 64 MB, and some numbers per token
+
+
+# Instruction sets of the CPU, and matrix tiles
+
+SETS = ["baseline", "avx2", "avx512", "amx"]
+BEST = torch.ops.minidisp.instruction_set() if FUSED else "baseline"
+
+
+def only_here(name):
+    return pytest.param(
+        name, marks=pytest.mark.skipif(SETS.index(name) > SETS.index(BEST), reason="not this processor")
+    )
+
+
+needs_tiles = pytest.mark.skipif(BEST != "amx", reason="no AMX here")
+
+
+@needs_fused
+@pytest.mark.parametrize("instructions", map(only_here, SETS))
+@pytest.mark.parametrize("T", [2, 37, 130, 1000])
+def test_every_instruction_set_is_exact(instructions, T, monkeypatch):
+    monkeypatch.setenv("MINIDISP_CPU", instructions)
+    wide = (randn(2, 1, 71, seed=1) + randn(2, T, 71)).float()
+    for z in (wide, wide[:, :, 1:65], wide[:, :, ::2], wide.mT.contiguous().mT):  # rows off 64 bytes, features apart
+        for variant in ops.FUSED_VARIANTS if z is wide else ("angular_spread",):
+            assert_as_good_as_reference(z, variant, "fused", "cpu")
+
+
+@contextlib.contextmanager
+def rounding_allowed(how):
+    """In either of the two ways in which a caller lets products round."""
+    with contextlib.ExitStack() as stack:
+        if how == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        else:
+            stack.enter_context(streamed.float32_precision(how))
+        yield
+
+
+def tokens_of(kind, B, T, C):
+    """Hidden states: independent, or with a mean, nearly parallel, in groups, or drifting from token to token."""
+    noise, centre = randn(B, T, C), randn(B, 1, C, seed=1)
+    if kind.startswith("parallel"):
+        return centre + float(kind[8:]) * noise
+    if kind.startswith("groups"):
+        return randn(B, 5, C, seed=2)[:, torch.arange(T) % 5] + float(kind[6:]) * noise
+    return noise.cumsum(1) if kind == "drifting" else noise
+
+
+KINDS = ["independent", "parallel1", "parallel0.3", "parallel0.001", "groups0.3", "groups0.03", "drifting"]
+
+
+@needs_tiles
+@pytest.mark.parametrize("how", ["high", "medium", "autocast"])
+@pytest.mark.parametrize("shape", [(2, 37, 16), (1, 130, 40), (3, 256, 192), (1, 1000, 33), (5, 300, 70)])
+@pytest.mark.parametrize("number", [1, 3])
+def test_matrix_tiles_within_their_tolerance(how, shape, number):
+    for kind, (tau, clamp) in itertools.product(KINDS, [(1.0, 0.25), (0.5, 0.2), (3.0, 0.6)]):
+        z = tokens_of(kind, *shape).float()
+        truth = value_and_gradient(z.double(), "angular_spread", "reference", tau=tau, clamp=clamp)
+        with threads(number), rounding_allowed(how):
+            value, gradient = errors(z, "angular_spread", "fused", truth, tau=tau, clamp=clamp)
+            assert value < 1e-4, kind
+            assert gradient < 2e-3, kind
+            if kind == "independent":
+                assert gradient > 1e-6, "the tiles are not in use"
+
+
+@needs_tiles
+@pytest.mark.parametrize("number", [1, 3])
+def test_matrix_tiles_repeat_read_any_strides_and_keep_nan_apart(number):
+    wide = tokens_of("parallel1", 4, 330, 141).float()
+    with threads(number), rounding_allowed("high"):
+        for z in (wide, wide[:, :, 1:129], wide[:, ::3], wide[:, :, ::2], wide.bfloat16(), wide.half()):
+            value, gradient = value_and_gradient(z, "angular_spread", "fused")
+            again, gradient_again = value_and_gradient(z.contiguous(), "angular_spread", "fused")
+            assert value == again == dispersion_loss(z, impl="fused").item()
+            assert gradient.dtype == z.dtype
+            assert torch.equal(gradient, gradient_again)
+        for bad in (math.nan, math.inf):
+            z = wide.clone()
+            z[1, 329, 140] = bad
+            value, gradient = value_and_gradient(z, "angular_spread", "fused")
+            assert math.isnan(value)
+            assert gradient[1].isnan().all()
+            assert gradient[[0, 2, 3]].isfinite().all()
+        z = torch.zeros(2, 40, 16)
+        z[:, 3:] = wide[:2, 3:40, :16] * 1e20  # zero tokens, and tokens whose squares are no longer finite
+        assert value_and_gradient(z, "angular_spread", "fused")[1].isfinite().all()
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("variant", "shape", "options"),
+    [
+        ("angular_spread", (2, 130, 40), {"tau": 0.4}),
+        ("angular_spread", (2, 130, 40), {"clamp": 0.1}),
+        ("angular_spread", (2, 31, 40), {}),
+        ("angular_spread", (2, 130, 12), {}),
+        *((variant, (2, 130, 40), {}) for variant in ops.FUSED_VARIANTS[1:]),
+    ],
+)
+def test_what_is_too_steep_or_too_small_for_matrix_tiles_stays_exact(variant, shape, options):
+    z = randn(*shape).float()
+    gradient = value_and_gradient(z, variant, "fused", **options)[1]
+    with rounding_allowed("high"):
+        assert torch.equal(value_and_gradient(z, variant, "fused", **options)[1], gradient)
+
+
+@needs_tiles
+def test_without_amx_rounding_changes_nothing(monkeypatch):
+    monkeypatch.setenv("MINIDISP_CPU", "avx512")
+    z = randn(2, 130, 40).float()
+    gradient = value_and_gradient(z, "angular_spread", "fused")[1]
+    with rounding_allowed("high"):
+        assert torch.equal(value_and_gradient(z, "angular_spread", "fused")[1], gradient)
+
+
+@every_run
+def test_the_gradient_comes_after_that_of_the_layers_above(impl, variant, device):
+    """Where it can be added to theirs; the other way round, all layers' would be there at once."""
+    x = randn(2, 40, 16).float().to(device).requires_grad_()
+    z = 2 * x
+    above = 3 * z
+    loss = dispersion_loss(z, variant, impl=impl)
+    order = []
+    for name, node in (("above", above.grad_fn), ("loss", loss.grad_fn), ("z", z.grad_fn)):
+        node.register_hook(lambda *_, name=name: order.append(name))
+    (above.sum() + loss).backward()
+    assert order == ["above", "loss", "z"]
+    torch.testing.assert_close(x.grad.cpu(), 6 + 2 * value_and_gradient(z, variant, impl, device)[1])
 
 
 def test_memory_stays_small():

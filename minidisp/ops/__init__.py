@@ -6,8 +6,11 @@
 Both take (z, variant, tau, clamp, eps, need_grad) and return (loss, gradient, ...). The loss is a scalar, so one pass
 over the pairs of tokens yields it together with its gradient, which backward only multiplies by a number. No T x T
 matrix is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in
-the computing dtype. On CUDA, the fused operator leaves the last step to minidisp::dispersion_backward, and uses tensor
-cores where torch.get_float32_matmul_precision() is not "highest": docs/gpu.md says how exactly.
+the computing dtype. On CUDA, the fused operator leaves the last step to minidisp::dispersion_backward.
+
+Where torch.get_float32_matmul_precision() is not "highest", the fused operator may round products: to float16 or TF32 on
+the tensor cores of a GPU (docs/gpu.md), to bfloat16 on the matrix tiles of a CPU (docs/fused_loss.md), there also under
+autocast.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
 depends on it. On a GPU the kernels are checked once, before they are first used. `python -m minidisp.ops` shows it all.
@@ -85,7 +88,13 @@ def dispersion(chosen: str, z: Tensor, variant: str, tau: float, clamp: float, e
     """The loss by one of the operators: "streamed", or "fused", whose extension must have been found."""
     operator = torch.ops.minidisp.dispersion if chosen == "fused" else torch.ops.minidisp.dispersion_streamed
     need_grad = torch.is_grad_enabled() and z.requires_grad
-    return operator(z, variant, tau, clamp, eps, need_grad)[0]
+    loss = operator(z, variant, tau, clamp, eps, need_grad)[0]
+    if need_grad and z.grad_fn is not None and not torch.compiler.is_compiling():
+        # Autograd runs what was computed last first, which would be the losses of all layers. Each had better wait until
+        # the gradient of its z has come from the layers above: then it is added while that is in the caches, and the
+        # scaled gradients of the layers are not all there at once.
+        loss.grad_fn._set_sequence_nr(z.grad_fn._sequence_nr())
+    return loss
 
 
 # Which implementation

@@ -32,8 +32,8 @@ def self_test(impl: str, device: str) -> tuple[str, bool]:
     """One line with the errors of fused or streamed per dtype, and whether they are small enough.
 
     The truth is computed on the CPU in float64, by the reference, or by the streamed form where that would need too
-    much memory. On a GPU, both float32 matmul precisions are held against it, "highest" and "high", with which train.py
-    trains. Twice the same input must give the same bits.
+    much memory. Fused is held against it at both float32 matmul precisions: "highest", and "high", which allows tensor
+    cores and matrix tiles, and with which train.py trains on a GPU. Twice the same input must give the same bits.
     """
     fused_on_gpu = impl == "fused" and torch.device(device).type == "cuda"
     # Several tiles and groups of features; features that can be read in pieces of 16 bytes, and that cannot.
@@ -50,7 +50,9 @@ def self_test(impl: str, device: str) -> tuple[str, bool]:
             exact = z.double().requires_grad_()
             truth = dispersion_loss(exact, variant, tau, impl="reference" if shape[1] < 1000 else "streamed")
             (gradient,) = torch.autograd.grad(truth, exact)
-            for dtype, precision in itertools.product(ROUNDING, ("highest", "high") if fused_on_gpu else ("highest",)):
+            for dtype, precision in itertools.product(
+                ROUNDING, ("highest", "high") if impl == "fused" else ("highest",)
+            ):
                 with float32_precision(precision):
                     loss, grad = _loss_and_gradient(impl, z.to(device, dtype), variant, tau)
                     again = _loss_and_gradient(impl, z.to(device, dtype), variant, tau)

@@ -1,0 +1,153 @@
+// What the code on matrix tiles (AMX) shares: bfloat16 in, sums in float. A tile of A holds 16 rows of 32 numbers, one of B 16
+// columns of 32 numbers as pairs (row r has numbers 2r and 2r + 1 of each column), one of C 16 x 16 floats.
+//
+// MINIDISP_AMX is defined where the compiler knows the instructions; what uses them stands between MINIDISP_AMX_BEGIN and _END.
+
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define MINIDISP_AMX
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__clang__)
+#define MINIDISP_AMX_BEGIN                                                                                                    \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16\"))), apply_to = function)")
+#define MINIDISP_AMX_END _Pragma("clang attribute pop")
+#else
+#define MINIDISP_AMX_BEGIN \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16\")")
+#define MINIDISP_AMX_END _Pragma("GCC pop_options")
+#endif
+
+namespace minidisp {
+
+// The processor has the tiles, bfloat16 for them and for vectors, and the system lets this process use them.
+inline bool amx_permitted() {
+  static const bool permitted = [] {
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1)) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return permitted;
+}
+
+}  // namespace minidisp
+
+MINIDISP_AMX_BEGIN
+
+namespace minidisp {
+namespace {
+
+using Bits = uint16_t;          // a bfloat16
+constexpr int64_t kTile = 512;  // bfloat16 in a tile; 256 floats
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The thread's tiles, configured for this file, and given back as they were configured.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    static const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (before_.palette != 0) _tile_loadconfig(&before_);
+    else _tile_release();
+  }
+
+ private:
+  TileConfig before_;
+};
+
+// A block of C, 2 x 2 tiles at c, c + right, c + down and c + down + right with rows ld apart, = or += A B. The tiles of A lie one
+// after the other along the depth, those of the lower 16 rows a_down further; those of B b_step apart, of the right 16 columns
+// b_right.
+inline void multiply_block(const Bits* a, int64_t a_down, const Bits* b, int64_t b_step, int64_t b_right, int64_t steps, float* c,
+                           int64_t down, bool add, int64_t right = 256, int64_t ld = 16) {
+  const int64_t bytes = 4 * ld;
+  if (add) {
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + right, bytes);
+    _tile_loadd(2, c + down, bytes);
+    _tile_loadd(3, c + down + right, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, a + s * kTile, 64);
+    _tile_loadd(6, b + s * b_step, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + s * b_step + b_right, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + s * kTile + a_down, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + right, bytes);
+  _tile_stored(2, c + down, bytes);
+  _tile_stored(3, c + down + right, bytes);
+  asm volatile("" ::: "memory");  // the compiler does not see what the tiles write
+}
+
+inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    t[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// Two rows of floats as one row of a tile of B: pairs, rounded.
+inline __m512i pairs(__m512 even, __m512 odd) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_add_epi32(_mm512_castps_si512(odd), half));
+}
+
+inline __mmask16 first_of(int64_t count) { return static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1); }
+constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+}  // namespace minidisp
+
+MINIDISP_AMX_END
+
+#endif
