@@ -109,7 +109,9 @@ def compiles(wanted: str, device: torch.device) -> bool:
     return not lacking
 
 
-BFLOAT16_PAYS = 64  # channels: a step on a CPU is 1.3 times as fast as in float32 with 64 of them, 1.8 with 128, 2.4 with 192
+BFLOAT16_PAYS = (
+    64  # channels: a step on a CPU is 1.3 times as fast as in float32 with 64 of them, 1.8 with 128, 2.4 with 192
+)
 
 
 def bfloat16_pays(n_embd: int) -> bool:
