@@ -110,9 +110,12 @@ class Config(GPTConfig):
     )
     lr: float = flag(3e-3, "peak learning rate", resume="said")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", resume="said")
+    embedding_lr: float = flag(
+        1.0, "learning rate of the token embeddings in multiples of lr; tied, the output layer's, too"
+    )
     warmup_steps: int = flag(40, "steps of linear warm-up", resume="said")
     schedule: Literal[tuple(SCHEDULES)] = flag(
-        "cosine", "after warm-up; wsd: constant, last fifth linear down", resume="said"
+        "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="said"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
     beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)", resume="said")
@@ -215,7 +218,7 @@ _AT_LEAST = {
 }  # fmt: skip
 _BETWEEN = {
     "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
-    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "ema": (-1e-9, 1), "beta2": (-1e-9, 1),
+    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "ema": (-1e-9, 1), "embedding_lr": (0, math.inf), "beta2": (-1e-9, 1),
     "grad_clip": (-1e-9, math.inf), "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf),
     "distill_temperature": (0, math.inf),
 }  # fmt: skip
