@@ -52,8 +52,17 @@ class Record(NamedTuple):
     flags: dict
 
 
+WSD = {"recipe": "fast", "schedule": "wsd", "warmup_steps": 40, "tied": True, "embedding_lr": 1.0, "momentum": 0.95}
+LINEAR = {**WSD, "schedule": "linear", "warmup_steps": 10}
+EMBEDDINGS = {**LINEAR, "tied": False, "embedding_lr": 5.0, "momentum": 0.9}
 RECORDS = {
-    1: Record("RECIPE_1", {"recipe": "fast", "max_steps": 560}),
+    1: Record("the fast recipe of before, with a wsd schedule", {**WSD, "max_steps": 370}),
+    2: Record("learning rate down to 0 from step 10 on, in a straight line", {**LINEAR, "max_steps": 300}),
+    3: Record(
+        "embeddings apart from the output layer, five times their learning rate; momentum 0.9",
+        {**EMBEDDINGS, "max_steps": 235},
+    ),
+    4: Record("bfloat16", {**EMBEDDINGS, "max_steps": 235, "dtype": "bfloat16"}),
 }
 
 
@@ -97,7 +106,10 @@ def train_peer(checkout: Path, folder: Path, dataset: Dataset, seed: int) -> tup
 def train_ours(folder: Path, data: Path, seed: int, flags: dict) -> tuple[GPT, float]:
     flags = {**MODEL, "batch_size": BATCH_SIZE, "eval_every": flags["max_steps"], "device": "cpu", **flags,
              "seed": seed, "data": data, "out": folder / "run"}  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if type(value) is not bool]
+    words += [
+        f"--{'' if value else 'no-'}{name.replace('_', '-')}" for name, value in flags.items() if type(value) is bool
+    ]
     seconds = run([sys.executable, str(ROOT / "train.py"), "--overwrite", *words], folder)
     return minidisp.load(folder / "run" / "ckpt_last.pt")[0], seconds
 

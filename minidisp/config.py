@@ -118,7 +118,8 @@ class Config(GPTConfig):
         "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="said"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
-    beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)", resume="said")
+    beta1: float = flag(0.9, "AdamW's first decay rate", resume="said")
+    momentum: float = flag(0.95, "Muon's momentum; 0.9 where there are only hundreds of steps", resume="said")
     beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95", resume="said")
     ema: float = flag(
         0.0,
@@ -218,9 +219,9 @@ _AT_LEAST = {
 }  # fmt: skip
 _BETWEEN = {
     "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
-    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "ema": (-1e-9, 1), "embedding_lr": (0, math.inf), "beta2": (-1e-9, 1),
-    "grad_clip": (-1e-9, math.inf), "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf),
-    "distill_temperature": (0, math.inf),
+    "lr": (0, math.inf), "embedding_lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "momentum": (-1e-9, 1),
+    "beta1": (-1e-9, 1), "beta2": (-1e-9, 1), "ema": (-1e-9, 1), "grad_clip": (-1e-9, math.inf),
+    "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf), "distill_temperature": (0, math.inf),
 }  # fmt: skip
 
 

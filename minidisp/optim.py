@@ -42,7 +42,13 @@ def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
     taken = {id(p) for p in matrices}
-    optimizer = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizer = Muon(
+        matrices,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
     return [_adamw(model, (p for p in model.parameters() if id(p) not in taken), config), optimizer]
 
 

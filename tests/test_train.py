@@ -452,7 +452,7 @@ FIXED = {
 CHANGES = {
     "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "preset": "mini", "recipe": "fast",
     "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
-    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
+    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "momentum": 0.8, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
 }  # fmt: skip
 
 
