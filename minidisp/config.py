@@ -35,17 +35,22 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 # How to train, whatever the size: fields applied after the preset's and before the other flags. "gpt2" is what comparisons start
-# from; "fast" is what learned most per minute in a few trials at 4 layers x 128; experiments/recipe.py adds part to part.
+# from; "fast" is what learned most per minute in runs of hundreds of steps (docs/speedrun.md); experiments/recipe.py adds
+# part to part.
 RECIPES: dict[str, dict] = {
     "gpt2": {},
     "fast": {
         "arch": "qwen3",
         "mlp": "relu2",
         "zero_init": True,
+        "tied": False,
         "optimizer": "muon",
+        "momentum": 0.9,
         "lr": 6e-3,
+        "embedding_lr": 5.0,
         "min_lr": 0.0,
-        "schedule": "wsd",
+        "warmup_steps": 10,
+        "schedule": "linear",
     },
 }
 
