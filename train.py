@@ -184,7 +184,7 @@ class Trainer:
         while self.step < config.max_steps and not stop_signal:
             lr = learning_rate(self.step, config)
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             if forgets_before(self.step, config):
                 forget(self.model.wte.weight, self.optimizers, config.seed, self.step)
             logging = (self.step + 1) % config.log_every == 0 or self.step == 0

@@ -1,15 +1,20 @@
-"""Does --recipe fast reach nanoGPT's final loss in half of its time? Both are trained as commands, in turn, on one core.
+"""The speed run: how soon do we reach nanoGPT's own final loss? Whole commands, trained in turn on one core.
 
     python data/prepare.py shakespeare --tokenizer byte --out data/shakespeare-bytes
-    python bench/recipe.py --against ../nanoGPT --data data/shakespeare-bytes [--seeds 3] [--steps 560]
+    python bench/recipe.py --against ../nanoGPT --data data/shakespeare-bytes [--seeds 3] [--records 2 3] [--log FILE]
 
 nanoGPT's own train.py runs with the command that its README gives for a CPU (4 layers x 128, context 64, batch 12, 2000
-steps), on the same bytes; then ours, on the same core, with the recipe and fewer steps. A time is that of the whole command by the
-clock: imports, evaluations at the first and the last step, checkpoint and, for ours, table and figures. A loss is that of
-the weights in the last checkpoint, over every window of the validation split, by one and the same function, in nats per byte.
+steps), on the same bytes; then ours, on the same core, as RECORDS has it; docs/speedrun.md has the rules and what came
+out. A time is that of the whole command by the clock: imports, evaluations at the first and the last step, checkpoint
+and, for ours, table and figures. A loss is that of the weights in the last checkpoint, over every window of the
+validation split, by one and the same function, in nats per byte.
+
+--log: what is measured is added to this file, and what stands there is not run again, so that a series can be stopped,
+and several corpora are tested together.
 """
 
 import argparse
+import json
 import os
 import pickle
 import statistics
@@ -18,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +33,7 @@ import torch  # noqa: E402
 import minidisp  # noqa: E402
 from minidisp import GPT, GPTConfig  # noqa: E402
 from minidisp.data import Dataset, Split, eval_windows  # noqa: E402
+from minidisp.metrics import paired_p  # noqa: E402
 
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BATCH_SIZE = 12
@@ -35,6 +42,37 @@ PEER_FLAGS = {**MODEL, "batch_size": BATCH_SIZE, "max_iters": PEER_STEPS, "lr_de
               "device": "cpu", "compile": False, "eval_iters": 20, "eval_interval": PEER_STEPS, "always_save_checkpoint": True}  # fmt: skip
 # Its seed is a number in the code.
 SEEDED = "import runpy, sys, torch; f = torch.manual_seed; torch.manual_seed = lambda _: f({seed}); runpy.run_path('train.py', run_name='__main__')"
+PEER = 0  # its number among the records
+
+
+class Record(NamedTuple):
+    """A command that reached the loss, as flags of train.py by their names in Config."""
+
+    change: str
+    flags: dict
+
+
+FAST = {"recipe": "fast"}
+BEFORE = {**FAST, "schedule": "wsd", "warmup_steps": 40, "tied": True, "embedding_lr": 1.0, "momentum": 0.95}
+RECORDS = {
+    1: Record("the fast recipe of before, cut down to what it takes", {**BEFORE, "max_steps": 400}),
+    2: Record(
+        "linear schedule, embeddings apart at five times the learning rate, momentum 0.9", {**FAST, "max_steps": 290}
+    ),
+    3: Record("bfloat16", {**FAST, "max_steps": 290, "dtype": "bfloat16"}),
+}
+
+
+class Result(NamedTuple):
+    """A trained command, a line of --log."""
+
+    corpus: str
+    seed: int
+    record: int  # or PEER
+    steps: int
+    loss: float  # nats per byte
+    seconds: float
+    parameters: int
 
 
 def lay_out_peer(checkout: Path, folder: Path, dataset: Dataset) -> None:
@@ -51,7 +89,8 @@ def lay_out_peer(checkout: Path, folder: Path, dataset: Dataset) -> None:
     (text / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.tokenizer.vocab_size}))
 
 
-def train_peer(folder: Path, seed: int) -> tuple[GPT, float]:
+def train_peer(checkout: Path, folder: Path, dataset: Dataset, seed: int) -> tuple[GPT, float]:
+    lay_out_peer(checkout, folder, dataset)
     flags = [f"--{name}={value}" for name, value in {**PEER_FLAGS, "dataset": "text", "out_dir": "out"}.items()]
     seconds = run([sys.executable, "-c", SEEDED.format(seed=seed), "config/train_shakespeare_char.py", *flags], folder)
     saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
@@ -61,10 +100,13 @@ def train_peer(folder: Path, seed: int) -> tuple[GPT, float]:
     return model, seconds
 
 
-def train_ours(folder: Path, data: Path, seed: int, steps: int) -> tuple[GPT, float]:
-    flags = {**MODEL, "batch_size": BATCH_SIZE, "recipe": "fast", "seed": seed, "max_steps": steps, "eval_every": steps,
-             "data": data, "out": folder / "run", "device": "cpu"}  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def train_ours(folder: Path, data: Path, seed: int, flags: dict) -> tuple[GPT, float]:
+    flags = {**MODEL, "batch_size": BATCH_SIZE, "eval_every": flags["max_steps"], "device": "cpu", **flags,
+             "seed": seed, "data": data, "out": folder / "run"}  # fmt: skip
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if type(value) is not bool]
+    words += [
+        f"--{'' if value else 'no-'}{name.replace('_', '-')}" for name, value in flags.items() if type(value) is bool
+    ]
     seconds = run([sys.executable, str(ROOT / "train.py"), "--overwrite", *words], folder)
     return minidisp.load(folder / "run" / "ckpt_last.pt")[0], seconds
 
@@ -86,12 +128,64 @@ def validation_loss(model: GPT, split: Split) -> float:
     return sum(nats) / y.numel()
 
 
+def measure(args: argparse.Namespace, data: Path, dataset: Dataset, seed: int, record: int) -> Result:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, flags = Path(temporary), {**RECORDS[record].flags} if record else {"max_steps": PEER_STEPS}
+        if record and args.steps:
+            flags["max_steps"] = args.steps
+        if record:
+            model, seconds = train_ours(folder, data, seed, flags)
+        else:
+            model, seconds = train_peer(Path(args.against), folder, dataset, seed)
+    loss, size = validation_loss(model, dataset.split("val")), model.num_params()
+    return Result(dataset.meta["name"], seed, record, flags["max_steps"], loss, seconds, size)
+
+
+def one_sided_p(first: list[float], second: list[float]) -> float:
+    """p of Student's paired test that the mean of second is not below that of first."""
+    p = paired_p(first, second)
+    return p / 2 if sum(second) <= sum(first) else 1 - p / 2
+
+
+def show(results: dict[tuple[str, int, int], Result], corpus: str, record: int) -> None:
+    """A record's table for a corpus, and its tests, which are over all corpora."""
+    ours = [result for result in results.values() if result.record == record]
+    pairs = [(results[peer], result) for result in ours if (peer := (result.corpus, result.seed, PEER)) in results]
+    here = [(peer, result) for peer, result in pairs if peer.corpus == corpus]
+    if not here:
+        return
+    print(f"\nrecord {record}: {RECORDS[record].change}\n")
+    print("| seed | nanoGPT: loss | seconds | ours: loss | seconds | of nanoGPT's time |")
+    print("|---|---|---|---|---|---|")
+    for peer, own in here:
+        share = own.seconds / peer.seconds
+        print(
+            f"| {own.seed} | {peer.loss:.4f} | {peer.seconds:.0f} | {own.loss:.4f} | {own.seconds:.0f} | {share:.2f} |"
+        )
+    peer, own = here[-1]
+    print(
+        f"\nnanoGPT {peer.steps} steps, {peer.parameters:,} parameters; ours {own.steps} steps, {own.parameters:,} parameters."
+    )
+    reached = sum(own.loss <= peer.loss for peer, own in here)
+    share = statistics.median(own.seconds / peer.seconds for peer, own in here)
+    print(f"{reached} of {len(here)} seeds reach nanoGPT's loss, in {share:.2f} of its time (median)")
+    if len(pairs) > 1:
+        p = one_sided_p([peer.loss for peer, _ in pairs], [own.loss for _, own in pairs])
+        print(f"loss below nanoGPT's: p = {p:.1e} ({len(pairs)} pairs of one seed and corpus, one-sided paired t test)")
+    before = [(old, own) for own in ours if (old := results.get((own.corpus, own.seed, record - 1))) and record > 1]
+    if len(before) > 1:
+        p = one_sided_p([old.seconds for old, _ in before], [own.seconds for _, own in before])
+        print(f"faster than record {record - 1}: p = {p:.1e} ({len(before)} pairs, the same test)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="DIR", required=True, help="a nanoGPT checkout")
     parser.add_argument("--data", metavar="DIR", required=True, help="a corpus prepared with --tokenizer byte")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=560, help="of ours")
+    parser.add_argument("--records", type=int, nargs="+", choices=tuple(RECORDS), default=[max(RECORDS)])
+    parser.add_argument("--steps", type=int, help="of ours, in place of the record's")
+    parser.add_argument("--log", metavar="FILE", help="a file of results to go on with")
     args = parser.parse_args()
     data = Path(args.data).resolve()
     dataset = Dataset(data)
@@ -100,30 +194,20 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
 
-    print(
-        f"{dataset.meta['name']}: {dataset.split('train').tokens:,} bytes to train on; torch {torch.__version__}, one core\n"
-    )
-    print("| seed | nanoGPT: loss | seconds | fast: loss | seconds | of nanoGPT's time |")
-    print("|---|---|---|---|---|---|", flush=True)
-    shares, reached = [], 0
+    corpus, log = dataset.meta["name"], args.log and Path(args.log)
+    known = [Result(**json.loads(line)) for line in log.read_text().splitlines()] if log and log.exists() else []
+    results = {(result.corpus, result.seed, result.record): result for result in known}
+    print(f"{corpus}: {dataset.split('train').tokens:,} bytes to train on; torch {torch.__version__}, one core")
     for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            lay_out_peer(Path(args.against), folder, dataset)
-            peer, peer_seconds = train_peer(folder, seed)
-            ours, seconds = train_ours(folder, data, seed, args.steps)
-        peer_loss, loss = (validation_loss(model, dataset.split("val")) for model in (peer, ours))
-        shares.append(seconds / peer_seconds)
-        reached += loss <= peer_loss
-        print(
-            f"| {seed} | {peer_loss:.4f} | {peer_seconds:.0f} | {loss:.4f} | {seconds:.0f} | {shares[-1]:.2f} |",
-            flush=True,
-        )
-    sizes = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (peer, ours)]
-    print(f"\nnanoGPT {PEER_STEPS} steps, {sizes[0]} parameters; fast {args.steps} steps, {sizes[1]} parameters.")
-    print(
-        f"{reached} of {args.seeds} seeds reach nanoGPT's loss, in {statistics.median(shares):.2f} of its time (median)"
-    )
+        for record in (PEER, *args.records):
+            if (corpus, seed, record) not in results:
+                result = results[corpus, seed, record] = measure(args, data, dataset, seed, record)
+                print(f"seed {seed}, record {record}: {result.loss:.4f} in {result.seconds:.1f} s", file=sys.stderr)
+                if log:
+                    with open(log, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(result._asdict()) + "\n")
+    for record in args.records:
+        show(results, corpus, record)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def arms(scale: dict) -> dict[str, dict]:
         "+ RMSNorm, RoPE, QK-norm, SwiGLU": {"arch": "qwen3"},
         "+ ReLU^2": {"mlp": "relu2"},
         "+ projections from 0": {"zero_init": True},
-        "+ Muon at 6e-3 (fast)": {"optimizer": "muon", "lr": 6e-3},
+        "+ Muon at 6e-3": {"optimizer": "muon", "lr": 6e-3},
+        "+ linear schedule from step 10": {"schedule": "linear", "warmup_steps": 10},
+        "+ embeddings apart, at five times lr": {"tied": False, "embedding_lr": 5.0},
+        "+ momentum 0.9 (fast)": {"momentum": 0.9},
     }
     arms, so_far = {"gpt2": {}}, {}
     for label, fields in ingredients.items():

@@ -35,17 +35,22 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 # How to train, whatever the size: fields applied after the preset's and before the other flags. "gpt2" is what comparisons start
-# from; "fast" is what learned most per minute in a few trials at 4 layers x 128; experiments/recipe.py adds part to part.
+# from; "fast" is what learned most per minute in runs of hundreds of steps (docs/speedrun.md); experiments/recipe.py adds
+# part to part.
 RECIPES: dict[str, dict] = {
     "gpt2": {},
     "fast": {
         "arch": "qwen3",
         "mlp": "relu2",
         "zero_init": True,
+        "tied": False,
         "optimizer": "muon",
+        "momentum": 0.9,
         "lr": 6e-3,
+        "embedding_lr": 5.0,
         "min_lr": 0.0,
-        "schedule": "wsd",
+        "warmup_steps": 10,
+        "schedule": "linear",
     },
 }
 
@@ -110,12 +115,16 @@ class Config(GPTConfig):
     )
     lr: float = flag(3e-3, "peak learning rate", resume="said")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", resume="said")
+    embedding_lr: float = flag(
+        1.0, "learning rate of the token embeddings in multiples of lr; tied, the output layer's, too"
+    )
     warmup_steps: int = flag(40, "steps of linear warm-up", resume="said")
     schedule: Literal[tuple(SCHEDULES)] = flag(
-        "cosine", "after warm-up; wsd: constant, last fifth linear down", resume="said"
+        "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="said"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
-    beta1: float = flag(0.9, "AdamW's first decay rate (and Muon's momentum is 0.95)", resume="said")
+    beta1: float = flag(0.9, "AdamW's first decay rate", resume="said")
+    momentum: float = flag(0.95, "Muon's momentum; 0.9 where there are only hundreds of steps", resume="said")
     beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95", resume="said")
     ema: float = flag(
         0.0,
@@ -215,9 +224,9 @@ _AT_LEAST = {
 }  # fmt: skip
 _BETWEEN = {
     "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
-    "lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "beta1": (-1e-9, 1), "ema": (-1e-9, 1), "beta2": (-1e-9, 1),
-    "grad_clip": (-1e-9, math.inf), "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf),
-    "distill_temperature": (0, math.inf),
+    "lr": (0, math.inf), "embedding_lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "momentum": (-1e-9, 1),
+    "beta1": (-1e-9, 1), "beta2": (-1e-9, 1), "ema": (-1e-9, 1), "grad_clip": (-1e-9, math.inf),
+    "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf), "distill_temperature": (0, math.inf),
 }  # fmt: skip
 
 

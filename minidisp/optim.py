@@ -5,9 +5,9 @@ Config of a run, which is not named here, as its choices come from here.
 """
 
 import contextlib
-import gc
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,24 @@ from torch import Tensor, nn
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
 
+class Untraced(torch.optim.Optimizer):
+    """torch's own methods, without the wrappers that keep torch.compile from tracing them.
+
+    Nobody traces the optimisers of a run, and to say so the wrappers import the compiler: over a second at every start.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Untraced, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def adamw(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101) for everything, with decoupled weight decay on matrices only."""
-    return [_adamw(model.parameters(), config)]
+    return [_adamw(model, model.parameters(), config)]
 
 
 def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
@@ -27,21 +42,33 @@ def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
     taken = {id(p) for p in matrices}
-    optimizer = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [_adamw((p for p in model.parameters() if id(p) not in taken), config), optimizer]
+    optimizer = Muon(
+        matrices,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [_adamw(model, (p for p in model.parameters() if id(p) not in taken), config), optimizer]
 
 
-def _adamw(parameters, config) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config) -> AdamW:
+    """lr_scale: what the trainer multiplies a group's learning rate by; where it is not, 1."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.embedding_lr != 1.0:
+        groups[0]["params"] = [p for p in groups[0]["params"] if p is not model.wte.weight]
+        groups.append(
+            {"params": [model.wte.weight], "weight_decay": config.weight_decay, "lr_scale": config.embedding_lr}
+        )
     fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
 
 
-class Muon(torch.optim.Muon):
+class Muon(Untraced, torch.optim.Muon):
     """torch's Muon, state and step, but matrices of one shape are made orthogonal together, which small ones gain most by."""
 
     AT_ONCE = 1 << 24  # numbers in bfloat16: more would take memory, and gain no time
@@ -97,11 +124,8 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def build_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
-    """The optimisers of a run; they share the learning rate, which the trainer sets before every step."""
-    gc.disable()  # AdamW loads torch's compiler: looking for garbage in what it brings would take half a second
-    optimizers = OPTIMIZERS[config.optimizer](model, config)
-    gc.enable()
-    return optimizers
+    """The optimisers of a run; they share the learning rate, which the trainer sets before every step, times lr_scale."""
+    return OPTIMIZERS[config.optimizer](model, config)
 
 
 class Average:
@@ -154,6 +178,12 @@ def wsd(step: int, config) -> float:
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
+def linear(step: int, config) -> float:
+    """A straight line down to final_lr (with final_lr 0: arXiv 2502.15938)."""
+    share = 1 - _progress(step, config.warmup_steps, config)
+    return config.final_lr + share * (config.lr - config.final_lr)
+
+
 def constant(step: int, config) -> float:
     """lr to the end."""
     return config.lr
@@ -165,7 +195,7 @@ def _progress(step: int, start: int, config) -> float:
 
 
 # name: (step, config) -> the learning rate after warm-up
-SCHEDULES = {"cosine": cosine, "wsd": wsd, "constant": constant}
+SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd, "constant": constant}
 
 
 def learning_rate(step: int, config) -> float:

@@ -133,6 +133,8 @@ def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path
         str(corpus),
         "--seeds",
         "1",
+        "--records",
+        "1",
         "--steps",
         "2",
         "--against",

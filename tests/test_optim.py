@@ -1,6 +1,9 @@
 """Schedules, parameter groups, and one step of each optimiser against the written formula."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from minidisp.optim import Muon, build_optimizers, learning_rate, step_where_on_
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_every_schedule_warms_up_and_stays_within_its_bounds(schedule):
     config = Config(schedule=schedule, max_steps=1000, warmup_steps=100, lr=1.0, min_lr=0.1)
     rates = [learning_rate(step, config) for step in range(1000)]
@@ -31,6 +34,8 @@ def test_cosine_and_wsd_in_the_middle():
     wsd = Config(schedule="wsd", max_steps=1000, warmup_steps=100, lr=1.0, min_lr=0.2)
     assert learning_rate(799, wsd) == 1.0
     assert learning_rate(900, wsd) == pytest.approx(0.6)
+    linear = Config(schedule="linear", max_steps=1100, warmup_steps=100, lr=1.0, min_lr=0.2)
+    assert learning_rate(350, linear) == pytest.approx(0.8)
 
 
 def test_more_warmup_than_steps_and_no_steps_at_all():
@@ -56,6 +61,30 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay(optimizer):
         assert {id(p) for g in muon.param_groups for p in g["params"]} == {
             id(p) for name, p in model.h.named_parameters() if p.ndim == 2
         }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_have_a_learning_rate_of_their_own(optimizer, tied):
+    config = Config(**SMALL, optimizer=optimizer, tied=tied, embedding_lr=5.0)
+    model = GPT(config)
+    groups = [group for o in build_optimizers(model, config) for group in o.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    scaled = [(group["lr_scale"], group["params"]) for group in groups if "lr_scale" in group]
+    assert scaled == [(5.0, [model.wte.weight])]
+    assert [group for group in groups if group.get("lr_scale", 1.0) == 1.0]
+
+
+def test_to_build_and_step_optimisers_imports_no_compiler():
+    code = (
+        "import sys, torch; from minidisp import GPT; from minidisp.config import Config; from minidisp.optim import *\n"
+        "for name in OPTIMIZERS:\n"
+        "    config = Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, optimizer=name); model = GPT(config)\n"
+        "    idx = torch.zeros(1, 4, dtype=torch.long); model(idx, idx).loss.backward()\n"
+        "    [(o.step(), o.load_state_dict(o.state_dict())) for o in build_optimizers(model, config)]\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_one_step_of_adamw_is_the_formula():

@@ -138,6 +138,19 @@ def test_weight_zero_is_plain_training(corpus, tmp_path):
     assert_same_weights(weights(tmp_path / "run"), model.state_dict())
 
 
+def test_embedding_lr_is_a_multiple_of_lr(corpus, tmp_path):
+    """After one step without decay, the embeddings have gone five times as far, and the rest equally far, bit for bit."""
+    options = {"max_steps": 1, "tied": False, "weight_decay": 0.0}
+    for scale in (1.0, 5.0):
+        train.main(small_config(corpus, tmp_path / f"{scale}", embedding_lr=scale, **options))
+    train.main(small_config(corpus, tmp_path / "start", **{**options, "max_steps": 0}))
+    start, once, five = (weights(tmp_path / name) for name in ("start", "1.0", "5.0"))
+    moved, further = (after["wte.weight"] - start["wte.weight"] for after in (once, five))
+    torch.testing.assert_close(further, 5 * moved, rtol=1e-3, atol=1e-7)
+    assert moved.abs().max() > 0
+    assert_same_weights({**five, "wte.weight": once["wte.weight"]}, once)
+
+
 def test_dispersion_changes_neither_start_nor_data(corpus, tmp_path):
     for name, options in {"off": {}, "on": {"dispersion": 0.5, "dispersion_tokens": 8}}.items():
         train.main(small_config(corpus, tmp_path / name, dropout=0.1, **options))
@@ -432,14 +445,14 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
 FIXED = {
     "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
     "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "ema", "batch_size",
-    "grad_accum",
+    "grad_accum", "embedding_lr",
 }  # fmt: skip
 
 # Values that another one cannot be derived for: most strings, and where the other settings allow little.
 CHANGES = {
     "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "preset": "mini", "recipe": "fast",
     "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
-    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
+    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "momentum": 0.8, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
 }  # fmt: skip
 
 
