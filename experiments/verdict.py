@@ -43,9 +43,9 @@ GRID = {  # what is tried, the recipe's own value in the middle
     "fast": {"lr": (3e-3, 6e-3, 1.2e-2), "weight_decay": (0.0, 0.1, 0.5)},
 }
 SIZES = {
-    "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "warmup_steps": 40},
-    "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8, "warmup_steps": 100},
-    "large": {"n_layer": 8, "n_head": 5, "n_embd": 320, "block_size": 256, "batch_size": 8, "warmup_steps": 100},
+    "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8},
+    "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8},
+    "large": {"n_layer": 8, "n_head": 5, "n_embd": 320, "block_size": 256, "batch_size": 8},
 }
 STAGES = {  # tunes: what is chosen per arm, one after the other. settings_of: the stage that chose
     "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "tunes": ("lr", "weight_decay")},
@@ -59,13 +59,12 @@ STAGES = {  # tunes: what is chosen per arm, one after the other. settings_of: t
 }  # fmt: skip
 INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
     "gpt2": {"lr": 2e-3},
-    "wsd": {"lr": 2e-3, "schedule": "wsd", "min_lr": 0.0},
+    "linear to 0": {"lr": 2e-3, "schedule": "linear", "min_lr": 0.0},
+    "embeddings apart": {"lr": 2e-3, "tied": False, "embedding_lr": 5.0},
     "qwen3 block, ReLU^2": {"lr": 2e-3, "arch": "qwen3", "mlp": "relu2"},
     "projections from 0": {"lr": 2e-3, "zero_init": True},
-    "muon": {"lr": 6e-3, "optimizer": "muon"},
+    "muon": {"lr": 6e-3, "optimizer": "muon", "momentum": 0.9},
 }
-# Compiled where that is faster: a narrow GPT-2 block is not.
-HOW = {"gpt2": {"compile": "off"}, "fast": {"compile": "on"}}
 SCALES = ("laptop", "smoke")
 DIVERGED = 3  # exit code of train.py
 EVAL_TOKENS = 102_400
@@ -118,11 +117,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
     """(arm, seed) -> Config and command line of the stage's runs."""
-    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], **HOW[args.recipe], "recipe": args.recipe,
+    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe,
              "dtype": "bfloat16", "device": "cpu", "max_steps": stage["max_steps"],
              "eval_every": stage["max_steps"] // 4, "eval_tokens": EVAL_TOKENS}  # fmt: skip
     if args.scale == "smoke":
-        flags |= {**study.SMOKE, "compile": "off"}
+        flags |= study.SMOKE
     if args.stage == "mechanism":
         del flags["recipe"]  # its ingredients are named one by one
     arms = study.at_equal_time(arms, flags, args.time_ratio)
