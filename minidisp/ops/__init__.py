@@ -89,7 +89,7 @@ def dispersion(chosen: str, z: Tensor, variant: str, tau: float, clamp: float, e
     operator = torch.ops.minidisp.dispersion if chosen == "fused" else torch.ops.minidisp.dispersion_streamed
     need_grad = torch.is_grad_enabled() and z.requires_grad
     loss = operator(z, variant, tau, clamp, eps, need_grad)[0]
-    if need_grad and z.grad_fn is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and need_grad and z.grad_fn is not None:
         # Autograd runs what was computed last first, which would be the losses of all layers. Each had better wait until
         # the gradient of its z has come from the layers above: then it is added while that is in the caches, and the
         # scaled gradients of the layers are not all there at once.
