@@ -254,7 +254,7 @@ needs_tiles = pytest.mark.skipif(BEST != "amx", reason="no AMX here")
 
 
 @needs_fused
-@pytest.mark.parametrize("instructions", map(only_here, SETS))
+@pytest.mark.parametrize("instructions", [only_here(name) for name in SETS])
 @pytest.mark.parametrize("T", [2, 37, 130, 1000])
 def test_every_instruction_set_is_exact(instructions, T, monkeypatch):
     monkeypatch.setenv("MINIDISP_CPU", instructions)
