@@ -13,7 +13,6 @@ The peak memory is what a step needs beyond input, output and gradients, and com
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minidisp.ops import attention
-from minidisp.runtime.device import cpu_model
+from minidisp.runtime.device import cpu_model, resident_peak_kib
 
 SHAPES = "12x4x64x32,8x6x256x32,16x6x256x64,2x12x1024x64,4x12x256x64"
 MOST_ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the norm
@@ -69,11 +68,6 @@ def peak_mem_mib(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype
     command = [sys.executable, __file__, "--peak-of", form, "--shapes", "x".join(map(str, shape))]
     command += ["--dtypes", str(dtype).removeprefix("torch."), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def resident_peak_kib() -> int:
-    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def print_peak(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:

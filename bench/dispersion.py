@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch.nn import functional
 from minidisp import InputError, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
 from minidisp.runtime.cli import Parser, exit_code
+from minidisp.runtime.device import resident_peak_kib
 
 SHAPES = "16x128x256,8x256x384,4x1024x768,2x2048x768,1x1024x768"
 
@@ -109,11 +109,6 @@ def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: s
     command = [sys.executable, __file__, "--peak-of", name, "--variant", variant, "--shapes", "x".join(map(str, shape))]
     command += ["--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def resident_peak_kib() -> int:
-    """Of this process since it started (Linux). Not getrusage's, in which the parent's own peak is handed down."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def print_peak(name: str, variant: str, shape: tuple[int, int, int]) -> None:

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 import minidisp  # noqa: E402
 from minidisp import GPT, GPTConfig  # noqa: E402
+from minidisp.config import command_line  # noqa: E402
 from minidisp.data import Dataset, Split, eval_windows  # noqa: E402
 from minidisp.metrics import paired_p  # noqa: E402
 
@@ -103,11 +104,7 @@ def train_peer(checkout: Path, folder: Path, dataset: Dataset, seed: int) -> tup
 def train_ours(folder: Path, data: Path, seed: int, flags: dict) -> tuple[GPT, float]:
     flags = {**MODEL, "batch_size": BATCH_SIZE, "eval_every": flags["max_steps"], "device": "cpu", **flags,
              "seed": seed, "data": data, "out": folder / "run"}  # fmt: skip
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if type(value) is not bool]
-    words += [
-        f"--{'' if value else 'no-'}{name.replace('_', '-')}" for name, value in flags.items() if type(value) is bool
-    ]
-    seconds = run([sys.executable, str(ROOT / "train.py"), "--overwrite", *words], folder)
+    seconds = run([sys.executable, str(ROOT / "train.py"), "--overwrite", *command_line(flags)], folder)
     return minidisp.load(folder / "run" / "ckpt_last.pt")[0], seconds
 
 

@@ -15,9 +15,9 @@ the processor time of this process in place of the time that passes. FLOP/s coun
 products, the output layer included, and 6 T C per token and layer for causal attention. What is computed twice counts
 once, and the dispersion loss counts nothing. The peak is measured with a product of square matrices in the same rounds.
 Memory is the peak of a child process over three steps, beyond what importing torch takes (CPU), or the allocator's
-(CUDA). The C library's memory stays as it is, for all forms; the
-trainer sets it (keep_freed_memory in minidisp/runtime/device.py). "First step" is the time from the command line of train.py to its first step done, its evaluation at step 0
-included, compile off. A table, then one JSON line.
+(CUDA). The C library's memory stays as it is, for all forms; the trainer sets it (keep_freed_memory in
+minidisp/runtime/device.py). "First step" is the time from the command line of train.py to its first step done, its
+evaluation at step 0 included, compile off. A table, then one JSON line.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -43,13 +42,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from minidisp.config import Config, from_dict  # noqa: E402
+from minidisp.config import Config, command_line, from_dict  # noqa: E402
 from minidisp.data import Batches, Dataset  # noqa: E402
 from minidisp.dispersion import DispersionLoss  # noqa: E402
 from minidisp.model import GPT  # noqa: E402
 from minidisp.ops import layers  # noqa: E402
 from minidisp.optim import build_optimizers  # noqa: E402
-from minidisp.runtime.device import cpu_model  # noqa: E402
+from minidisp.runtime.device import cpu_model, resident_peak_kib  # noqa: E402
 from train import Forward, objective  # noqa: E402
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
@@ -218,11 +217,6 @@ def verify(chosen: dict[str, Form]) -> dict[str, float]:
     return losses
 
 
-def resident_peak_kib() -> int:
-    """Of this process since it started. Not getrusage's, which the parent hands down with its own peak in it (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def print_peak(name: str, config: Config, batches: Batches, args) -> None:
     """In a child process: the peak of the memory over three steps of one form, in MiB."""
     if args.device == "cpu":
@@ -258,8 +252,8 @@ def first_step_s(config: Config, folder: Path, args) -> float:
     """From starting train.py to the first step in its metrics.jsonl."""
     with tempfile.TemporaryDirectory() as run:
         command = [sys.executable, str(ROOT / "train.py"), "--data", str(folder), "--out", run, "--max-steps", "1000"]
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+        sizes = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
+        command += command_line({name: getattr(config, name) for name in sizes})
         command += ["--compile", "off", "--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
         metrics = Path(run) / "metrics.jsonl"
         start = time.monotonic()

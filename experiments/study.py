@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from minidisp import InputError, report  # noqa: E402
-from minidisp.config import Config, parse, read_json, to_dict  # noqa: E402
+from minidisp.config import Config, command_line, parse, read_json, to_dict  # noqa: E402
 from minidisp.metrics import paired_interval  # noqa: E402
 from minidisp.runtime import checkpoint, files  # noqa: E402
 from minidisp.runtime.cli import Parser, exit_code  # noqa: E402
@@ -149,13 +149,9 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
         for arm, changes in arms.items():
             flags = {**scale["train"], **changes, "seed": seed, "out": folders[arm]}
             flags |= {key: value for key, value in (("data", args.data), ("threads", args.threads)) if value}
-            line = []
-            for field, value in flags.items():
-                flag = field.replace("_", "-")
-                if isinstance(value, bool):
-                    line += [f"--{flag}" if value else f"--no-{flag}"]
-                else:
-                    line += [f"--{flag}", str(folders[value] if isinstance(value, RunOf) else value)]
+            line = command_line(
+                {field: folders[value] if isinstance(value, RunOf) else value for field, value in flags.items()}
+            )
             plan[arm, seed] = parse(line), line
     return plan
 
@@ -221,6 +217,12 @@ def evaluated(config: Config, name: str, flags: list[str]) -> dict:
     return kept[name]
 
 
+def bits_elsewhere(config: Config, corpus: str) -> float:
+    """Bits per byte of a finished run on the test split of a corpus that it was not trained on."""
+    flags = ["--split", "test", "--stride", str(config.block_size), "--data", corpus]
+    return evaluated(config, f"other {corpus}", flags)["bits_per_byte"]
+
+
 def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out: Path, other: str | None) -> None:
     """Tables on the screen and in table.txt, results.json, figures. other: a corpus that no run is trained on."""
     evaluations: dict[str, list[Evaluations]] = {}
@@ -229,8 +231,7 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         metrics = report.read_metrics(config.run_dir / "metrics.jsonl")
         evaluations.setdefault(arm, []).append([line for line in metrics if "val_loss" in line])
         if other:  # of the last evaluation, as nothing else is left of the earlier ones
-            flags = ["--split", "test", "--stride", str(config.block_size), "--data", other]
-            evaluations[arm][-1][-1]["other"] = evaluated(config, f"other {other}", flags)["bits_per_byte"]
+            evaluations[arm][-1][-1]["other"] = bits_elsewhere(config, other)
         cost.setdefault(arm, []).append(read_json(config.run_dir / "summary.json"))
     seeds = len({seed for _, seed in plan})
 
@@ -251,17 +252,14 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     compared = {}
     for view in views:
         rows = view(evaluations)
-        known = [m for m in MEASURES if all(m[0] in e for over_seeds in rows.values() for e in over_seeds)]
-        compared[view.__name__] = {key: compare(rows, key, words) for key, _, _, words in known}
-        tables += [comparison_table(label, digits, compared[view.__name__][key]) for key, label, digits, _ in known]
+        compared[view.__name__], shown = compare_all(rows, MEASURES)
+        tables += shown
         base, *others = rows
         tables.append(
             f"{seeds} seeds. Differences to {base!r}, taken seed by seed, with Student's 95 % interval: of the "
-            f"{len(others) * len(known)} here, about one in twenty leaves out 0 by chance."
+            f"{len(others) * len(shown)} here, about one in twenty leaves out 0 by chance."
         )
-    text = "\n\n".join(tables)
-    print("\n" + text)
-    files.write_atomic(out / "table.txt", lambda file: file.write((text + "\n").encode()))
+    show("\n\n".join(tables), out / "table.txt")
     files.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
     labels = {key: label for key, label, *_ in MEASURES[:2]}
     figures = report.draw_differences(compared[views[0].__name__], labels, title, out / "differences.png")
@@ -269,6 +267,19 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         figures += report.draw_study(evaluations, title, out / "condensation.png")
     for path in figures:
         print(f"figure  {path}")
+
+
+def show(text: str, path: Path) -> None:
+    """Print a text, and keep it."""
+    print("\n" + text)
+    files.write_atomic(path, lambda file: file.write((text + "\n").encode()))
+
+
+def compare_all(rows: dict[str, Evaluations], measures: tuple) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """key -> what `compare` says, and the tables of it, for each of the measures that all evaluations have."""
+    known = [m for m in measures if all(m[0] in e for over_seeds in rows.values() for e in over_seeds)]
+    compared = {key: compare(rows, key, words) for key, _, _, words in known}
+    return compared, [comparison_table(label, digits, compared[key]) for key, label, digits, _ in known]
 
 
 def compare(rows: dict[str, Evaluations], key: str, words: tuple[str, str]) -> dict[str, dict]:

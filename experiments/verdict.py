@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import study
 import torch
-from study import files, read_json, report
+from study import files, read_json, report, show
 
 from minidisp import InputError
 from minidisp.metrics import holm, paired_p, sign_test_p
@@ -157,7 +157,7 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
         [arm, *(f"{c['settings'][field]:g}" for field in stage["tunes"]), f"{c['bits_per_byte']:.4f}"]
         for arm, c in chosen.items()
     ]
-    show(report.table([f"{args.recipe}, chosen", *stage["tunes"], "bits per byte"], rows), out)
+    show(report.table([f"{args.recipe}, chosen", *stage["tunes"], "bits per byte"], rows), out / "table.txt")
 
 
 def name_of(arm: str, settings: dict) -> str:
@@ -204,18 +204,13 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
         groups = [[label for label in arms if label.startswith(f"{name}, ")] for name in INGREDIENTS]
     results, tables = [], []
     for group in groups:
-        compared = {key: study.compare({arm: found[arm] for arm in group}, key, words)
-                    for key, _, _, words in MEASURES if key in found[group[0]][0]}  # fmt: skip
+        compared, shown = study.compare_all({arm: found[arm] for arm in group}, MEASURES)
         results.append(compared)
-        tables += [
-            study.comparison_table(label, digits, compared[key])
-            for key, label, digits, _ in MEASURES
-            if key in compared
-        ]
+        tables += shown
     files.write_json(out / "results.json", {"recipe": args.recipe, "stage": args.stage, "settings": arms,
                                             "seconds": {arm: [f["seconds"] for f in of] for arm, of in found.items()},
                                             "compared": results})  # fmt: skip
-    show("\n\n".join(tables), out)
+    show("\n\n".join(tables), out / "table.txt")
     labels = {key: label for key, label, *_ in MEASURES if key in ("test", "other", "last_half_mean")}
     title = f"{args.recipe}, {args.stage}: does the dispersion loss help?"
     for path in report.draw_differences(results[0], labels, title, out / "differences.png"):
@@ -225,13 +220,13 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
 def measured(config: study.Config, args: argparse.Namespace) -> dict:
     """The numbers of a finished run."""
     torch.set_num_threads(args.threads)
-    text = ["--split", "test", "--stride", str(config.block_size)]
-    test = study.evaluated(config, "test", [*text, "--texts", str(TEXTS)])
+    text = ["--split", "test", "--stride", str(config.block_size), "--texts", str(TEXTS)]
+    test = study.evaluated(config, "test", text)
     lines, summary = report.read_metrics(config.run_dir / "metrics.jsonl"), read_json(config.run_dir / "summary.json")
     losses = [line["ce"] for line in lines if "ce" in line]
     found = {
         "test": test["bits_per_byte"],
-        "other": study.evaluated(config, f"other {args.other}", [*text, "--data", args.other])["bits_per_byte"],
+        "other": study.bits_elsewhere(config, args.other),
         "val": summary["last"]["bits_per_byte"],
         "val_best": summary["best"]["bits_per_byte"],
         "train_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
@@ -278,16 +273,10 @@ def conclude(args: argparse.Namespace) -> None:
         "p",
         "Holm's p",
     ]
-    show(report.table(head, rows), args.out, "verdict.txt")
+    show(report.table(head, rows), args.out / "verdict.txt")
     labels = {key: label for key, label, *_ in MEASURES if key in drawn}
     for path in report.draw_differences(drawn, labels, "Does the dispersion loss help?", args.out / "verdict.png"):
         print(f"figure  {path}")
-
-
-def show(text: str, folder: Path, name: str = "table.txt") -> None:
-    """Print a text, and keep it."""
-    print("\n" + text)
-    files.write_atomic(folder / name, lambda file: file.write((text + "\n").encode()))
 
 
 if __name__ == "__main__":

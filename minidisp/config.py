@@ -235,6 +235,17 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def command_line(fields: dict) -> list[str]:
+    """Fields of Config as the words of a command line that `parse` reads back."""
+    line = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            line.append(f"--{kebab(name)}" if value else f"--no-{kebab(name)}")
+        else:
+            line += [f"--{kebab(name)}", str(value)]
+    return line
+
+
 # The groups of --help, each by its first field.
 GROUPS = {
     "run": "preset", "data": "data", "model": "arch", "dispersion": "dispersion", "other counter-measures": "noisy_embedding",

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minidisp import InputError
-from minidisp.config import PRESETS, RECIPES, Config, flags, from_dict, parse, read_json, to_dict
+from minidisp.config import PRESETS, RECIPES, Config, command_line, flags, from_dict, parse, read_json, to_dict
 from minidisp.runtime.cli import exit_code
 
 
@@ -106,3 +106,17 @@ def test_a_command_ends_in_one_line(error, code, line, capsys):
 
     assert exit_code("x.py", command) == code
     assert capsys.readouterr().err == line
+
+
+def test_a_command_line_is_read_back():
+    fields = {
+        "lr": 1e-4,
+        "n_embd": 48,
+        "n_head": 3,
+        "tied": False,
+        "zero_init": True,
+        "schedule": "linear",
+        "out": "a b/c",
+    }
+    config = parse(command_line(fields))
+    assert {name: getattr(config, name) for name in fields} == fields

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -212,6 +213,12 @@ def git(*arguments: str) -> str | None:
         return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def resident_peak_kib() -> int:
+    """The most memory of this process since it started. Not getrusage's, which the parent hands down with its own peak
+    in it (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def cpu_model() -> str | None:

@@ -168,7 +168,8 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World, co
     """Split the weights, and with them gradients and optimiser states, over the processes (FSDP2): each block, then the rest.
 
     dtype: of matrix products. compiled: whether to compile what a block computes. A graph of the whole model would break
-    before and after each block, where FSDP gathers its weights; those of the blocks are one and the same. Raises InputError for float16, whose gradient scale is not sharded.
+    before and after each block, where FSDP gathers its weights; those of the blocks are one and the same. Raises
+    InputError for float16, whose gradient scale is not sharded.
     """
     if dtype == torch.float16:
         raise InputError("--shard --dtype float16: the gradient scale is not sharded; take bfloat16 or float32")
