@@ -157,17 +157,17 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """The output comes in the dtype of the matrix products that read it."""
+    """The output comes in the dtype of the matrix products that read it, where none is named."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layers.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return layers.layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """The output comes in the dtype of the matrix products that read it."""
+    """The output comes in the dtype of the matrix products that read it, where none is named."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layers.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return layers.rms_norm(x, self.weight, self.eps, dtype)
 
 
 def norm(config: GPTConfig, width: int) -> nn.Module:
@@ -372,7 +372,8 @@ class GPT(nn.Module):
             hidden_states.append(x)
         if cache is not None:
             cache.length = end
-        hidden_states[-1] = x = self.ln_f(x)
+        # A hidden state, too: in bfloat16, tokens that are nearly parallel could not be told apart.
+        hidden_states[-1] = x = self.ln_f(x, x.dtype)
         return x, tuple(hidden_states) if return_hidden_states else None
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:

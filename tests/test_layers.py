@@ -280,6 +280,16 @@ def test_a_model_by_the_operators_and_by_torch(monkeypatch, changes, dtype):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_hidden_states_stay_in_float32(arch):
+    """The last one, behind the final norm, too: its neighbour is a matrix product, but the dispersion loss reads it."""
+    model = GPT(GPTConfig(**SIZES, arch=arch))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states = model(torch.ones(2, 8, dtype=torch.int64), return_hidden_states=True).hidden_states
+    assert {z.dtype for z in hidden_states} == {torch.float32}
+    assert not torch.equal(hidden_states[-1], hidden_states[-1].bfloat16().float())
+
+
 @needs_operators
 def test_compiled_models_take_torch_s_forms(monkeypatch):
     """So that the compiler fuses; and it must not stop at the choice."""

@@ -79,17 +79,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.minidisp.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, in the dtype of the matrix products that read it."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension, fused in dtype or, left out, that of the matrix products that read it."""
     if fuses(x):
-        return torch.ops.minidisp.norm(x, weight, bias, eps, True, compute_dtype(x))
+        return torch.ops.minidisp.norm(x, weight, bias, eps, True, dtype or compute_dtype(x))
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in the dtype of the matrix products that read it."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """RMSNorm over the last dimension, fused in dtype or, left out, that of the matrix products that read it."""
     if fuses(x, EITHER):
-        return torch.ops.minidisp.norm(x, weight, None, eps, False, compute_dtype(x))
+        return torch.ops.minidisp.norm(x, weight, None, eps, False, dtype or compute_dtype(x))
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
