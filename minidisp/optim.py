@@ -102,7 +102,7 @@ class Muon(Untraced, torch.optim.Muon):
         x = newton_schulz(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
         lr = group["lr"] * 0.2 * math.sqrt(max(shape))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, (x.mT if rows > columns else x).unbind(), alpha=-lr)
+        torch._foreach_add_(parameters, (x.mT if rows > columns else x).float().unbind(), alpha=-lr)
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -112,7 +112,7 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: in
     (Keller Jordan's Muon).
     """
     a, b, c = coefficients
-    x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=eps).view(-1, 1, 1)
+    x = x / torch.stack(torch._foreach_norm(x.unbind())).clamp(min=eps).view(-1, 1, 1)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -229,13 +229,16 @@ def step_where_on_device(finite: Tensor, optimizers: list[torch.optim.Optimizer]
             optimizer.found_inf = (~finite).float()
             optimizer.step()
             continue
-        changed = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in changed:
-            if p.grad is not None:
-                p.grad.masked_fill_(~finite, 0.0)  # states that begin with this step begin as zeros
-        changed += [value for state in optimizer.state.values() for value in state.values()]
-        before = [tensor.detach().clone() for tensor in changed]
+        changed = [p.detach() for group in optimizer.param_groups for p in group["params"]] + _states(optimizer)
+        before = [tensor.clone() for tensor in changed]
         optimizer.step()
-        with torch.no_grad():
-            for tensor, old in zip(changed, before, strict=True):
-                tensor.copy_(torch.where(finite, tensor, old))
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
+        known = {id(tensor) for tensor in changed}
+        for tensor in _states(optimizer):
+            if id(tensor) not in known:  # it began with this step
+                tensor.copy_(torch.where(finite, tensor, 0.0))
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
