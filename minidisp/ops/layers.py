@@ -79,9 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.minidisp.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the last dimension, fused in dtype or, left out, that of the matrix products that read it."""
     if fuses(x):
         return torch.ops.minidisp.norm(x, weight, bias, eps, True, dtype or compute_dtype(x))
