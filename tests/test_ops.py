@@ -793,6 +793,25 @@ def test_what_the_check_takes_for_transient(error, code, monkeypatch, capsys):
 
 
 @on_linux
+def test_the_cuda_toolkit_is_where_nvcc_says(tmp_path, monkeypatch):
+    """torch looks above nvcc's folder, which is wrong where nvcc is a script that calls another one."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    nvcc = tmp_path / "nvcc"
+    for script, toolkit in (
+        ("echo '#$ HERE=/x' >&2; echo '#$ TOP=/opt/my cuda/bin/..' >&2", "/opt/my cuda"),
+        ("echo no such file >&2; exit 1", None),
+    ):
+        nvcc.write_text(f"#!/bin/sh\n{script}\n")
+        nvcc.chmod(0o755)
+        assert build.cuda_toolkit() == toolkit
+    nvcc.write_bytes(b"\x7fELF and nothing else")
+    assert build.cuda_toolkit() is None
+    monkeypatch.setenv("CUDA_HOME", "/named")
+    assert build.cuda_toolkit() == "/named"
+
+
+@on_linux
 def test_a_failed_cuda_build_leaves_the_cpu_kernel(tmp_path, monkeypatch, capsys):
     """nvcc is a script that fails, and so is the compiler, but without CUDA it "compiles"."""
     child = tmp_path / "python"

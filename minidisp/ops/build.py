@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -120,6 +121,22 @@ def compiler_environment(folder: Path) -> dict[str, str]:
     script.chmod(0o700)
     path = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
     return {"CXX": script.name, "PATH": path, "TORCH_NO_COMPILER_WRAPPER": "1", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+
+
+def cuda_toolkit() -> str | None:
+    """The folder of the CUDA toolkit: CUDA_HOME, or where nvcc says that it is; None if it does not say.
+
+    torch takes it for the folder above nvcc's, where nvcc may be a link or a script that calls another one.
+    """
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    if named or not nvcc:
+        return named
+    try:
+        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    except OSError:  # it is no program; the build will say so
+        return None
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return os.path.normpath(found[1]) if found else None
 
 
 # The cache
@@ -262,6 +279,8 @@ def _build(folder: Path) -> str:
     environment["PATH"] = os.pathsep.join([environment["PATH"], str(Path(ninja()).parent)])
     if not shutil.which(environment.get("CC", "")):
         environment.pop("CC", None)  # given to nvcc as the path of one program, too
+    if builds_cuda() and (toolkit := cuda_toolkit()):
+        environment["CUDA_HOME"] = toolkit
     if builds_cuda() and not torch.cuda.is_available():
         environment.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     command = [sys.executable, "-m", "minidisp.ops", "compile", str(folder)]
