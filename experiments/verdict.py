@@ -107,6 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
     add("--data", metavar="TEXT", help="corpus (default: books, books1m for the limited stages)")
     add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
+    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="ARM",
+        help='only these arms, the first one compared with ("off" "lambda 0.1" "tau 0.1")')  # fmt: skip
     add("--seeds", type=int, metavar="N", help="another number of seeds than the protocol's")
     add("--first-seed", type=int, metavar="N", help="and another first one: so two processes can share a stage")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
@@ -139,11 +141,11 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
     """
     grid = {"dropout": (0.0, 0.1), **GRID[args.recipe]}
     chosen = {}
-    for arm, changes in ARMS.items():
+    for arm in args.arms:
         best, tried = {"weight_decay": 0.1}, {}
         for field in stage["tunes"]:
             candidates = {
-                name_of(arm, {**best, field: value}): {**changes, **best, field: value} for value in grid[field]
+                name_of(arm, {**best, field: value}): {**ARMS[arm], **best, field: value} for value in grid[field]
             }
             bits: dict[str, list[float]] = {}
             for (label, seed), run in plan(stage, candidates, args, out).items():
@@ -184,16 +186,18 @@ def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
     if not path.exists():
         raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
     chosen = read_json(path)["arms"]
-    return {arm: {**changes, **chosen[arm]["settings"]} for arm, changes in ARMS.items()}
+    if missing := [arm for arm in args.arms if arm not in chosen]:
+        raise InputError(f"{path} has no settings for {', '.join(missing)}: name other --arms, or run that stage again")
+    return {arm: {**ARMS[arm], **chosen[arm]["settings"]} for arm in args.arms}
 
 
-def mechanism_arms() -> dict[str, dict]:
-    return {f"{name}, {arm}": {**flags, **uses} for name, flags in INGREDIENTS.items() for arm, uses in ARMS.items()}
+def mechanism_arms(args: argparse.Namespace) -> dict[str, dict]:
+    return {f"{name}, {arm}": {**flags, **ARMS[arm]} for name, flags in INGREDIENTS.items() for arm in args.arms}
 
 
 def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
     """Train the arms over the seeds, measure each run, compare; results.json, table.txt, differences.png."""
-    arms = mechanism_arms() if args.stage == "mechanism" else confirmed_arms(stage, args)
+    arms = mechanism_arms(args) if args.stage == "mechanism" else confirmed_arms(stage, args)
     runs = plan(stage, arms, args, out)
     study.train_all(runs)
     found: dict[str, list[dict]] = {}

@@ -236,6 +236,13 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     shown = capsys.readouterr().out
     assert shown.count("gpt2, small: ") == 3
     assert (out / "verdict.png").read_bytes().startswith(b"\x89PNG")
+    assert command("--stage", "small", "--arms", "off", "tau 0.1") == 0  # the runs are there, and measured
+    (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
+    assert list(compared["test"]) == ["off", "tau 0.1"]
+    del choice["tau 0.1"]
+    (out / "gpt2-choice" / "choice.json").write_text(json.dumps({"arms": choice}))
+    assert command("--stage", "small") == 2
+    assert "has no settings for tau 0.1" in capsys.readouterr().err
 
 
 def test_verdict_takes_a_run_that_diverges_for_the_worst(load, corpus, tmp_path, monkeypatch, capsys):
