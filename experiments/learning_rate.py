@@ -2,8 +2,9 @@
 
     python experiments/learning_rate.py --scale laptop --threads 1
 
-A regulariser may only make up for a learning rate that suits the plain model badly. So both arms are trained at several rates. The
-last tables compare each arm at the rate where its mean over the seeds is best, chosen by the same evaluations for both.
+A regulariser may only make up for a learning rate that suits the plain model badly. So both arms are trained at several
+rates. The last tables compare each arm at its best rate: for every seed, the one where the mean over the other seeds is
+best, so that no evaluation takes part in the choice that it is reported under.
 """
 
 import sys
@@ -37,14 +38,17 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """Each arm at the end, at its best learning rate."""
+    """Each arm at the end, every seed at the rate that is best for the others (a single seed at its own best)."""
     end = study.at_the_end(evaluations)
-
-    def mean(label: str) -> float:
-        return np.mean([evaluation["bits_per_byte"] for evaluation in end[label]])
-
-    best = [min((label for label in end if label.startswith(arm)), key=mean) for arm in study.PAIR]
-    return {label: end[label] for label in best}
+    rows = {}
+    for arm in study.PAIR:
+        at_rate = {label.removeprefix(f"{arm}, "): end[label] for label in end if label.startswith(f"{arm}, ")}
+        bits = np.array([[evaluation["bits_per_byte"] for evaluation in row] for row in at_rate.values()])
+        others = bits.sum(1, keepdims=True) - bits if bits.shape[1] > 1 else bits
+        chosen = [list(at_rate)[i] for i in others.argmin(0)]
+        counts = [f"{rate} ({chosen.count(rate)} of {len(chosen)})" for rate in at_rate if rate in chosen]
+        rows[f"{arm}, {', '.join(counts)}"] = [at_rate[rate][seed] for seed, rate in enumerate(chosen)]
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

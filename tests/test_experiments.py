@@ -186,6 +186,22 @@ def test_through_training_compares_later_moments_with_step_0(load):
         assert label == "step 0" or label == f"{row[0]['arm']}, step {row[0]['step']}"
 
 
+def test_learning_rates_are_chosen_on_other_seeds(load):
+    """Seed 2 alone is best at the second rate, and its own number must not be what decides for it."""
+    bits = {"cross-entropy, 0.001": [1.0, 2.0, 3.0], "cross-entropy, 0.002": [1.5, 2.5, 0.0],
+            "with dispersion, 0.001": [1.0, 1.0, 1.0], "with dispersion, 0.002": [0.5, 0.5, 0.5]}  # fmt: skip
+    best = load("learning_rate").at_its_best(
+        {
+            label: [[{"bits_per_byte": 9.0}, {"bits_per_byte": value}] for value in values]
+            for label, values in bits.items()
+        }
+    )
+    assert {label: [e["bits_per_byte"] for e in row] for label, row in best.items()} == {
+        "cross-entropy, 0.001 (1 of 3), 0.002 (2 of 3)": [1.5, 2.5, 3.0],
+        "with dispersion, 0.002 (3 of 3)": [0.5, 0.5, 0.5],
+    }
+
+
 def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
     study = load("study")
     rows = {label: [{"x": v} for v in values] for label, values in {"a": [1.0, 2.0], "b": [None, 1.0]}.items()}
