@@ -65,7 +65,8 @@ train+=(${tiny[@]+"${tiny[@]}"})
 
 step build 240 "$python" bench/gpu.py build ${dry[@]+"${dry[@]}"}
 step diagnosis 60 "$python" bench/gpu.py diagnosis ${dry[@]+"${dry[@]}"}
-step tests 90 "$python" -m pytest -q tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"}
+# One process, as there is one card, and without the options that need pytest-xdist.
+step tests 90 "$python" -m pytest -q -o addopts= tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"}
 step checks 60 "$python" bench/gpu.py check ${dry[@]+"${dry[@]}"}
 step timing 90 "$python" bench/gpu.py time ${dry[@]+"${dry[@]}"}
 step profile 40 ncu --kernel-name "$kernels" --launch-count 12 --set basic \
