@@ -77,8 +77,8 @@ def numbered(run: Path) -> list[Path]:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The dictionary that a checkpoint holds. Raises InputError naming the file if it is none of minidisp's, or damaged.
+def read(path: Path) -> dict:
+    """The dictionary that a checkpoint holds, on the CPU. Raises InputError naming the file if it is none of minidisp's, or damaged.
 
     Only tensors, numbers, strings and containers are read (`weights_only=True`): a file cannot run code. Before anything is
     allocated, checksums and sizes are compared with what is in the file.
@@ -90,7 +90,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict:
         raise InputError(f"{path} is not a file")
     try:
         _inspect(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can make the parser raise any exception
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
@@ -322,7 +322,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
     Raises InputError naming the file if something is missing or does not fit.
     """
     path = find(run)
-    state = read(path, device)
+    state = read(path)
     try:
         config = from_dict(state["config"])
     except InputError as error:
@@ -332,14 +332,14 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
         raise InputError(
             f"{path} does not fit the model that its config describes: {config.parameter_count:,} parameters"
         )
-    model = GPT(config).to(device)
+    model = GPT(config)
     load_weights(model, state, path)
     vocabulary = tokenizer.load(path.parent / "tokenizer.model")
     if vocabulary.vocab_size != config.vocab_size:
         raise InputError(
             f"{path.parent / 'tokenizer.model'} has {vocabulary.vocab_size} tokens, but the model {config.vocab_size}"
         )
-    return model.eval(), vocabulary, config
+    return model.to(device).eval(), vocabulary, config  # its weights alone: a checkpoint can hold three times as much
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, object]:
