@@ -78,10 +78,11 @@ def numbered(run: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict:
-    """The dictionary that a checkpoint holds, on the CPU. Raises InputError naming the file if it is none of minidisp's, or damaged.
+    """The dictionary that a checkpoint holds, on the CPU.
 
-    Only tensors, numbers, strings and containers are read (`weights_only=True`): a file cannot run code. Before anything is
-    allocated, checksums and sizes are compared with what is in the file.
+    Raises InputError naming the file if it is none of minidisp's, or damaged. Only tensors, numbers, strings and
+    containers are read (`weights_only=True`): a file cannot run code. Before anything is allocated, checksums and sizes
+    are compared with what is in the file.
     """
     path = Path(path)
     if not path.exists():
