@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from minidisp import InputError, is_plain
+from minidisp import InputError, printable
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a packed file raises if it is damaged
 
@@ -24,16 +24,6 @@ DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a packed file 
 def say(line: str) -> None:
     """A line for the person at the terminal, beside the result on stdout."""
     print(line, file=sys.stderr, flush=True)
-
-
-def printable(text: str | Path) -> str:
-    """A text on one line, with an escape for what cannot be printed: bytes that are no UTF-8 in a file's name, newlines."""
-    return "".join(c if is_plain(c) else _escape(c) for c in str(text))
-
-
-def _escape(character: str) -> str:
-    code = ord(character)  # Python writes a byte of a name that is no UTF-8 as U+DC00 + the byte
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
 # --- a file, the same each time that it is read -----------------------------------------------------------------------
@@ -251,7 +241,10 @@ def _expand(prefix: str, parts: list[str]) -> Iterator[str]:
     part, *rest = parts
     if part == "**":
         for folder in _folders(prefix):
-            yield from _expand(folder, rest or ["*"])
+            if rest:
+                yield from _expand(folder, rest)
+            else:
+                yield from (os.path.join(folder, name) for name in _listed(folder))
     elif os.path.lexists(path := os.path.join(prefix, part)):
         yield from _expand(path, rest)
     elif glob.has_magic(part) and os.path.isdir(prefix or "."):
@@ -268,7 +261,12 @@ def _folders(folder: str) -> Iterator[str]:
         if os.path.isdir(folder or ".") and (real := os.path.realpath(folder)) not in seen:
             seen.add(real)
             yield folder
-            waiting += [os.path.join(folder, name) for name in os.listdir(folder or ".") if not name.startswith(".")]
+            waiting += [os.path.join(folder, name) for name in _listed(folder)]
+
+
+def _listed(folder: str) -> list[str]:
+    """The names in a folder that are not hidden."""
+    return [name for name in os.listdir(folder or ".") if not name.startswith(".")]
 
 
 def identity(path: str) -> object:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.files import Input, printable, say
+from data.files import Input, say
 from data.sources import BadRow, Document, Source, row, text_document
-from minidisp import InputError
+from minidisp import InputError, printable
 
 STATE_EVERY = 1000  # rows
 
@@ -38,12 +38,12 @@ class _Fetched(NamedTuple):
                     break
                 kept += len(line)
                 if isinstance(value, str):
-                    found = found._replace(rows=found.rows + 1, texts=found.texts + 1)
+                    found = found._replace(rows=found.rows + 1, texts=found.texts + (value != ""))
                 elif "bad" in value:
                     found, bad = found._replace(rows=found.rows + 1), True
                 elif "state" in value:
                     found = found._replace(state=value["state"], state_rows=found.rows)
-                found = found._replace(ended="end" in value)
+                found = found._replace(ended=value == {"end": True})
             if bad and not skip:  # the rows that were left out are wanted now, or an error
                 found, kept = cls(), 0
             file.truncate(kept)
@@ -92,8 +92,9 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
                         item = row(record, column, "--hf-column", f"--hf {spec}, row {rows + 1}")
                         if isinstance(item, BadRow) and not skip:
                             raise item
-                        write({"bad": item.reason} if isinstance(item, BadRow) else "".join(item.blocks))
-                        rows, texts = rows + 1, texts + isinstance(item, Document)
+                        value = {"bad": item.reason} if isinstance(item, BadRow) else "".join(item.blocks)
+                        write(value)
+                        rows, texts = rows + 1, texts + (isinstance(item, Document) and value != "")
                         progress.update()
                         if rows % STATE_EVERY == 0:
                             if hasattr(stream, "state_dict"):

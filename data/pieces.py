@@ -30,11 +30,14 @@ class Piece(NamedTuple):
 
 
 def usable(items: Iterable[Document | BadRow], skip: bool, skipped: Counter) -> Iterator[Document]:
-    """The documents. A bad row is an error, or else left out and counted by its reason, from 0 at each reading."""
+    """The documents that have text. A bad row is an error, or else left out and counted by its reason, from 0 at each
+    reading."""
     skipped.clear()
     for item in items:
         if not isinstance(item, BadRow):
-            yield item
+            blocks = iter(item.blocks)
+            if first := next(blocks, ""):
+                yield Document(item.name, itertools.chain([first], blocks))
         elif skip:
             skipped[item.reason] += 1
         else:

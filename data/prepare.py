@@ -37,11 +37,11 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, when this file is run as a script
 
 from data.downloads import BUILT_IN, DOWNLOADS, built_in
-from data.files import changed, printable, say
+from data.files import changed, say
 from data.hub import hugging_face
 from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, survey, usable, write_shards
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
-from minidisp import InputError, __version__, parse_json, read_bytes
+from minidisp import InputError, __version__, parse_json, printable, read_bytes
 from minidisp.data import FORMAT, SPLITS, Dataset
 from minidisp.runtime.cli import Parser, exit_code
 from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepiece
@@ -52,9 +52,12 @@ except ImportError:  # Windows: two processes that prepare one corpus at once ar
     fcntl = None
 
 DATA = Path(__file__).resolve().parent
-VOCAB_SIZE = 4096
+VOCAB_SIZE, MAX_VOCAB_SIZE = 4096, 1 << 20
 SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
 INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
+OWN_FILES = re.compile(
+    r"meta\.json|tokenizer\.model|inputs\.jsonl|(train|val|test)_\d+\.bin"
+)  # what a corpus consists of
 
 
 # --- a corpus, whole or not at all ------------------------------------------------------------------------------------
@@ -137,15 +140,19 @@ def prepare_corpus(
                     lines = (json.dumps(file.record()) + "\n" for file in source.inputs)
                     (build / INPUTS).write_text("".join(lines), encoding="utf-8")
                 (build / "meta.json").write_text(json.dumps(finished, indent=2) + "\n", encoding="utf-8")
-                (build / PROGRESS).unlink(missing_ok=True)
                 Dataset(build)
+                (build / PROGRESS).unlink(missing_ok=True)
             copy.unlink(missing_ok=True)
-            _print_table(out, finished)
     except BadRow as bad:
         raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
     except OSError as error:
-        elsewhere = "; --out DIR puts the corpus elsewhere" if error.errno in (errno.EACCES, errno.EROFS) else ""
-        raise InputError(f"cannot write {error.filename or out}: {error.strerror}{elsewhere}") from error
+        elsewhere = (
+            "; python data/prepare.py --out DIR puts the corpus elsewhere, for --data DIR"
+            if error.errno in (errno.EACCES, errno.EROFS)
+            else ""
+        )
+        raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}{elsewhere}") from error
+    _print_table(out, finished)
     return out
 
 
@@ -219,7 +226,7 @@ def _check_splits(documents: Callable[[], Iterator[Document]], counts: dict, whe
     """InputError unless every split has a document."""
     if not known["chars"]:
         left_out = f"; left out: {_listed(known['skipped'])}" if known["skipped"] else ""
-        raise InputError(f"{where}: there is no text{left_out}")
+        raise InputError(f"{where}: there is no text{left_out or ': 0 characters are too few'}")
     if empty := [name for name in SPLITS if not counts[name]]:
         n = sum(counts.values())
         different = len({hashlib.sha256("".join(document.blocks).encode()).digest() for document in documents()})
@@ -248,6 +255,10 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
     if not (out / "meta.json").is_file():
         raise InputError(f"{out} is there and is no corpus: choose another --out")
     if overwrite:
+        if foreign := sorted(path.name for path in out.iterdir() if not OWN_FILES.fullmatch(path.name)):
+            raise InputError(
+                f"{out} also holds {printable(foreign[0])}, which --overwrite would remove: move it, or choose another --out"
+            )
         return False
     dataset = Dataset(out)
     wanted = {"source": source.description, **options}
@@ -328,6 +339,8 @@ def _built_aside(out: Path, left_off: Callable[[Path], dict]) -> Iterator[Path]:
             out.rename(old)
         build.rename(out)
     except BaseException as error:
+        if old.exists() and not out.exists():  # between the two
+            old.rename(out)
         if isinstance(error, Exception) or not (build / PROGRESS).exists():
             shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
         else:
@@ -387,7 +400,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer", metavar="KIND", help="sentencepiece: train a BPE (the default); byte; or hf:DIR, that of a Hugging "
         "Face model, a folder or owner/name on the hub")  # fmt: skip
-    add("--vocab-size", type=_number(1), metavar="N", help="tokens of the SentencePiece BPE "
+    add("--vocab-size", type=_number(1, MAX_VOCAB_SIZE), metavar="N", help="tokens of the SentencePiece BPE "
         f"(default {VOCAB_SIZE}, or less where the text gives no more)")  # fmt: skip
     add("--tokenizer-from", metavar="PATH", help="use the tokenizer.model of another corpus or run instead: the file or "
         "its folder")  # fmt: skip
@@ -418,6 +431,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--source goes with a corpus that is downloaded: {', '.join(DOWNLOADS)}")
     if not own and args.bad_rows == "skip":
         parser.error("--bad-rows goes with --input and --hf")
+    if not args.hf and (args.hf_split, args.hf_column) != ("train", "text"):
+        parser.error("--hf-split and --hf-column go with --hf")
+    if args.field != "text" and not args.input:
+        parser.error("--field goes with --input" + (": for --hf there is --hf-column" if args.hf else ""))
     if args.format and not args.input:
         parser.error("--format goes with --input")
     if args.tokenizer_from and (args.tokenizer or args.vocab_size):
@@ -429,10 +446,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _number(least: int) -> Callable[[str], int]:
+def _number(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not text.isdecimal() or int(text[:20]) < least:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least {least}")
+        if int(text[:20]) > most:
+            raise argparse.ArgumentTypeError(f"{text:.60} is more than {most}")
         return int(text)
 
     return number

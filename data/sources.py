@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, printable, say
-from minidisp import InputError
+from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, say
+from minidisp import InputError, printable
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
 MAX_ROW_BYTES = 1 << 28  # of a line of .jsonl and a row of .json: it is held in memory
@@ -160,7 +160,7 @@ def _jsonl_row(line: bytes, field: str, name: str, number: int) -> Document | Ba
 
 
 def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
-    """One document per element of a JSON array, or per value if there is a sequence of them; read piece by piece."""
+    """One document per element of JSON arrays, or per value if there is a sequence of them; read piece by piece."""
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     number, at, buffer, array = 0, 0, "", None
     try:
@@ -172,8 +172,9 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                     array = buffer[at] == "["
                     at += array
                     continue
-                if array and buffer.startswith("]", at):
-                    return
+                if array and buffer.startswith("]", at):  # another array may follow, in files that were joined
+                    array, at = None, at + 1
+                    continue
                 try:
                     value, end = decode(buffer, at)
                     if end == len(buffer) and buffer[-1] not in '}]"':
@@ -262,7 +263,7 @@ def input_files(
 
     has_rows = any(file.kind != "text" for file in inputs)
     description = " ".join("standard input" if pattern == "-" else printable(pattern) for pattern in patterns)
-    description += (f", read as {kind}" if kind else "") + (f", field {field}" if has_rows else "")
+    description += (f", read as {kind}" if kind else "") + (f", field {printable(field)}" if has_rows else "")
     return Source(description, documents, inputs)
 
 

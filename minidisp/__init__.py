@@ -59,6 +59,16 @@ def is_plain(text: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
+def printable(text: str | Path) -> str:
+    """A text on one line, with an escape for what cannot be printed: bytes that are no UTF-8 in a file's name, newlines."""
+    return "".join(c if is_plain(c) else _escape(c) for c in str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)  # Python writes a byte of a name that is no UTF-8 as U+DC00 + the byte
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+
+
 # The public names load on first use, so that importing a small part (the tokenizer, say) does not import torch.
 _HOME = {
     "GPT": "model",

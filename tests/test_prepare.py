@@ -302,6 +302,10 @@ def test_huge_documents_are_refused_or_streamed(run, tmp_path, jsonl, monkeypatc
         (["--tokenizer", "words"], "words"),
         (["--vocab-size", "0"], "at least 1"),
         (["--vocab-size", "many"], "'many'"),
+        (["--vocab-size", "3000000000"], "more than 1048576"),
+        (["--hf-split", "test"], "--hf-split and --hf-column go with --hf"),
+        (["--field", "body"], "--field goes with --input"),
+        (["--hf", "x", "--field", "body", "--name", "t"], "--hf-column"),
         (["--workers", "0"], "at least 1"),
         (["--limit", "-1"], "--limit"),
         (["shakespeare", "--source", "nowhere.txt"], "nowhere.txt: No such file"),
@@ -368,6 +372,58 @@ def test_existing_corpus_is_kept(run, tmp_path, jsonl):
     assert run(*argv, "--overwrite")[0] == 0
     Dataset(tmp_path / "out").verify()
     assert_nothing_left(tmp_path, but=("out",))
+
+
+def test_what_else_lies_in_a_corpus_is_not_removed(run, tmp_path, jsonl):
+    argv = ["--input", jsonl, "--name", "t", "--tokenizer", "byte"]
+    assert run(*argv)[0] == 0
+    (tmp_path / "out" / "thesis.txt").write_text("do not delete")
+    code, _, err = run(*argv, "--overwrite")
+    assert code == 2
+    assert "also holds thesis.txt" in err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "do not delete"
+    Dataset(tmp_path / "out").verify()
+
+
+def test_an_old_corpus_stays_where_the_new_one_cannot_take_its_place(run, tmp_path, jsonl, monkeypatch):
+    argv = ["--input", jsonl, "--name", "t", "--tokenizer", "byte"]
+    assert run(*argv)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    rename, calls = Path.rename, []
+
+    def fails_once(path, target):
+        calls.append(path.name)
+        if path.name == ".out.building":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    assert run(*argv, "--overwrite")[0] == 130
+    assert calls == ["out", ".out.building", ".out.old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_empty_documents_are_left_out(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").touch()
+    (folder / "book.txt").write_text("".join(f"{i}\n" for i in range(3000)))
+    argv = ["--name", "t", "--tokenizer", "byte", "--overwrite"]
+    assert run("--input", folder, *argv)[0] == 0  # a single document, cut by position
+    assert Dataset(tmp_path / "out").meta["split_by"] == "position"
+    rows = [{"text": ""}] * 5 + [{"text": f"document {i}"} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--input", tmp_path / "rows.jsonl", *argv, "--limit", "150")[0] == 0
+    assert sum(split["documents"] for split in Dataset(tmp_path / "out").meta["splits"].values()) == 150
+    (tmp_path / "same.jsonl").write_text('{"text": "same"}\n' * 200 + '{"text": ""}\n')
+    assert "one and the same text" in run("--input", tmp_path / "same.jsonl", *argv)[2]
+
+
+def test_a_field_of_any_name(run, tmp_path):
+    (tmp_path / "tab.jsonl").write_text("".join(f'{{"my\\tfield": "hello {i}"}}\n' for i in range(300)))
+    argv = ["--input", tmp_path / "tab.jsonl", "--field", "my\tfield", "--name", "t", "--tokenizer", "byte"]
+    assert run(*argv)[0] == 0
+    assert r"field my\tfield" in Dataset(tmp_path / "out").meta["source"]
 
 
 def test_folders_that_are_no_corpus_are_not_replaced(run, tmp_path, jsonl):

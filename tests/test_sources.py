@@ -92,6 +92,16 @@ def test_json_arrays_are_read_in_pieces(run, monkeypatch):
     assert all_documents_of(Path("out")) == sorted(texts)
 
 
+def test_json_arrays_may_follow_one_another(run):
+    texts = make_texts(90)
+    arrays = [json.dumps([{"text": text} for text in texts[i : i + 30]]) for i in (0, 30, 60)]
+    Path("joined.json").write_text("\n".join([*arrays, "[]"]))
+    assert run("--input", "joined.json", *BYTES)[0] == 0
+    assert sorted(text for documents in documents_of(Path("out")).values() for text in documents) == sorted(texts)
+    Path("more.json").write_text(arrays[0] + " and more")
+    refused(run("--input", "more.json", *BYTES, "--overwrite"), "more.json, row 31: not JSON")
+
+
 def test_parquet(run):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = make_texts()
@@ -359,6 +369,13 @@ def test_names_of_any_bytes(run, name):
     assert Dataset(path + "-corpus").meta["name"] == files.printable(path + "-corpus")
 
 
+def test_a_file_named_as_a_pattern_hides_no_other(run):
+    Path("in").mkdir()
+    for name in ("*", "a.txt", "b.txt"):
+        Path("in", name).write_text("some words\n" * 9)
+    assert inputs_of("in") == ["in/a.txt", "in/b.txt"]
+
+
 def test_a_place_is_a_name(run, tmp_path, monkeypatch, capsys):
     Path("a.txt").write_text("words and more words\n" * 10)
     assert run("--input", "a.txt", "--tokenizer", "byte")[0] == 0
@@ -618,7 +635,7 @@ class StreamWithState(Stream):
 @pytest.mark.parametrize("limit", [0, 100])
 def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
     monkeypatch.setattr(hub, "STATE_EVERY", 10)
-    texts, read = make_texts(130), []
+    texts, read = [f"{text} to the end" for text in make_texts(130)], []  # a word that also marks the last line
     rows = [{"text": text} for text in texts]
     rows.insert(33, {"text": None})
     breaks = [0, 47, 83]
