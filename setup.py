@@ -34,7 +34,7 @@ def extension(tools: Path) -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
     make = CUDAExtension if cuda else CppExtension
     module = make(
-        f"minidisp.{build.file_stem()}",
+        f"minidisp.{build.file_stem(build.builds_cuda())}",
         [f"csrc/{path.name}" for path in build.sources(cuda)],
         extra_compile_args={
             "cxx": [*build.CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],

@@ -37,6 +37,16 @@ struct Options {
   }
 };
 
+// What torch's settings say about rounding products. It refuses to say where its older and newer ones are mixed: then, no.
+template <class Question>
+bool allows_rounding(Question question) {
+  try {
+    return question();
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
 // False if the name is not one of those above.
 inline bool parse_variant(std::string_view name, Variant* variant) {
   if (name == "angular_spread") *variant = Variant::angular_spread;

@@ -450,8 +450,9 @@ struct Call {
 // and for options under which the weight of a pair does not change much with its cosine.
 const SpreadKernels* spread_kernels_for(const Options& o, const at::Tensor& z) {
   const bool gentle = o.variant == Variant::angular_spread && o.tau >= 0.5 && o.clamp >= 0.2;
-  const bool allowed = at::autocast::is_autocast_enabled(at::kCPU) ||
-                       at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+  const bool allowed = at::autocast::is_autocast_enabled(at::kCPU) || allows_rounding([] {
+                         return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+                       });
   const bool large = z.size(1) >= kTileTokens && z.size(2) >= kPad;  // errors average out, and it pays
   if (!gentle || !allowed || !large || best_instruction_set() != InstructionSet::amx) return nullptr;
   return spread_kernels();

@@ -435,7 +435,8 @@ at::Tensor backward_in(const at::Tensor& upstream, const at::Tensor& z, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau,
                                                        double clamp, double eps, bool need_grad) {
   const c10::cuda::CUDAGuard guard(z.device());
-  return forward_in(z, variant, tau, clamp, eps, need_grad, !at::globalContext().allowTF32CuBLAS(), Workspace());
+  const bool exact = !allows_rounding([] { return at::globalContext().allowTF32CuBLAS(); });
+  return forward_in(z, variant, tau, clamp, eps, need_grad, exact, Workspace());
 }
 
 at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product, const at::Tensor& state,

@@ -22,6 +22,13 @@ using Maybe = std::optional<Tensor>;
     return op;                 \
   }())
 
+// What a backward pass gets from forward. Autograd does not see what it then computes, which create_graph=True would need.
+variable_list saved_by(AutogradContext* ctx) {
+  TORCH_CHECK(!at::GradMode::is_enabled(),
+              "minidisp's layers have no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start");
+  return ctx->get_saved_variables();
+}
+
 struct Norm : torch::autograd::Function<Norm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Maybe& bias, double eps, bool centred,
                         at::ScalarType dtype) {
@@ -34,7 +41,7 @@ struct Norm : torch::autograd::Function<Norm> {
     return op.call(x, weight, bias, eps, centred, dtype);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = saved_by(ctx);
     const auto& op = MINIDISP_OP(
         "norm_backward", std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, bool));
     const auto [grad, sums] =
@@ -58,7 +65,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     return op.call(qkv, q_weight, k_weight, cos, sin, n_head, n_kv_head, eps);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = saved_by(ctx);
     const auto& op =
         MINIDISP_OP("rotate_backward", std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                                   const Tensor&, const Tensor&, int64_t, int64_t, double));
@@ -77,7 +84,7 @@ struct SquaredRelu : torch::autograd::Function<SquaredRelu> {
     return MINIDISP_OP("squared_relu", Tensor(const Tensor&)).call(x);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {MINIDISP_OP("squared_relu_backward", Tensor(const Tensor&, const Tensor&)).call(grads[0], ctx->get_saved_variables()[0])};
+    return {MINIDISP_OP("squared_relu_backward", Tensor(const Tensor&, const Tensor&)).call(grads[0], saved_by(ctx)[0])};
   }
 };
 
@@ -88,7 +95,7 @@ struct Lookup : torch::autograd::Function<Lookup> {
     return MINIDISP_OP("lookup", Tensor(const Tensor&, const Tensor&, const Tensor&)).call(x, values, slopes);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = saved_by(ctx);
     const auto& op = MINIDISP_OP("lookup_backward", Tensor(const Tensor&, const Tensor&, const Tensor&));
     return {op.call(grads[0], saved[0], saved[1]), Tensor(), Tensor()};
   }
@@ -102,7 +109,7 @@ struct Linear : torch::autograd::Function<Linear> {
     return MINIDISP_OP("linear", Tensor(const Tensor&, const Tensor&, const Maybe&)).call(x, weight, bias);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = saved_by(ctx);
     const auto& op =
         MINIDISP_OP("linear_backward", std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&));
     const auto [grad, weight, sums] = op.call(grads[0], saved[0], saved[1]);

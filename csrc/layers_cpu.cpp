@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -189,14 +190,33 @@ at::Tensor lookup_backward(const at::Tensor& grad_out, const at::Tensor& input, 
   return out;
 }
 
+// oneDNN's product, or nothing where it has none for bfloat16: that is seen by trying, since it goes by more than the processor.
+using ProductOf = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
+                             c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
+using Product = c10::TypedOperatorHandle<ProductOf>;
+
+at::Tensor multiply(const Product& product, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return product.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+std::optional<Product> find_product() {
+  const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!found) return std::nullopt;
+  const Product product = found->typed<ProductOf>();
+  const at::Tensor tried = at::zeros({16, 16}, at::kBFloat16);
+  try {
+    multiply(product, tried, tried, std::nullopt);
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+  return product;
+}
+
 // oneDNN's form adds the bias inside the product; at::linear fills the output with it first.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  using Product = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
-                             c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
-  static const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  if (!found || !at::globalContext().userEnabledMkldnn()) return at::linear(x, weight, bias);
-  static const auto product = found->typed<Product>();
-  return product.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+  if (!at::globalContext().userEnabledMkldnn()) return at::linear(x, weight, bias);
+  static const std::optional<Product> product = find_product();
+  return product ? multiply(*product, x, weight, bias) : at::linear(x, weight, bias);
 }
 
 // The product with a transposed matrix would transpose it more slowly, and the bias needs its sums anyway.

@@ -5,8 +5,8 @@
 
 The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant
 is a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
-- float64 stays float64, every other dtype is computed in float32, also under autocast: bfloat16 rounds the cosine
-  1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch
+- float64 stays float64, every other dtype is computed in float32, also under autocast (dispersion_loss says where the
+  fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch
   asks.)
 - Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
 - The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss (not here).
@@ -301,14 +301,15 @@ class DispersionLoss(nn.Module):
             step = self.calls
             self.calls += 1
         key = (T, tuple(layers), step, self.tokens, self.seed)
-        if self._drawn[0] != key:
-            self._drawn = key, {torch.device("cpu"): torch.stack(self._draw_positions(T, layers, step))}
-        copies = self._drawn[1]
-        for device in {z.device for z in states} - copies.keys():
-            drawn = copies[torch.device("cpu")]
-            # From pinned memory the copy does not wait for what the GPU has still to do.
-            drawn = drawn.pin_memory() if device.type == "cuda" else drawn
-            copies[device] = drawn.to(device, non_blocking=device.type == "cuda")
+        with torch.inference_mode(False):  # they are kept, whatever they are first used in
+            if self._drawn[0] != key:
+                self._drawn = key, {torch.device("cpu"): torch.stack(self._draw_positions(T, layers, step))}
+            copies = self._drawn[1]
+            for device in {z.device for z in states} - copies.keys():
+                drawn = copies[torch.device("cpu")]
+                # From pinned memory the copy does not wait for what the GPU has still to do.
+                drawn = drawn.pin_memory() if device.type == "cuda" else drawn
+                copies[device] = drawn.to(device, non_blocking=device.type == "cuda")
         return [copies[z.device][i] for i, z in enumerate(states)]
 
     def _draw_positions(self, T: int, layers: list[int], step: int) -> list[Tensor]:

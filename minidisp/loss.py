@@ -63,7 +63,7 @@ def _chunked(
     x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
     counted = targets != IGNORE
     targets = torch.where(counted, targets, 0)
-    size = min(chunk_tokens(x), len(x))
+    size = max(1, min(chunk_tokens(x), len(x)))
     x_grad = x.new_empty(x.shape if want_x else 0)
     weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)
     # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
@@ -91,6 +91,8 @@ def _chunked(
         elif want_weight:
             torch.mm(grad.T, x_rows, out=weight_product)
             weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
+    if want_weight and not len(x):
+        weight_grad.zero_()
     number = counted.sum()
     return total / number, x_grad, weight_grad, number
 
@@ -113,7 +115,7 @@ def _backward(ctx, upstream: Tensor, *_):
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError("the chunked cross-entropy has no second derivative: set CHUNKED_MIN_VOCAB = None")
     x_grad, weight_grad, number = ctx.saved_tensors
-    scale = upstream / number
+    scale = torch.where(number > 0, upstream / number, 0)  # as plain: nothing counted, no gradient
     x_grad = x_grad.to(ctx.dtypes[0]) * scale if ctx.want_x else None
     # In place: it may be the largest tensor there is.
     weight_grad = weight_grad.mul_(scale).to(ctx.dtypes[1]) if ctx.want_weight else None

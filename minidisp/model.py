@@ -425,7 +425,8 @@ class GPT(nn.Module):
         self.eval()
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         block_size = self.config.block_size
-        cache = KVCache(self.config, len(idx), block_size, idx.device, compute_dtype(self.wte.weight))
+        size = min(block_size, idx.shape[1] + max_new_tokens)
+        cache = KVCache(self.config, len(idx), size, idx.device, compute_dtype(self.wte.weight))
         context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         every = look_every(idx.device)
         try:

@@ -260,3 +260,21 @@ def test_dropout_and_a_cache_are_torch_s():
 def test_empty():
     assert causal_attention(torch.zeros(0, 5, 12), 1, 1).shape == (0, 5, 4)
     assert causal_attention(torch.zeros(2, 0, 12), 1, 1).shape == (2, 0, 4)
+
+
+@needs_operator
+def test_a_second_derivative_is_refused():
+    qkv, _ = inputs(1, 5, 2, 2, 4)
+    out = causal_attention(qkv.requires_grad_(), 2, 2)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+
+
+@needs_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_graph_serves_any_number_of_tokens(dtype):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: causal_attention(x, 2, 2), backend="eager", fullgraph=True, dynamic=True)
+    for T in (33, 40):
+        qkv, _ = inputs(2, T, 2, 2, 8, dtype)
+        assert compiled(qkv).equal(causal_attention(qkv, 2, 2))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minidisp import dispersion
+from minidisp import dispersion, ops
 from minidisp.dispersion import VARIANTS, select_layers
 
 # Here the reference is held against the oracle; test_ops.py holds the other implementations against both.
@@ -541,3 +541,34 @@ def test_module_refuses(options, message):
 def test_module_refuses_layers_it_does_not_have(layers):
     with pytest.raises(ValueError, match=layers):
         DispersionLoss(layers=layers)(states())
+
+
+def test_positions_first_drawn_in_inference_mode_serve_training():
+    loss, z = DispersionLoss(tokens=4), torch.randn(2, 8, 16, requires_grad=True)
+    with torch.inference_mode():
+        first = loss([z, z], step=3)
+    again = loss([z, z], step=3)
+    again.backward()
+    assert again.item() == first.item()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["fused", "streamed"])
+def test_torchs_newer_precision_settings(impl):
+    """Once one of them is set, torch no longer says what the older one is."""
+    if impl == "fused" and ops.select("auto", "angular_spread", torch.float32, "cpu")[0] != "fused":
+        pytest.skip("there is no extension")
+    z = torch.randn(2, 40, 16)
+    exact, settings = (
+        dispersion.dispersion_loss(z, impl=impl),
+        (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul),
+    )
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        settings[0].fp32_precision = "tf32"
+        assert dispersion.dispersion_loss(z, impl=impl).equal(exact)
+        assert settings[0].fp32_precision == "tf32"
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,6 +1,10 @@
 """minidisp.ops.layers: each operator against float64, per instruction set, and the choice between it and torch's form."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 ops = torch.ops.minidisp
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -314,3 +319,48 @@ def test_choice(monkeypatch):
         assert not layers.fuses(x)
     monkeypatch.setattr(layers, "find_or_build", lambda: "there is no compiler")
     assert not layers.fuses(half)
+
+
+@needs_operators
+def test_a_second_derivative_is_refused():
+    x, weight = draw(5, 8).requires_grad_(), draw(8).requires_grad_()
+    for out in (layers.squared_relu(x), layers.rms_norm(x, weight, 1e-6)):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_model_with_bfloat16_parameters(arch):
+    torch.manual_seed(0)
+    model, idx = (
+        GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50, arch=arch)),
+        torch.arange(16)[None],
+    )
+    exact = model(idx, idx).loss
+    assert model.to(torch.bfloat16)(idx, idx).loss.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+@needs_operators
+def test_tables_first_made_in_inference_mode_serve_training():
+    layers.gelu_tables.cache_clear()
+    x = draw(4, 8, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        first = layers.gelu(x, "none")
+    x.requires_grad_()
+    layers.gelu(x, "none").sum().backward()
+    assert first.equal(layers.gelu(x, "none"))
+    assert x.grad.isfinite().all()
+
+
+@needs_operators
+def test_bfloat16_where_onednn_has_none():
+    """As on a processor without AVX-512: there, oneDNN has no bfloat16 product, and torch's own is taken."""
+    script = (
+        "import torch; from minidisp import GPT, GPTConfig; torch.manual_seed(0); idx = torch.arange(8)[None]\n"
+        "model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50)); exact = model(idx, idx).loss\n"
+        "with torch.autocast('cpu', torch.bfloat16): loss = model(idx, idx).loss\n"
+        "loss.backward(); assert abs(loss - exact) < 0.05, (loss, exact)"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

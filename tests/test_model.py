@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
-from minidisp.loss import chunked
-from minidisp.model import GPT, GPTConfig, PrefixTree, sample
+from minidisp.loss import chunked, plain
+from minidisp.model import GPT, GPTConfig, KVCache, PrefixTree, sample
 from minidisp.ops import layers
 from tests.conftest import NothingIsLookedAt
 
@@ -250,9 +250,18 @@ def test_compiled_the_chunked_loss_stays_one_operator_in_one_graph(small_chunks,
 
 
 def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
-    x, weight, targets = torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -1)
-    assert chunked(x, weight, targets).isnan()
-    assert torch.nn.functional.cross_entropy(x @ weight.T, targets, ignore_index=-1).isnan()
+    x, weight, targets = (
+        torch.randn(4, 3, requires_grad=True),
+        torch.randn(5, 3, requires_grad=True),
+        torch.full((4,), -1),
+    )
+    for tokens in (4, 0):
+        found = []
+        for form in (chunked, plain):
+            loss = form(x[:tokens], weight, targets[:tokens])
+            assert loss.isnan()
+            found.append(torch.autograd.grad(loss, (x, weight)))
+        assert all(ours.equal(theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -482,3 +491,16 @@ def test_a_tree_of_texts_is_the_texts(arch):
         torch.testing.assert_close(got[path], model(idx[:, path]).logits[0], atol=1e-12, rtol=1e-12)
     loss = model(idx, idx, loss_reduction="none", tree=PrefixTree(parents, depth)).loss[0]
     torch.testing.assert_close(loss, -got.log_softmax(-1).gather(1, idx[0, :, None])[:, 0])
+
+
+def test_sampling_keeps_no_more_than_it_will_see(monkeypatch):
+    sizes, model = [], GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=64, vocab_size=11))
+    init = KVCache.__init__
+    monkeypatch.setattr(
+        KVCache,
+        "__init__",
+        lambda self, config, B, size, *more: sizes.append(size) or init(self, config, B, size, *more),
+    )
+    for prompt, new in ((3, 2), (60, 10), (100, 5)):
+        model.generate(torch.zeros(1, prompt, dtype=torch.int64), new, seed=0)
+    assert sizes == [5, 64, 64]

@@ -658,6 +658,32 @@ def test_what_others_could_have_put_there_is_not_run(unbuilt, how, built, monkey
 
 
 @on_linux
+def test_a_binary_that_others_can_write_is_not_run(unbuilt):
+    folder = build.make_cache_folder()
+    (folder / "done").touch()
+    (folder / build.BINARY).touch()
+    (folder / build.BINARY).chmod(0o775)
+    assert re.fullmatch("streamed in PyTorch: other users can write into .*minidisp_fused.so.*", describe("cpu"))
+
+
+@on_linux
+def test_one_built_with_cuda_serves_where_nvcc_is_missing(unbuilt, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.delenv("MINIDISP_CUDA", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(build, "builds_cuda", lambda: True)
+    folder, stem = build.make_cache_folder(), build.file_stem(True)
+    (folder / "done").touch()
+    monkeypatch.setattr(build, "builds_cuda", lambda: False)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    assert build.find().path == folder / build.BINARY
+    build.find.cache_clear()
+    monkeypatch.setattr(build, "PACKAGE", folder)
+    (folder / f"{stem}.so").touch()
+    assert build.find() == build.Extension(folder / f"{stem}.so", "built ahead")
+
+
+@on_linux
 def test_a_damaged_binary_stops_nothing(unbuilt, monkeypatch):
     folder = build.make_cache_folder()
     (folder / "done").touch()

@@ -8,8 +8,8 @@ over the pairs of tokens yields it together with its gradient, which backward on
 matrix is kept. float64 z is computed in float64 (streamed only), all other dtypes in float32; loss and gradient come in
 the computing dtype. On CUDA, the fused operator leaves the last step to minidisp::dispersion_backward.
 
-Where torch.get_float32_matmul_precision() is not "highest", the fused operator may round products: to float16 or TF32 on
-the tensor cores of a GPU (docs/gpu.md), to bfloat16 on the matrix tiles of a CPU (docs/fused_loss.md), there also under
+Where torch.get_float32_matmul_precision() is not "highest", the fused operator may round products: to float16 on the
+tensor cores of a GPU (docs/gpu.md), to bfloat16 on the matrix tiles of a CPU (docs/fused_loss.md), there also under
 autocast.
 
 choose() says what would run and builds nothing; select() also finds or builds the extension (build.py) where the answer
@@ -198,7 +198,9 @@ def check_cuda() -> str:
                 if code in (TRY_AGAIN, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
                     why = (said.strip().splitlines() or [f"the check was ended by signal {-code}"])[-1]
                     return f"the CUDA kernels could not be checked this time: {why}"
-                log.write_text(f"{said}{'passed' if code == 0 else 'FAILED'}\n")
+                written = log.with_name(f"{log.name}.tmp")
+                written.write_text(f"{said}{'passed' if code == 0 else 'FAILED'}\n")
+                written.replace(log)  # whole: others read it without the lock
             passed = log.read_text().endswith("passed\n")
     except OSError as error:  # no place to write
         return f"the CUDA kernels could not be checked: {build.first_line(error)}; {build.OTHER_FOLDER}"

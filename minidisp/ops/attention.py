@@ -44,6 +44,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor, _):
+    if torch.is_grad_enabled():  # only under create_graph=True
+        raise RuntimeError(f"the attention operator has no second derivative: {build.WITHOUT}")
     return torch.ops.minidisp.causal_attention_backward(grad, *ctx.saved_tensors, *ctx.heads), None, None
 
 
@@ -91,16 +93,22 @@ def choose(
     return "fused", ""
 
 
+def has_tiles() -> bool:
+    """Whether the operators, which must have been found, use matrix tiles (AMX)."""
+    return torch.ops.minidisp.instruction_set() == "amx"
+
+
+has_tiles._dynamo_marked_constant = True
+
+
 def torch_is_faster(dtype: torch.dtype, tokens: int, gradient: bool) -> bool:
     """Whether torch's form is the faster one where the operator, which must have been found, could compute, too.
 
     It is in bfloat16 without matrix tiles (AMX), for a forward pass that no backward one follows, from 512 tokens on
     (docs/speed.md).
     """
-    return dtype == torch.bfloat16 and not gradient and tokens >= 512 and torch.ops.minidisp.instruction_set() != "amx"
-
-
-torch_is_faster._dynamo_marked_constant = True
+    # The tokens come last: torch.compile need not look at their number, and compile anew for others, where it does not matter.
+    return dtype == torch.bfloat16 and not gradient and not has_tiles() and tokens >= 512
 
 
 def causal_attention(

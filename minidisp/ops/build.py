@@ -31,6 +31,7 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones
 EXPECTED_SECONDS = {False: 60, True: 180}  # without and with CUDA
 BINARY = "minidisp_fused.so"  # in the cache
 CUDA_LOG = "build-cuda.log"  # there, if what was built leaves CUDA out because that failed
+WITHOUT = "for create_graph=True set MINIDISP_FUSED=0 before the start"  # what to do where only torch's forms will do
 OTHER_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 
 
@@ -66,13 +67,20 @@ def builds_cuda() -> bool:
     )
 
 
-def file_stem() -> str:
-    """Of the extension built ahead. The name contains everything that the binary depends on, so an old one is never
-    loaded."""
-    digest = hashlib.sha256("\0".join((*CXX_FLAGS, *NVCC_FLAGS, str(builds_cuda()))).encode())
+def file_stem(cuda: bool) -> str:
+    """Of the extension built ahead, with CUDA or without. The name contains everything that the binary depends on, so an
+    old one is never loaded."""
+    digest = hashlib.sha256("\0".join((*CXX_FLAGS, *NVCC_FLAGS, str(cuda))).encode())
     for path in sorted(SOURCE_FOLDER.glob("*.*")):
         digest.update(path.name.encode() + path.read_bytes())
     return f"_fused_{torch.__version__.replace('.', '_').replace('+', '_')}_{digest.hexdigest()[:12]}"
+
+
+def fitting() -> list[bool]:
+    """With CUDA or without: what may be loaded, the best first. One with CUDA also fits where nvcc is missing now: on
+    clusters, only some machines have it."""
+    wanted = builds_cuda()
+    return [True, False] if torch.version.cuda and "MINIDISP_CUDA" not in os.environ and not wanted else [wanted]
 
 
 # The tools
@@ -142,8 +150,10 @@ def cuda_toolkit() -> str | None:
 # The cache
 
 
-def cache_folder() -> Path:
+def cache_folder(cuda: bool | None = None) -> Path:
     """Where the extension is built on first use: one folder per torch, ABI, Python, compiler, flags and sources.
+
+    cuda: with CUDA or without; None: as it would be built now.
 
     Raises OSError if there is no home folder for it.
     """
@@ -157,7 +167,7 @@ def cache_folder() -> Path:
     programs = [os.path.realpath(path) for path in map(shutil.which, compiler()) if path]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in programs]
     parts = (
-        file_stem(), torch.compiled_with_cxx11_abi(), torch.version.cuda, platform.machine(), compiler(), stats,
+        file_stem(builds_cuda() if cuda is None else cuda), torch.compiled_with_cxx11_abi(), torch.version.cuda, platform.machine(), compiler(), stats,
         os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ.get("CUDA_HOME"),
     )  # fmt: skip
     return Path(os.path.abspath(root)) / f"minidisp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
@@ -171,11 +181,11 @@ def make_cache_folder() -> Path:
     return folder
 
 
-def check_owner(folder: Path) -> None:
-    """Raise OSError if another user, but root, could have put a binary into a folder: what lies there is run."""
-    found = folder.stat()
+def check_owner(path: Path) -> None:
+    """Raise OSError if another user, but root, could have written into a folder or file: what lies there is run."""
+    found = path.stat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise OSError(f"other users can write into {folder}, so that nothing from there is run")
+        raise OSError(f"other users can write into {path}, so that nothing from there is run")
 
 
 @contextlib.contextmanager
@@ -211,23 +221,25 @@ def find() -> Extension:
     if os.environ.get("MINIDISP_FUSED") == "0":
         return Extension(None, "MINIDISP_FUSED=0 is set")
     ahead = sorted(PACKAGE.glob("_fused_*.so"))
-    prefix = file_stem() if has_sources() else file_stem().rsplit("_", 1)[0] + "_"
+    stems = [file_stem(cuda) for cuda in fitting()]
+    prefixes = stems if has_sources() else [stems[0].rsplit("_", 1)[0] + "_"]
     note = "; the one built ahead is for another torch or other sources" if ahead else ""
-    for path in ahead:
-        if path.name.startswith(prefix):
-            found = _load(path, "built ahead")
-            if found.path:
-                return found
-            note = f"; {found.about}"
+    for path in (path for prefix in prefixes for path in ahead if path.name.startswith(prefix)):
+        found = _load(path, "built ahead")
+        if found.path:
+            return found
+        note = f"; {found.about}"
     if not has_sources():
         return Extension(None, "there is neither an extension for this torch nor its sources", note)
     if os.name != "posix" or sys.platform == "darwin":
         return Extension(None, f"the extension is not built on {platform.system()}", note)
     try:
-        folder = cache_folder()
-        if not (folder / "done").exists():
+        folder = next((f for f in map(cache_folder, fitting()) if (f / "done").exists()), None)
+        if folder is None:
             return Extension(None, "the extension has not been built", note, can_build=True)
         check_owner(folder)
+        if (folder / BINARY).exists():
+            check_owner(folder / BINARY)
     except OSError as error:
         return Extension(None, f"{first_line(error)}; {OTHER_FOLDER}", note)
     return _load(folder / BINARY, "built before", note)
@@ -317,3 +329,4 @@ def compile_into(folder: Path) -> None:
         with_cuda=cuda,
         is_python_module=False,
     )
+    (folder / BINARY).chmod(0o755)  # whatever the user's umask: see check_owner

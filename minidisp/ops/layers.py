@@ -99,9 +99,10 @@ def rotate_heads(
     """RMSNorm, and then rotary positions (arXiv 2104.09864), of every query and key head in qkv; values as they are.
 
     qkv: (B, T, (n_head + 2 n_kv_head) D). Channel i of a head is paired with channel i + D/2. weights: (D,). cos, sin:
-    float32, (T, D), or (B, 1, T, D) with positions of each sequence. Computed in float32, returned in the dtype of qkv.
+    (T, D), or (B, 1, T, D) with positions of each sequence; float32, or the operator is left out. Computed in float32,
+    returned in the dtype of qkv.
     """
-    if cos.ndim == 2 and fuses(qkv, EITHER):
+    if cos.ndim == 2 and cos.dtype == torch.float32 and fuses(qkv, EITHER):
         return torch.ops.minidisp.rotate(qkv, q_weight, k_weight, cos, sin, n_head, n_kv_head, eps)
     heads = qkv.unflatten(-1, (-1, len(q_weight))).transpose(1, 2)  # (B, heads, T, D)
     q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
@@ -125,9 +126,11 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 @functools.cache
 def gelu_tables(approximate: str) -> tuple[Tensor, Tensor]:
     """Of all bfloat16 numbers, by their bits: GELU in bfloat16, and its derivative in float32."""
-    with torch.no_grad():
-        x = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
-        slopes = torch.ops.aten.gelu_backward(torch.ones(x.shape), x.float(), approximate=approximate)
+    with torch.inference_mode(False), torch.no_grad():  # as they are kept, whatever they are first used in
+        x = torch.arange(1 << 16, device="cpu").to(torch.int16).view(torch.bfloat16)
+        slopes = torch.ops.aten.gelu_backward(
+            torch.ones_like(x, dtype=torch.float32), x.float(), approximate=approximate
+        )
         return F.gelu(x, approximate=approximate), slopes
 
 

@@ -20,8 +20,20 @@ LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 @contextlib.contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Have torch.set_float32_matmul_precision(precision) in force."""
-    before = torch.get_float32_matmul_precision()
+    """Have torch.set_float32_matmul_precision(precision) in force; where torch's newer settings are in use, those."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it refuses to say, once a newer one has been set
+        newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        kept = [setting.fp32_precision for setting in newer]
+        for setting in newer:
+            setting.fp32_precision = "ieee" if precision == "highest" else "tf32"
+        try:
+            yield
+        finally:
+            for setting, value in zip(newer, kept, strict=True):
+                setting.fp32_precision = value
+        return
     torch.set_float32_matmul_precision(precision)
     try:
         yield
