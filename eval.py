@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs is not None else []
     prompts = read_prompts(args.prompts) if args.prompts is not None else []
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
-    if args.sampling:
+    if args.sampling or args.texts:
         refuse_broken(subjects)
     scores = [
         {
@@ -137,6 +137,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # a RUN may stand anywhere
     if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
         raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
+    if args.block_size and not args.hf:
+        raise InputError("--block-size goes with --hf: a run is evaluated with the context that it was trained with")
     if wrong := next((run for run in args.runs if run.endswith(".jsonl")), None):
         raise InputError(f"{wrong} is no run: if it is for --minimal-pairs, put the pattern in quotes")
     needs_text = [

@@ -6,7 +6,7 @@ pip install -e '.[trainer]' && python examples/hf_trainer.py MODEL TEXT.txt OUT 
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from minidisp import DispersionLoss, InputError
 from minidisp.runtime.cli import Parser, exit_code
@@ -29,13 +29,15 @@ class DispersionTrainer(Trainer):
 
 
 def main(model_name: str, text: str, out: str, length: int = 256, **arguments) -> DispersionTrainer:
-    """Train on rows of `length` tokens; `arguments` are those of TrainingArguments."""
+    """Train on rows of `length` tokens, or of the model's context if it is shorter; `arguments` are those of TrainingArguments."""
     try:
         content = Path(text).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{text} is not UTF-8: save it as UTF-8") from None
     try:
         ids = AutoTokenizer.from_pretrained(model_name)(content, add_special_tokens=False)["input_ids"]
+        context = getattr(AutoConfig.from_pretrained(model_name), "max_position_embeddings", length)
+        length = min(length, context)
         if len(ids) < length:
             raise InputError(f"{text} gives {len(ids)} tokens, and a row needs {length}: give a longer text")
         model = AutoModelForCausalLM.from_pretrained(model_name)

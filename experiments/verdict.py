@@ -114,7 +114,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     study.add_measures(parser)
     parser.set_defaults(other="pystdlib")
-    return study.check_counts(parser.parse_args(argv))
+    args = study.check_counts(parser.parse_args(argv))
+    if args.time_ratio is not None and "settings_of" not in STAGES.get(args.stage, {}):
+        raise InputError(f"--time-ratio adds an arm to a confirmation, and --stage {args.stage} is none: leave it out")
+    return args
 
 
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
@@ -148,13 +151,14 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
                 name_of(arm, {**best, field: value}): {**ARMS[arm], **best, field: value} for value in grid[field]
             }
             bits: dict[str, list[float]] = {}
-            for (label, seed), run in plan(stage, candidates, args, out).items():
+            runs = plan(stage, candidates, args, out)
+            for (label, seed), run in runs.items():
                 bits.setdefault(label, []).append(final_bits((label, seed), run))
             tried |= {label: float(np.mean(over_seeds)) for label, over_seeds in bits.items()}
             winner = min(candidates, key=tried.get)
             best |= {field: candidates[winner][field]}
         chosen[arm] = {"settings": best, "bits_per_byte": tried[winner], "tried": tried}
-    files.write_json(out / "choice.json", {"seeds": stage["seeds"], "first_seed": stage["first_seed"], "arms": chosen})
+    files.write_json(out / "choice.json", {"seeds": sorted({seed for _, seed in runs}), "arms": chosen})
     rows = [
         [arm, *(f"{c['settings'][field]:g}" for field in stage["tunes"]), f"{c['bits_per_byte']:.4f}"]
         for arm, c in chosen.items()
@@ -249,7 +253,7 @@ def measured(config: study.Config, args: argparse.Namespace) -> dict:
 
 def conclude(args: argparse.Namespace) -> None:
     """One row per comparison that has been run, p-values corrected for their number; verdict.txt and verdict.png."""
-    results = [read_json(path) for path in sorted(args.out.glob("*/results.json"))]
+    results = [with_nan(read_json(path)) for path in sorted(args.out.glob("*/results.json"))]
     if not results:
         raise InputError(f"{args.out} has no finished stage: run one with --stage first")
     rows, drawn, p_values = [], {"test": {"off": None}, "other": {"off": None}}, []
@@ -261,12 +265,13 @@ def conclude(args: argparse.Namespace) -> None:
                 label = f"{result['recipe']}, {result['stage']}: {arm}"
                 p_values.append(paired_p(off, own["values"]))
                 better = sum(b < a for a, b in zip(off, own["values"], strict=True))
-                rows.append([label, f"{np.mean(off):.4f}", f"{own['difference']:+.4f}", f"{own['low']:+.4f} to {own['high']:+.4f}",
-                             f"{better} of {len(off)}", f"{sign_test_p(off, own['values']):.3f}"])  # fmt: skip
+                difference, low, high = (report.number(own[key], 4, "+") for key in ("difference", "low", "high"))
+                rows.append([label, report.number(np.mean(off)), difference, f"{low} to {high}", f"{better} of {len(off)}",
+                             report.number(sign_test_p(off, own["values"]), 3)])  # fmt: skip
                 for key in drawn:
                     drawn[key][label] = compared[key][arm]
     for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
-        row += [f"{p:.4f}", f"{corrected:.4f}"]
+        row += [report.number(p), report.number(corrected)]
     head = [
         "bits per byte of the test books",
         "off",
@@ -281,6 +286,15 @@ def conclude(args: argparse.Namespace) -> None:
     labels = {key: label for key, label, *_ in MEASURES if key in drawn}
     for path in report.draw_differences(drawn, labels, "Does the dispersion loss help?", args.out / "verdict.png"):
         print(f"figure  {path}")
+
+
+def with_nan(values):
+    """What JSON holds, with NaN again in the place of null."""
+    if isinstance(values, dict):
+        return {key: with_nan(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [with_nan(value) for value in values]
+    return math.nan if values is None else values
 
 
 if __name__ == "__main__":

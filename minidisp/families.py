@@ -301,7 +301,8 @@ def to_config(config: GPTConfig) -> dict:
         "hidden_act": "silu" if config.gated else "relu2",
         "rms_norm_eps": config.norm_eps,
         "attention_bias": config.attention_bias,
-        "rope_theta": config.rope_theta,  # for transformers 4
+        "rope_theta": config.rope_theta,  # for transformers 4, which also gives Apertus a scaling unless told so
+        "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidisp import InputError
+from minidisp import InputError, printable
 from minidisp.families import Names, family_of, in_dtype, parameters_of, stored_form, to_tensors
 from minidisp.model import GPTConfig
 from minidisp.runtime import checkpoint
@@ -66,7 +66,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     except ImportError:
         raise InputError("a GGUF file needs the package gguf: pip install 'minidisp[gguf]'") from None
     model, vocabulary, _ = checkpoint.load_run(run)
-    name = checkpoint.find(run).resolve().parent.name
+    name = printable(checkpoint.find(run).resolve().parent.name)
     path = Path(folder)
     path = path if path.suffix == ".gguf" else path / f"{name}-{DTYPES[dtype]}.gguf"
     if path.exists():
@@ -85,6 +85,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
         if kind.name == "F16":
             in_dtype(tensor, "float16", name)  # refuses numbers that are too large for it
         writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer.write_header_to_file()
@@ -92,8 +93,11 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
         writer.write_tensors_to_file()
         writer.close()
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        if made:
+            path.parent.rmdir()
+        raise
     return path
 
 

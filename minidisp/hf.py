@@ -295,6 +295,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already: choose another folder")
+    if folder.resolve() == Path.cwd():
+        raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
     texts = _files(config | {"dtype": dtype}, vocabulary)
@@ -310,8 +312,10 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
         if folder.exists():
             folder.rmdir()  # it is empty
         building.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError):  # a full disk, say; it is no OSError
+            raise InputError(f"{folder} cannot be written: {error}") from None
         raise
     return folder
 
@@ -378,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
                 folder = export(args.run, args.folder, args.dtype)
                 print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
         except OSError as error:
-            raise InputError(f"{error.filename or args.folder}: {error.strerror}") from None
+            raise InputError(f"{error.filename or args.folder}: {error.strerror or error}") from None
 
     return exit_code("minidisp.hf", command)
 

@@ -459,9 +459,12 @@ def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
 def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
     """Two-sided p of the sign test that second is as often below first as above it; equal pairs are left out.
 
-    Six of six seeds on one side give 0.031, four of four 0.125: fewer than six can show nothing at 0.05.
+    Six of six seeds on one side give 0.031, four of four 0.125: fewer than six can show nothing at 0.05. NaN if a value
+    is.
     """
     signs = np.sign(np.asarray(second, np.float64) - np.asarray(first, np.float64))
+    if np.isnan(signs).any():
+        return math.nan
     n, fewer = int((signs != 0).sum()), int(min((signs > 0).sum(), (signs < 0).sum()))
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 

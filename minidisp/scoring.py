@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minidisp import InputError, is_plain, parse_json, read_bytes
+from minidisp import InputError, is_plain, parse_json, printable, read_bytes
 from minidisp.data import Dataset, strided_windows
 from minidisp.metrics import (
     FullCondensation,
@@ -38,12 +38,12 @@ ROWS = 64  # sequences that are generated at a time
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The shortest names that differ: the last part of each path, or more parts."""
+    """The shortest names that differ: the last part of each path, or more parts; printable whatever the path's bytes."""
     resolved = [Path(path).resolve() for path in paths]
     parts = 1
     while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
         parts += 1
-    return ["/".join(path.parts[-parts:]) for path in resolved]
+    return [printable("/".join(path.parts[-parts:])) for path in resolved]
 
 
 # --- held-out text ----------------------------------------------------------------------------------------------------
@@ -146,8 +146,12 @@ def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
 def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device) -> Result:
     """All scores of one model on the text. stride: tokens that a window advances by, 0 = half the context.
 
-    Raises InputError if the text is too short.
+    Raises InputError if the text is too short, or the context, or the stride too long.
     """
+    if model.config.block_size < 2:
+        raise InputError(
+            f"{name} has a context of one token, which has no cosine with another: give --block-size 2 or more"
+        )
     tokens = text.encode(vocabulary)
     if len(tokens) < 2:
         raise InputError(
@@ -185,9 +189,16 @@ def compare_texts(results: list[Result]) -> list[str]:
     n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
     n_bytes[-1] = first.scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
     for other in results[1:]:
+        pair = f"{other.scores['name']} against {first.scores['name']}"
         difference, low, high = paired_bootstrap(first.block_nats, other.block_nats, n_bytes)
         verdict = _verdict("better" if high < 0 else "worse" if low > 0 else "", low)
+        broken = [r.scores["name"] for r in (first, other) if not np.isfinite(r.block_nats).all()]
+        verdict = "undefined" if broken else verdict
         versus = {"bits_per_byte": difference, "low": low, "high": high, "verdict": verdict}
+        other.scores["versus_first"] = versus
+        if broken:
+            lines.append(f"{pair}: undefined, as the loss of {' and '.join(broken)} is not finite: training diverged")
+            continue
         remarks = []
         if verdict in ("better", "worse"):
             share = difference / first.scores["bits_per_byte"]
@@ -197,11 +208,10 @@ def compare_texts(results: list[Result]) -> list[str]:
             versus["nats_per_token"] = float(per_token.mean())
             versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
             remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
-        line = f"{other.scores['name']} against {first.scores['name']}: {difference:+.5f} bits/byte, "
+        line = f"{pair}: {difference:+.5f} bits/byte, "
         line += f"95 % interval {low:+.5f} to {high:+.5f}: {verdict}"
         line += " that this text can show" if verdict == "no difference" else ""
         lines.append(line + (f" ({', '.join(remarks)})" if remarks else ""))
-        other.scores["versus_first"] = versus
     return lines
 
 
@@ -230,6 +240,7 @@ def read_pairs(pattern: str) -> list[Pair]:
     A line is a JSON object with sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises
     InputError naming file and line of one that is not.
     """
+    pattern = os.path.expanduser(pattern)
     if os.path.isfile(pattern):
         files = [pattern]
     elif os.path.isdir(pattern):

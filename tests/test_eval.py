@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -402,13 +404,20 @@ def test_what_cannot_be_done_is_refused_before_the_first_forward_pass(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_model_that_diverged_is_not_sampled_from(run, tmp_path):
+def test_a_model_that_diverged_is_not_sampled_from_or_compared(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     state = torch.load(run / "ckpt_last.pt")
     state["model"]["h.0.mlp.c_fc.weight"][3, 5] = math.nan
     torch.save(state, tmp_path / "run" / "ckpt_last.pt")
-    with pytest.raises(InputError, match=r"ckpt_last\.pt cannot be sampled from"):
-        evaluation.main([str(tmp_path / "run" / "ckpt_last.pt"), "--sample", "-"])
+    broken = str(tmp_path / "run" / "ckpt_last.pt")
+    for flags in (["--sample", "-"], ["--texts", "2"]):
+        with pytest.raises(InputError, match=r"ckpt_last\.pt cannot be sampled from"):
+            evaluation.main([broken, *flags])
+    for runs in ([str(run), broken], [broken, str(run)]):
+        scores = evaluation.main([*runs, "--tokens", "2000"])
+        assert scores[1]["versus_first"]["verdict"] == "undefined"
+        assert "tokens_better" not in scores[1]["versus_first"]
+        assert "undefined, as the loss of ckpt_last.pt is not finite" in capsys.readouterr().out
 
 
 # Minimal pairs
@@ -663,3 +672,21 @@ def test_a_shorter_text_than_the_context(run, tmp_path):
     (scores,) = evaluation.main([str(run), "--data", str(out)])
     assert scores["tokens"] == Dataset(out).split("val").tokens < 32
     assert scores["condensation"]["tokens_per_sequence"] == scores["tokens"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_a_run_whose_name_is_not_utf_8(run, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(run, tmp_path / name)
+    (score,) = evaluation.main([str(tmp_path / name), "--tokens", "500", "--html", str(tmp_path / "page.html")])
+    assert score["name"] == r"caf\xe9"
+    assert r"caf\xe9" in (tmp_path / "page.html").read_text()
+
+
+def test_a_context_of_one_token_and_a_context_for_no_model_are_refused(run, corpus, tmp_path, capsys):
+    hf.export(run, tmp_path / "hf")
+    base = ["--hf", str(tmp_path / "hf"), "--data", str(corpus), "--tokens", "100"]
+    assert evaluation.cli([*base, "--block-size", "1"]) == 2
+    assert "a context of one token" in capsys.readouterr().err
+    assert evaluation.cli([str(run), "--block-size", "16"]) == 2
+    assert "--block-size goes with --hf" in capsys.readouterr().err

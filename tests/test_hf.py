@@ -836,6 +836,8 @@ def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
         x = torch.tensor([row["input_ids"] for row in rows])
         plain = model(x, labels=x).loss.item() * 23 / 24
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain, abs=1e-5)  # without the regulariser
+    assert len(rows[0]["input_ids"]) == 24
+    common["length"] = 1000  # more than its context
     moved = hf_trainer.main(str(gpt2), str(text), str(tmp_path / "out"), learning_rate=1e-3, **common).model
     assert not torch.equal(moved.transformer.wte.weight, model.transformer.wte.weight)
 
@@ -902,3 +904,25 @@ def test_small_config_is_unchanged(corpus, tmp_path):
     for name in ("norm_eps", "attention_bias"):
         del saved[name]
     assert from_dict(saved) == small_config(corpus, tmp_path)
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert hf.main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "out cannot be written: I/O error: No space left" in capsys.readouterr().err
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert hf.main(["export", str(run), "."]) == 2
+    assert "name one inside it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_rotary_positions_are_said_to_every_version_of_transformers():
+    """Version 4 gives Apertus another scaling unless it is told that there is none."""
+    config = families.to_config(GPTConfig(n_layer=1, n_head=2, n_embd=16, arch="qwen3", mlp="relu2", tied=False))
+    assert (config["rope_theta"], config["rope_scaling"]) == (1e4, None)

@@ -499,6 +499,7 @@ def test_tests_over_seeds_at_their_limits():
     assert sign_test_p([0] * 6, [1] * 6) == 0.03125
     assert sign_test_p([0] * 7, [0] + [1] * 6) == 0.03125
     assert sign_test_p([0, 0], [0, 0]) == 1
+    assert math.isnan(sign_test_p([2] * 6, [1] * 5 + [math.nan]))
 
 
 def test_holm_corrects_for_the_number_of_comparisons():

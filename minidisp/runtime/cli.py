@@ -51,7 +51,7 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
     except InputError as error:
         code, message = 2, str(error)
     except OSError as error:
-        code, message = 2, f"{error.filename or 'input/output'}: {error.strerror}"
+        code, message = 2, f"{error.filename or 'input/output'}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     else:
