@@ -356,10 +356,10 @@ class Trainer:
         return self.model.state_dict(keep_vars=self.sharded)
 
     def save(self) -> None:
-        self.run.save(self.state())
-        if self.average:
+        if self.average:  # first: behind the last ckpt_last.pt, nothing is written again
             with self.average.in_place():
                 self.run.save_weights(checkpoint.AVERAGE, self.weights(), self.step)
+        self.run.save(self.state())
         self.saved_step = self.step
 
     def diverged(self, what: str) -> Diverged:

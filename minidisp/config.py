@@ -162,7 +162,7 @@ class Config(GPTConfig):
             if type(value) is float and not math.isfinite(value):
                 raise InputError(f"--{kebab(name)} is {value}, but must be a finite number")
             if type(value) is str and (len(value) > MOST_CHARACTERS or not is_plain(value)):
-                raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, or with control characters")
+                raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
         for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{kebab(name)} is {getattr(self, name)}, but must be at least {low}")
@@ -215,6 +215,10 @@ class Config(GPTConfig):
         return self.batch_size * self.grad_accum * self.block_size
 
 
+# What presets set, at its default: a preset that does not name it means that.
+_UNSIZED = {
+    f.name: f.default for f in dataclasses.fields(Config) if any(f.name in preset for preset in PRESETS.values())
+}
 MOST = 2**31 - 1  # of anything that is counted
 MOST_CHARACTERS = 4096  # of a path
 MOST_THREADS = 1024  # the library behind torch ends the process when it cannot start them
@@ -285,12 +289,13 @@ def parse(
     argv: list[str] | None = None,
     prog: str = "train.py",
     begin_if_missing: bool = False,
-    architecture_of: Callable[[str], GPTConfig] | None = None,
+    architecture_of: Callable[[str], tuple[GPTConfig, bool]] | None = None,
 ) -> Config:
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
     begin_if_missing: if there is no run to resume, a new one begins.
-    architecture_of: the model that --init-from names. Its architecture is taken over; a flag that says otherwise is refused.
+    architecture_of: of the model that --init-from names, and whether its context may be shorter. It is taken over; a flag
+    that says otherwise is refused.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "data", "init_from", "distill"} & given.keys():
@@ -312,15 +317,26 @@ def parse(
             raise InputError(
                 f"--resume: there is no run in {run_dir} (it has no config.json); name its folder with --out, or leave --resume out"
             )
-    if not base and "preset" not in given:
-        given["preset"] = "tiny"
     if base and given.get("recipe", base.get("recipe", "gpt2")) != base.get("recipe", "gpt2"):
         raise InputError(
             f"--recipe {given['recipe']} cannot replace the recipe of a saved run: give its flags anew, without its config"
         )
-    typed = {**PRESETS.get(given.get("preset"), {}), **RECIPES.get(given.get("recipe"), {}), **given}
-    if architecture_of and typed.get("init_from"):
-        base = {**base, **_taken_over(architecture_of(typed["init_from"]), typed)}
+    resuming = base and given.get("resume")
+    if resuming and given.get("preset", saved := base.get("preset", "tiny")) != saved:
+        raise InputError(f"--resume: the run has the preset {saved}: leave out --preset {given['preset']}")
+    # A preset that was typed counts in all that presets set, and the recipe goes on top. With --resume they only name the run.
+    preset = {**_UNSIZED, **PRESETS[given["preset"]]} if "preset" in given and not resuming else {}
+    recipe = given.get("recipe", base.get("recipe") if preset else None)
+    recipe = RECIPES[recipe] if recipe and not resuming else {}
+    typed = {**preset, **recipe, **given}
+    start = typed.get("init_from") or ("" if resuming else base.get("init_from"))
+    if architecture_of and start:
+        typed_as = {
+            **dict.fromkeys(preset, "preset"),
+            **dict.fromkeys(recipe, "recipe"),
+            **{name: name for name in given},
+        }
+        base = {**base, **_taken_over(start, *architecture_of(start), {**base, **typed}, typed_as)}
     return from_dict({**base, **typed})
 
 
@@ -359,18 +375,20 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _taken_over(source: GPTConfig, typed: dict) -> dict:
+def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dict, typed_as: dict[str, str]) -> dict:
     """The architecture of the model that --init-from names, as fields; InputError where a flag says otherwise.
 
-    Dropout is no part of it, and the context may be shorter: it is what was typed, or else at most the default.
+    Dropout is no part of it. Where the context may be shorter, it is the wanted one, or else at most the default.
+    typed_as: the flag that brought a field, of those that were typed.
     """
     architecture = [field.name for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume") == "refused"]
     values = {name: value for name, value in to_dict(source).items() if name in architecture}
-    values["block_size"] = typed.get("block_size", min(source.block_size, GPTConfig.block_size))
+    if may_be_shorter:
+        values["block_size"] = wanted.get("block_size", min(source.block_size, GPTConfig.block_size))
     for name, value in values.items():
-        if name in typed and typed[name] not in (value, getattr(source, name)):
+        if name in typed_as and wanted[name] not in (value, getattr(source, name)):
             raise InputError(
-                f"--init-from {typed['init_from']} has {name} {getattr(source, name)}, not {typed[name]}: leave out --{kebab(name)}"
+                f"--init-from {start} has {name} {getattr(source, name)}, not {wanted[name]}: leave out --{kebab(typed_as[name])}"
             )
     return values
 

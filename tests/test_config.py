@@ -120,3 +120,19 @@ def test_a_command_line_is_read_back():
     }
     config = parse(command_line(fields))
     assert {name: getattr(config, name) for name in fields} == fields
+
+
+def test_a_preset_that_was_typed_counts_in_all_that_presets_set(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(parse(["--preset", "mini", "--recipe", "fast", "--lr", "0.5"]))))
+    tiny = parse(["--config", str(file), "--preset", "tiny"])
+    fast = parse(["--recipe", "fast"])
+    assert tiny == fast
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(file.read_text())
+    for typed in ([], ["--preset", "mini"], ["--recipe", "fast"]):  # with --resume they name the run
+        resumed = parse(["--resume", "--out", str(run), *typed])
+        assert (resumed.n_layer, resumed.lr, resumed.arch) == (6, 0.5, "qwen3")
+    with pytest.raises(InputError, match="preset mini: leave out --preset tiny"):
+        parse(["--resume", "--out", str(run), "--preset", "tiny"])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -118,6 +119,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RU
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "two", "RANK": "1"}, "WORLD_SIZE is two"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "below WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": ""}, "LOCAL_RANK is empty"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "abc"}, "MASTER_PORT is abc"),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "SLURM_LOCALID"),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -252,11 +255,17 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
 def test_init_from_brings_its_architecture_and_refuses_what_was_typed_otherwise(corpus, run, tmp_path, capsys):
     """Also where what was typed is what the flag has by default."""
     base = ["--init-from", str(run), "--data", str(corpus), "--max-steps", "1", "--device", "cpu"]
+    further = tmp_path / "further.json"
+    saved = json.loads((run / "config.json").read_text())
+    further.write_text(json.dumps({**saved, "init_from": str(run)}))
     for flags, expected in (
         (["--n-layer", "8"], "n_layer 2, not 8"),
         (["--n-embd", "192"], "n_embd 32, not 192"),
         (["--arch", "qwen3"], "arch gpt2, not qwen3"),
-        (["--recipe", "fast"], "arch gpt2, not qwen3"),
+        (["--recipe", "fast"], "arch gpt2, not qwen3: leave out --recipe"),
+        (["--preset", "tiny"], "n_layer 2, not 8: leave out --preset"),
+        (["--block-size", "256"], "block_size 32, not 256"),
+        (["--config", str(further), "--n-layer", "8"], "n_layer 2, not 8"),
     ):
         assert train.cli([*base, *flags, "--out", str(tmp_path / "refused")]) == 2
         error = capsys.readouterr().err
@@ -354,3 +363,43 @@ def test_an_average_is_resumed_bit_for_bit_and_changes_nothing_else(corpus, tmp_
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(InputError, match="--ema"):
         parse(["--ema", decay])
+
+
+def test_the_average_is_never_older_than_the_checkpoint(corpus, tmp_path, monkeypatch, capsys):
+    """Also where the run ends between the two: a finished run writes nothing when it is resumed."""
+    flags = small_flags(ema=0.5, max_steps=4, save_every=2, eval_every=4)
+    assert train.cli([*flags, "--data", str(corpus), "--out", str(tmp_path / "whole")]) == 0
+    save = checkpoint.save
+
+    def fails_at_the_end(path, state, step, keep):
+        if step == 4:
+            raise OSError(28, "No space left on device", "x")
+        save(path, state, step, keep)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(checkpoint, "save", fails_at_the_end)
+    assert train.cli([*flags, "--data", str(corpus), "--out", str(run)]) == 2
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert train.cli(["--resume", "--out", str(run)]) == 0
+    for name in (checkpoint.LAST, checkpoint.AVERAGE):
+        there, here = weights(tmp_path / "whole", name), weights(run, name)
+        assert all(torch.equal(there[key], here[key]) for key in there)
+
+
+def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_path, monkeypatch, capsys):
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(report, "introduction", gone)
+    assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    assert "what read the output has ended" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot meet at MASTER_ADDR:MASTER_PORT, 127.0.0.1:{port}" in error
+    assert "Traceback" not in error

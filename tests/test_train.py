@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,30 @@ def test_an_occupied_folder_is_not_overwritten(corpus, run, tmp_path, capsys):
     assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "file")]) == 2
     assert "not a folder" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["meta.json", "figures/loss.png", "tokenizer.model", "metrics.jsonl", "model.safetensors"]
+)
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_what_lies_in_a_folder_that_is_no_run_is_not_lost(corpus, tmp_path, capsys, name, flags):
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "mine"), *flags]) == 2
+    assert f"{tmp_path / 'mine'} is" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert [path for path in (tmp_path / "mine").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_fewer_steps_than_were_taken_are_refused(corpus, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    flags = ["--resume", "--out", str(tmp_path / "run"), "--data", str(corpus), "--max-steps", "5"]
+    assert train.cli(flags) == 2
+    assert "of step 12, which --max-steps 5 would not reach" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_text() == before
 
 
 def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):

@@ -39,6 +39,9 @@ def is_launched() -> bool:
                 )
         if int(os.environ["WORLD_SIZE"]) > 1 and not os.environ.get("MASTER_ADDR"):
             raise InputError("WORLD_SIZE is set and MASTER_ADDR is not: name the host of the process with RANK 0")
+        for name in ("LOCAL_RANK", "MASTER_PORT"):
+            if not os.environ.get(name, "0").isdecimal():
+                raise InputError(f"{name} is {os.environ[name] or 'empty'}, but must be a number, or not set")
         if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
             raise InputError(f"RANK is {os.environ['RANK']}, but must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
         return int(os.environ["WORLD_SIZE"]) > 1
@@ -72,12 +75,17 @@ class World:
         import torch.distributed as dist
 
         os.environ.setdefault("MASTER_PORT", "29500")
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        # torchrun starts lost processes again with the same store, in which the addresses of dead ones still stand.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # NCCL for what lies on GPUs, gloo for what the processes agree on meanwhile.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            # torchrun starts lost processes again with the same store, in which the addresses of dead ones still stand.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the processes cannot meet at MASTER_ADDR:MASTER_PORT, {where}: {reason:.200}") from error
         at_exit.callback(dist.destroy_process_group)
         local = os.environ.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
         world = cls(rank, size, int(local), store)

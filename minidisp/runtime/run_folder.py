@@ -13,13 +13,17 @@ from typing import BinaryIO
 import torch
 
 from minidisp import InputError, read_bytes, report
-from minidisp.config import Config, from_dict, to_dict
+from minidisp.config import Config, from_dict, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.device import describe_environment
 from minidisp.runtime.launch import warn
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
+
+# What lies in a run folder beside config.json and checkpoints.
+FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
+OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", *FIGURES)
 
 
 class RunFolder:
@@ -48,8 +52,9 @@ class RunFolder:
         if found := checkpoint.read_to_resume(self.path, self._say):
             state, path = found
             return state, path, changed_settings(state, config, dataset, teacher_hash, path)
+        saved = read_json(self.path / "config.json")
         last = max((line["step"] for line in read_metrics(self.path / "metrics.jsonl")), default=0)
-        if last > config.save_every:
+        if last > saved.get("save_every", config.save_every):
             raise InputError(
                 f"--resume: {self.path} got to step {last}, but its checkpoints are gone, or none was good; --overwrite starts it again"
             )
@@ -70,9 +75,10 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._open_metrics()
                 refuse_occupied(self.path, config)  # once more, now that nobody else can begin a run there
-                remove_run(self.path)
             files.remove_unfinished(self.path)
             last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
+            if not config.resume:
+                remove_run(self.path)
             for logger in self._loggers:
                 logger.open(self.path, to_dict(config), saved_step or 0)
             files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
@@ -114,7 +120,11 @@ def refuse_occupied(run: Path, config: Config) -> None:
     """Raise InputError if the folder holds a run that would be lost, or lacks one to go on with."""
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is not a folder: give another --out")
+    if (run / "meta.json").exists() or any(run.glob("*.safetensors")):
+        raise InputError(f"{run} is a prepared corpus or a Hugging Face model: give another --out")
     occupied = (run / "config.json").exists() or any(run.glob("ckpt_*.pt"))
+    if not occupied and (foreign := next((name for name in OWN_FILES if _has(run / name)), None)):
+        raise InputError(f"{run} is no run, but holds {foreign}, which would be lost: give another --out")
     if config.resume and not occupied:
         raise InputError(f"--resume: {run} holds no run to go on with; leave --resume out, or name the run with --out")
     if occupied and not config.resume and not config.overwrite:
@@ -123,12 +133,18 @@ def refuse_occupied(run: Path, config: Config) -> None:
         )
 
 
+def _has(path: Path) -> bool:
+    """Whether there is something to lose."""
+    return path.exists() and path.stat().st_size > 0
+
+
 def remove_run(run: Path) -> None:
     """Remove the files of an earlier run, and nothing else that may lie in the folder; what makes it one goes last."""
-    for old in (*run.glob("ckpt_*.pt"), *run.glob("figures/*.png"), *run.glob("tensorboard/events.out.tfevents.*")):
+    for old in (*run.glob("ckpt_*.pt"), *run.glob("tensorboard/events.out.tfevents.*")):
         old.unlink()
-    for name in ("summary.json", "tokenizer.model", "config.json"):
-        (run / name).unlink(missing_ok=True)
+    for name in (*OWN_FILES, "config.json"):
+        if name != "metrics.jsonl":  # which is open, and empty by now
+            (run / name).unlink(missing_ok=True)
 
 
 def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
@@ -149,6 +165,10 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
         raise InputError(
             f"--resume: batch_size x grad_accum is {saved.batch_size} x {saved.grad_accum} in {path}, but "
             f"{config.batch_size} x {config.grad_accum} is asked for; keep the product, which decides what has been seen"
+        )
+    if state["step"] > config.max_steps:
+        raise InputError(
+            f"--resume: {path} is of step {state['step']}, which --max-steps {config.max_steps} would not reach"
         )
     taught_by = state.get("teacher_hash")
     if not isinstance(taught_by, str | None) or taught_by != teacher_hash:

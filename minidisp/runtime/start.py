@@ -9,16 +9,17 @@ from minidisp.model import GPT, GPTConfig
 from minidisp.runtime import checkpoint
 
 
-def architecture_of(source: str) -> GPTConfig:
-    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it."""
+def architecture_of(source: str) -> tuple[GPTConfig, bool]:
+    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it,
+    and whether it may be started from with a shorter context."""
     if hf.is_folder(source):
-        return families.read_config(hf.find_folder(source))[1]
+        return families.read_config(hf.find_folder(source))[1], True
     path = checkpoint.find(source)
     beside = path.parent / "config.json"
     saved = read_json(beside) if beside.is_file() else checkpoint.read(path)["config"]
     saved.pop("environment", None)
     config = from_dict(saved)
-    return GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)})
+    return GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}), False
 
 
 def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
