@@ -55,9 +55,7 @@ DATA = Path(__file__).resolve().parent
 VOCAB_SIZE, MAX_VOCAB_SIZE = 4096, 1 << 20
 SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
 INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
-OWN_FILES = re.compile(
-    r"meta\.json|tokenizer\.model|inputs\.jsonl|(train|val|test)_\d+\.bin"
-)  # what a corpus consists of
+OWN_FILES = re.compile(r"meta\.json|tokenizer\.model|inputs\.jsonl|(train|val|test)_\d+\.bin")  # of a corpus
 
 
 # --- a corpus, whole or not at all ------------------------------------------------------------------------------------
@@ -146,11 +144,8 @@ def prepare_corpus(
     except BadRow as bad:
         raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
     except OSError as error:
-        elsewhere = (
-            "; python data/prepare.py --out DIR puts the corpus elsewhere, for --data DIR"
-            if error.errno in (errno.EACCES, errno.EROFS)
-            else ""
-        )
+        no_access = error.errno in (errno.EACCES, errno.EROFS)
+        elsewhere = "; python data/prepare.py --out DIR puts it elsewhere, for --data DIR" if no_access else ""
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}{elsewhere}") from error
     _print_table(out, finished)
     return out

@@ -55,15 +55,13 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = " ".join(str(error).split())[:300]
         return 2, f"torch.compile failed: {reason}; --compile off goes on without"
-    if world.size > 1 and is_lost(error):
-        return 1, "another process was lost, and so the run ends; --resume goes on from the last checkpoint"
     if isinstance(error, BrokenPipeError):
         return 2, "what read the output has ended, and so the run ends; --resume goes on from the last checkpoint"
+    if world.size > 1 and is_lost(error):
+        return 1, "another process was lost, and so the run ends; --resume goes on from the last checkpoint"
     if isinstance(error, OSError):
-        return (
-            2,
-            f"{error.filename or 'input/output'}: {error.strerror or error}; give another --out, or free some space",
-        )
+        where, why = error.filename or "input/output", error.strerror or error
+        return 2, f"{where}: {why}; give another --out, or free some space"
     raise error
 
 
