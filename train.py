@@ -122,6 +122,8 @@ class Trainer:
         self.teacher = Teacher(config, dataset, device) if config.distill else None
         found = self.run.read_checkpoint(config, dataset, self.teacher.hash if self.teacher else None)
         state, state_path, self.changed = found or (None, None, [])
+        if config.init_from and config.resume and not state:  # it was stopped before its first checkpoint
+            source, _ = world.main_first("start", lambda: start_from(config, dataset))
         refuse_too_large(config, device, world.size if self.sharded else 1)
         torch.manual_seed(config.seed)
         self.model = model = GPT(config)
@@ -178,7 +180,8 @@ class Trainer:
         self.progress = progress = report.Progress(config.max_steps, self.step, self.seconds, hidden=not world.main)
         self.rng = get_rng_state(self.device)
         if self.last_eval is None:
-            self.evaluate()  # before the first step: condensation is there at initialisation
+            with progress.paused():
+                self.evaluate()  # before the first step: condensation is there at initialisation
         self.model.train()
         save_due, stop_signal = False, world.max(max(signals, default=0))
         while self.step < config.max_steps and not stop_signal:
@@ -220,9 +223,13 @@ class Trainer:
                 with progress.paused():
                     self.save()
                 save_due = False
+        with progress.paused():
+            if not stop_signal and self.step != self.last_eval:  # resumed with the --max-steps that it had reached
+                self.evaluate()
+                self.save()
+            if self.step == 0:
+                self.save()  # --max-steps 0: a model as initialised, to compare with
         progress.close()
-        if self.step == 0:
-            self.save()  # --max-steps 0: a model as initialised, to compare with
         self.run.close_loggers()
         if stop_signal:
             stop(stop_signal, self.run.path, self.step, self.saved_step, world)
@@ -327,7 +334,7 @@ class Trainer:
             "skipped": self.guard.state(),
             "teacher_hash": self.teacher.hash if self.teacher else None,
             "step": self.step,
-            "seconds": self.progress.stop_clock(),
+            "seconds": self.progress.seconds,
             "best_val_loss": self.best_val_loss,
             "rng": rngs[0] if rngs else None,
             "rng_of_others": rngs[1:],
@@ -337,7 +344,8 @@ class Trainer:
         """Go on from what state() returned, read from path; the weights are there already."""
         with checkpoint.reading(path):
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # it was in float16
+                self.scaler.load_state_dict(state["scaler"])
             self.guard.load_state(state["skipped"])
             if self.average:
                 checkpoint.load_tensors(self.average.weights, state["average"])

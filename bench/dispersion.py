@@ -107,15 +107,16 @@ def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: s
         step(forms(variant, False, device)[name], z)
         return (torch.cuda.max_memory_allocated() - before - z.nbytes) / 2**20
     command = [sys.executable, __file__, "--peak-of", name, "--variant", variant, "--shapes", "x".join(map(str, shape))]
-    command += ["--threads", str(torch.get_num_threads())]
+    command += ["--threads", str(torch.get_num_threads()), "--dtype", str(dtype).removeprefix("torch.")]
+    command += ["--precision", torch.get_float32_matmul_precision()]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(name: str, variant: str, shape: tuple[int, int, int]) -> None:
+def print_peak(name: str, variant: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """In a child process: the growth of the peak of the resident memory over one step."""
     function = forms(variant, False, "cpu")[name]
-    step(function, torch.randn(1, 33, 8, requires_grad=True))
-    z = torch.randn(shape, requires_grad=True)
+    step(function, torch.randn(1, 33, 8, dtype=dtype, requires_grad=True))
+    z = torch.randn(shape, dtype=dtype, requires_grad=True)
     before = resident_peak_kib()
     step(function, z)
     print((resident_peak_kib() - before) / 1024 - z.nbytes / 2**20)
@@ -137,7 +138,7 @@ def measure(shape: tuple[int, int, int], args) -> dict:
     block = Block(C).to(args.device, products)
     x = torch.randn(shape, device=args.device, dtype=products).requires_grad_()
     runs = {name: (lambda function=function: step(function, z)) for name, function in chosen.items()}
-    runs["block"] = lambda: block(x).sum().backward()
+    runs["block"] = lambda: torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
     runs["gemm"] = lambda: torch.mm(left, right, out=product)
     best = "fused" if "fused" in chosen else "streamed"
     if args.device == "cpu" and args.threads == 1 and os.cpu_count() > 1:
@@ -206,7 +207,7 @@ def main() -> None:
         raise InputError(f"--threads must be at least 1, not {args.threads}")
     torch.set_num_threads(args.threads)
     if args.peak_of:
-        print_peak(args.peak_of, args.variant, args.shapes[0])
+        print_peak(args.peak_of, args.variant, args.shapes[0], getattr(torch, args.dtype))
         return
 
     where = (

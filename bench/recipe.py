@@ -193,6 +193,8 @@ def main() -> None:
 
     corpus, log = dataset.meta["name"], args.log and Path(args.log)
     known = [Result(**json.loads(line)) for line in log.read_text().splitlines()] if log and log.exists() else []
+    steps = {PEER: PEER_STEPS, **{n: args.steps or record.flags["max_steps"] for n, record in RECORDS.items()}}
+    known = [result for result in known if result.steps == steps[result.record]]
     results = {(result.corpus, result.seed, result.record): result for result in known}
     print(f"{corpus}: {dataset.split('train').tokens:,} bytes to train on; torch {torch.__version__}, one core")
     for seed in range(args.seeds):

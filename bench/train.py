@@ -290,6 +290,11 @@ def measure(model: str, folder: Path, args) -> dict:
         if args.against:
             names += [f"nanoGPT{suffix}"] + ([f"nanoGPT{suffix} as shipped"] if args.device == "cpu" else [])
     names = [name for name in names if args.forms is None or name in args.forms.split(",")]
+    references = {
+        ("nanoGPT" if args.against else "minidisp") + (" compiled" if " compiled" in name else "") for name in names
+    }
+    if missing := sorted(references - {*names}):
+        raise SystemExit(f"bench/train.py: --forms leaves out {missing[0]}, which the others are compared with")
     chosen = forms(names, config, batches, args)
     losses = verify(chosen)
 

@@ -231,7 +231,7 @@ def measured(config: study.Config, args: argparse.Namespace) -> dict:
     text = ["--split", "test", "--stride", str(config.block_size), "--texts", str(TEXTS)]
     test = study.evaluated(config, "test", text)
     lines, summary = report.read_metrics(config.run_dir / "metrics.jsonl"), read_json(config.run_dir / "summary.json")
-    losses = [line["ce"] for line in lines if "ce" in line]
+    losses = [line["ce"] for line in lines if line.get("ce") is not None]  # null: the step was skipped
     found = {
         "test": test["bits_per_byte"],
         "other": study.bits_elsewhere(config, args.other),

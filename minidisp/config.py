@@ -191,13 +191,12 @@ class Config(GPTConfig):
             for name in ("distill_weight", "distill_temperature"):
                 if getattr(self, name) != getattr(Config, name):
                     raise InputError(f"--{kebab(name)} does nothing without a teacher: add --distill RUN")
-        if self.dispersion:
-            if self.dispersion_tokens == 1:
-                raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
-            try:
-                select_layers(self.dispersion_layers, self.n_layer)
-            except ValueError as error:
-                raise InputError(f"--dispersion-layers: {error}") from None
+        if self.dispersion and self.dispersion_tokens == 1:
+            raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
+        try:
+            select_layers(self.dispersion_layers, self.n_layer)
+        except ValueError as error:
+            raise InputError(f"--dispersion-layers: {error}") from None
 
     @property
     def final_lr(self) -> float:

@@ -429,3 +429,22 @@ def test_a_missing_logger_is_named_before_anything_is_lost(corpus, tmp_path, mon
     with pytest.raises(InputError, match=rf"--{flag} .*pip install {flag}.*minidisp\[{flag}\]"):
         train.main(small_config(corpus, out, overwrite=True, **{flag: True}))
     assert (out / checkpoint.LAST).exists()
+
+
+def test_a_logger_that_cannot_begin_loses_nothing(corpus, tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def refuse(**_):
+        raise Error("no such key")
+
+    out = tmp_path / "run"
+    train.main(small_config(corpus, out, max_steps=1))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=Error))
+    with pytest.raises(InputError, match="--wandb: no such key"):
+        train.main(small_config(corpus, out, overwrite=True, wandb=True))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "wandb_id").write_text("abc\n")
+    train.main(small_config(corpus, out, max_steps=1, overwrite=True))
+    assert not (out / "wandb_id").exists()

@@ -1,5 +1,6 @@
 """What keeps a run safe: good checkpoints, threads, launchers, compilers, and what the terminal says."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -403,3 +405,81 @@ def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_pat
     error = capsys.readouterr().err
     assert f"cannot meet at MASTER_ADDR:MASTER_PORT, 127.0.0.1:{port}" in error
     assert "Traceback" not in error
+
+
+# --- resuming at its edges --------------------------------------------------------------------------------------------
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_begun_from_weights_and_stopped_before_its_first_checkpoint_begins_from_them_again(corpus, run, tmp_path):
+    flags = [*small_flags(max_steps=2), "--init-from", str(run), "--data", str(corpus), "--out", str(tmp_path / "next")]
+    assert train.cli(flags) == 0
+    before = metrics(tmp_path / "next")[0]["val_loss"]
+    for path in (tmp_path / "next").glob("ckpt_*.pt"):
+        path.unlink()
+    assert train.cli(["--resume", "--out", str(tmp_path / "next")]) == 0
+    assert metrics(tmp_path / "next")[0]["val_loss"] == before
+
+
+def test_a_float32_run_goes_on_in_float16_and_back(corpus, tmp_path):
+    config = small_config(corpus, tmp_path / "run", max_steps=2)
+    train.main(config)
+    for steps, dtype in ((4, "float16"), (6, "float32")):
+        train.main(dataclasses.replace(config, max_steps=steps, dtype=dtype, resume=True))
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_the_best_of_steps_that_are_taken_again_is_forgotten(corpus, tmp_path, monkeypatch):
+    """A run that is killed behind its last checkpoint, and goes on otherwise."""
+    config = small_config(corpus, tmp_path / "run", max_steps=8, save_every=4, eval_every=2, lr=0.01)
+    forward_backward, steps = train.Trainer.forward_backward, []
+
+    def killed(self, logging):
+        steps.append(self.step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return forward_backward(self, logging)
+
+    monkeypatch.setattr(train.Trainer, "forward_backward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)
+    assert checkpoint.read(tmp_path / "run" / checkpoint.BEST)["step"] == 6
+    train.main(dataclasses.replace(config, resume=True, lr=1e-9, max_steps=6))
+    best = checkpoint.read(tmp_path / "run" / checkpoint.BEST)
+    assert best["val_loss"] in [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert best["val_loss"] in (summary["best"]["val_loss"], summary["last"]["val_loss"])
+
+
+def test_a_run_that_is_to_end_where_it_is_is_evaluated_there(corpus, tmp_path, monkeypatch):
+    config = small_config(corpus, tmp_path / "run", max_steps=12, eval_every=12, save_every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "evaluate", lambda self: setattr(self, "last_eval", 0))
+        patch.setattr(train.Trainer, "summarise", lambda self: {})
+        train.main(dataclasses.replace(config, max_steps=3))
+    train.main(dataclasses.replace(config, max_steps=3, resume=True))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line][-1] == 3
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["step"] == 3
+
+
+def test_only_training_is_on_the_clock(corpus, tmp_path, monkeypatch):
+    evaluate, save_weights = train.Trainer.evaluate, train.RunFolder.save_weights
+
+    def slow(function):
+        return lambda *args, **options: (time.sleep(0.7), function(*args, **options))[1]
+
+    monkeypatch.setattr(train.Trainer, "evaluate", slow(evaluate))
+    monkeypatch.setattr(train.RunFolder, "save_weights", slow(save_weights))
+    train.main(small_config(corpus, tmp_path / "run", max_steps=2, save_every=1, ema=0.5))
+    assert metrics(tmp_path / "run")[-1]["seconds"] < 0.7
+
+
+def test_damaged_metrics_of_a_run_that_is_replaced_do_not_matter(corpus, tmp_path):
+    config = small_config(corpus, tmp_path / "run", max_steps=1)
+    train.main(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text("no metrics\n" * 3)
+    train.main(dataclasses.replace(config, overwrite=True))
+    assert metrics(tmp_path / "run")[-1]["step"] == 1

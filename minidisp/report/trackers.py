@@ -31,6 +31,8 @@ def loggers(tensorboard: bool, wandb: bool) -> list:
 class TensorBoardLogger:
     """Writes scalars to <run>/tensorboard: view them with `tensorboard --logdir runs`."""
 
+    outside = False  # nothing but this machine takes part
+
     def __init__(self):
         self._module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard", "--tensorboard")
 
@@ -55,28 +57,28 @@ class WandbLogger:
     does not take again; as a resumed run repeats them exactly, nothing is lost.
     """
 
+    outside = True
+
     def __init__(self):
         self._module = _import("wandb", "wandb", "wandb", "--wandb")
 
     def open(self, run: Path, config: dict, step: int) -> None:
-        name = self._id(run / "wandb_id", config["resume"])
+        path = run / "wandb_id"
+        name = self._id(path) if config["resume"] and path.exists() else secrets.token_hex(4)
         try:
             self._run = self._module.init(
                 project="minidisp", name=run.name, id=name, resume="allow", dir=str(run), config=config
             )
         except self._module.Error as error:
             raise InputError(f"--wandb: {error}; WANDB_MODE=offline needs neither account nor network") from None
+        write_atomic(path, lambda file: file.write(f"{name}\n".encode()))
 
     @staticmethod
-    def _id(path: Path, resume: bool) -> str:
-        """The id of the run that is resumed, if it was logged before; else a new one, written to `path`."""
-        if resume and path.exists():
-            name = read_bytes(path).decode("ascii", errors="replace").strip()
-            if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
-                raise InputError(f"{path} holds no id of a wandb run: remove it, and a new run begins there")
-            return name
-        name = secrets.token_hex(4)
-        write_atomic(path, lambda file: file.write(f"{name}\n".encode()))
+    def _id(path: Path) -> str:
+        """The id that an earlier session has left."""
+        name = read_bytes(path).decode("ascii", errors="replace").strip()
+        if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+            raise InputError(f"{path} holds no id of a wandb run: remove it, and a new run begins there")
         return name
 
     def log(self, line: dict) -> None:

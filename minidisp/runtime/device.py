@@ -170,7 +170,11 @@ def memory_bytes(device: torch.device) -> int | None:
 
 def get_rng_state(device: torch.device) -> dict:
     """State of torch's global generators, which only dropout draws from during training."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
+    }
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -178,6 +182,8 @@ def set_rng_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "mps" and state.get("mps") is not None:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def describe_environment(dataset: Dataset, device: torch.device, processes: int) -> dict:

@@ -56,7 +56,7 @@ class Guard:
 
     def hopeless(self, step: int) -> bool:
         """Whether too many of the first `step` steps were skipped to go on."""
-        return self.longest >= self._most_in_a_row or self.total > MAX_SKIPPED + step // 100
+        return self.longest >= self._most_in_a_row or self.total > max(MAX_SKIPPED, self._most_in_a_row) + step // 100
 
     def state(self) -> dict[str, int]:
         return dict(zip(("total", "in_a_row", "longest", "last_skipped"), self._counts.tolist(), strict=True))

@@ -5,6 +5,7 @@ config.json, metrics.jsonl (one JSON object per logged step and per evaluation),
 """
 
 import dataclasses
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ class RunFolder:
         self.path, self._config, self._world, self._at_exit = config.run_dir, config, world, at_exit
         self._say = warn if world.main else lambda text: None
         self._metrics: BinaryIO | None = None
+        self._later_best = False  # ckpt_best.pt is of a step that --resume takes again
         self._loggers = report.loggers(config.tensorboard, config.wandb) if world.main else []
         if world.main:
             refuse_occupied(self.path, config)
@@ -51,7 +53,10 @@ class RunFolder:
         self._world.barrier()
         if found := checkpoint.read_to_resume(self.path, self._say):
             state, path = found
-            return state, path, changed_settings(state, config, dataset, teacher_hash, path)
+            changed = changed_settings(state, config, dataset, teacher_hash, path)
+            if self._best_is_later(state["step"]):
+                self._later_best, state["best_val_loss"] = True, math.inf
+            return state, path, changed
         saved = read_json(self.path / "config.json")
         last = max((line["step"] for line in read_metrics(self.path / "metrics.jsonl")), default=0)
         if last > saved.get("save_every", config.save_every):
@@ -60,6 +65,16 @@ class RunFolder:
             )
         self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
         return None
+
+    def _best_is_later(self, step: int) -> bool:
+        """Whether ckpt_best.pt is of an evaluation behind that step, which is made again and may come out otherwise."""
+        lines = read_metrics(self.path / "metrics.jsonl")
+        if not any("val_loss" in line and line["step"] > step for line in lines):
+            return False
+        try:
+            return checkpoint.read(self.path / checkpoint.BEST)["step"] > step
+        except InputError:  # there is none that could be used
+            return False
 
     def begin(self, config: Config, dataset: Dataset, device: torch.device, saved_step: int | None) -> int | None:
         """Write what stands at the beginning of a run, or cut off what stands behind its checkpoint, at saved_step.
@@ -75,17 +90,26 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._open_metrics()
                 refuse_occupied(self.path, config)  # once more, now that nobody else can begin a run there
+            self._open_loggers(config, saved_step, outside=True)  # which may fail: before anything is lost
             files.remove_unfinished(self.path)
-            last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
-            if not config.resume:
-                remove_run(self.path)
-            for logger in self._loggers:
-                logger.open(self.path, to_dict(config), saved_step or 0)
+            if config.resume:
+                last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
+            else:
+                self._metrics.truncate(0)
+                remove_run(self.path, but="wandb_id" if config.wandb else "")
+            if self._later_best:
+                (self.path / checkpoint.BEST).unlink()
+            self._open_loggers(config, saved_step, outside=False)
             files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
             vocabulary = (dataset.folder / "tokenizer.model").read_bytes()
             files.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
         newest = self._world.max(-1 if last_eval is None else last_eval)
         return None if newest < 0 else newest
+
+    def _open_loggers(self, config: Config, saved_step: int | None, outside: bool) -> None:
+        for logger in self._loggers:
+            if logger.outside == outside:
+                logger.open(self.path, to_dict(config), saved_step or 0)
 
     def _open_metrics(self) -> None:
         self._metrics = self._at_exit.enter_context(files.open_log(self.path / "metrics.jsonl", warn))
@@ -138,13 +162,16 @@ def _has(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def remove_run(run: Path) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie in the folder; what makes it one goes last."""
+def remove_run(run: Path, but: str) -> None:
+    """Remove the files of an earlier run, and nothing else that may lie in the folder; what makes it one goes last.
+
+    but: the name of a file that is new already.
+    """
     for old in (*run.glob("ckpt_*.pt"), *run.glob("tensorboard/events.out.tfevents.*")):
         old.unlink()
-    for name in (*OWN_FILES, "config.json"):
-        if name != "metrics.jsonl":  # which is open, and empty by now
-            (run / name).unlink(missing_ok=True)
+    for name in (*OWN_FILES, "measured.json", "wandb_id", "config.json"):
+        if name not in (but, "metrics.jsonl") and (run / name).exists():  # the latter is open, and empty by now
+            (run / name).unlink()
 
 
 def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
