@@ -180,7 +180,7 @@ def _add_flags(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a GPT-2 or Qwen3 model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may "
+        help="a GPT-2, Qwen3 or Apertus model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may "
         "be repeated",
     )
     what.add_argument(
