@@ -168,9 +168,8 @@ class Trainer:
         """The first lines of a run: what is in use."""
         where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world)
         size = self.model.num_params()
-        print(
-            report.introduction(self.config, self.dataset, size, self.terms, where, self.step, self.changed), flush=True
-        )
+        text = report.introduction(self.config, self.dataset, size, self.terms, where, self.step, self.changed)
+        print(text, flush=True)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -179,7 +178,8 @@ class Trainer:
         config, world = self.config, self.world
         self.progress = progress = report.Progress(config.max_steps, self.step, self.seconds, hidden=not world.main)
         self.rng = get_rng_state(self.device)
-        if self.last_eval is None:
+        reached = self.step == config.max_steps != self.last_eval  # --max-steps 0, or an earlier session got there
+        if reached or self.last_eval is None:
             with progress.paused():
                 self.evaluate()  # before the first step: condensation is there at initialisation
         self.model.train()
@@ -223,13 +223,9 @@ class Trainer:
                 with progress.paused():
                     self.save()
                 save_due = False
-        with progress.paused():
-            if not stop_signal and self.step != self.last_eval:  # resumed with the --max-steps that it had reached
-                self.evaluate()
-                self.save()
-            if self.step == 0:
-                self.save()  # --max-steps 0: a model as initialised, to compare with
         progress.close()
+        if reached or self.step == 0:
+            self.save()  # also a model as initialised, to compare with
         self.run.close_loggers()
         if stop_signal:
             stop(stop_signal, self.run.path, self.step, self.saved_step, world)
@@ -344,8 +340,7 @@ class Trainer:
         """Go on from what state() returned, read from path; the weights are there already."""
         with checkpoint.reading(path):
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
-            if state["scaler"]:  # it was in float16
-                self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # empty: it was not in float16
             self.guard.load_state(state["skipped"])
             if self.average:
                 checkpoint.load_tensors(self.average.weights, state["average"])
@@ -399,8 +394,7 @@ class Trainer:
 def cli(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     # After a lost process, torchrun repeats the command that it started with: so --resume may also begin a run.
-    options = {"architecture_of": architecture_of}
-    return run_command(lambda world: main(parse(argv, begin_if_missing=world.launched, **options), world))
+    return run_command(lambda world: main(parse(argv, "train.py", world.launched, architecture_of), world))
 
 
 if __name__ == "__main__":

@@ -274,6 +274,11 @@ def flops_per_step(config: Config) -> float:
     return (6 * weights + 6 * config.n_layer * T * C) * config.batch_size * T
 
 
+def reference_of(name: str, args) -> str:
+    """The row that a row is compared with."""
+    return ("nanoGPT" if args.against else "minidisp") + (" compiled" if " compiled" in name else "")
+
+
 def measure(model: str, folder: Path, args) -> dict:
     config = make_config(model)
     batches = Batches(Dataset(folder).split("train"), config.block_size, seed=0)
@@ -290,9 +295,7 @@ def measure(model: str, folder: Path, args) -> dict:
         if args.against:
             names += [f"nanoGPT{suffix}"] + ([f"nanoGPT{suffix} as shipped"] if args.device == "cpu" else [])
     names = [name for name in names if args.forms is None or name in args.forms.split(",")]
-    references = {
-        ("nanoGPT" if args.against else "minidisp") + (" compiled" if " compiled" in name else "") for name in names
-    }
+    references = {reference_of(name, args) for name in names}
     if missing := sorted(references - {*names}):
         raise SystemExit(f"bench/train.py: --forms leaves out {missing[0]}, which the others are compared with")
     chosen = forms(names, config, batches, args)
@@ -345,8 +348,7 @@ def measure(model: str, folder: Path, args) -> dict:
     result["first_step_s"] = first_step_s(config, folder, args) if config.vocab_size == 257 else None
     result["forms"] = {}
     for name in names:
-        suffix = " compiled" if "compiled" in name else ""
-        reference = f"nanoGPT{suffix}" if args.against else f"minidisp{suffix}"
+        reference = reference_of(name, args)
         ms, quintiles = statistics.median(step_ms[name]), statistics.quantiles(step_ms[name], n=5)
         result["forms"][name] = {
             "step_ms": ms,

@@ -6,8 +6,8 @@
 The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant
 is a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
 - float64 stays float64, every other dtype is computed in float32, also under autocast (dispersion_loss says where the
-  fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, and then parallel tokens can no longer be told apart. (Call backward outside of autocast, as PyTorch
-  asks.)
+  fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, and then parallel tokens can no longer be told
+  apart. (Call backward outside of autocast, as PyTorch asks.)
 - Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
 - The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss (not here).
 

@@ -45,7 +45,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor, _):
     if torch.is_grad_enabled():  # only under create_graph=True
-        raise RuntimeError(f"the attention operator has no second derivative: {build.WITHOUT}")
+        raise RuntimeError(
+            "the attention operator has no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start"
+        )
     return torch.ops.minidisp.causal_attention_backward(grad, *ctx.saved_tensors, *ctx.heads), None, None
 
 

@@ -31,7 +31,6 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones
 EXPECTED_SECONDS = {False: 60, True: 180}  # without and with CUDA
 BINARY = "minidisp_fused.so"  # in the cache
 CUDA_LOG = "build-cuda.log"  # there, if what was built leaves CUDA out because that failed
-WITHOUT = "for create_graph=True set MINIDISP_FUSED=0 before the start"  # what to do where only torch's forms will do
 OTHER_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 
 
