@@ -281,11 +281,10 @@ class Trainer:
 
     def log(self, values: dict) -> None:
         """A line of metrics.jsonl, and what is seen of it."""
-        values = fetched(values)
-        speed = self.progress.steps_per_second() * self.config.tokens_per_step
-        tokens = self.step * self.config.tokens_per_step
+        values, tokens_per_step = fetched(values), self.config.tokens_per_step
+        speed = self.progress.steps_per_second() * tokens_per_step
         times = {"tokens_per_second": speed, "seconds": self.progress.seconds}
-        self.run.log({"step": self.step, "tokens": tokens, **values, **times})
+        self.run.log({"step": self.step, "tokens": self.step * tokens_per_step, **values, **times})
         self.progress.show(values["ce"], speed, self.guard.total)
 
     # --- evaluation, checkpoint, end ----------------------------------------------------------------------------------

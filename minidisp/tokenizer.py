@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a file that says more is dam
 _PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> c  "
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What all kinds share. vocab_size and eos_id are ints; token_bytes[i] is what id i stands for, b"" for EOS."""
 
     vocab_size: int
@@ -48,9 +49,9 @@ class Tokenizer:
         """Write the file that `load` reads."""
         Path(path).write_bytes(self._serialized)
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without EOS. UnicodeEncodeError (a ValueError) if it holds half a surrogate pair."""
-        raise NotImplementedError
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """`encode` of every text; threads changes the speed, never the ids."""
