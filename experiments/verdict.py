@@ -12,7 +12,7 @@ small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as p
 default          8 x 192, 6.1M tokens, four seeds;          the same arms
 large            8 x 320 (11M parameters), 6.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
-limited-choice   8 x 192 on a million words, again and again: rate, weight decay and dropout
+limited-choice   8 x 192 on three books, six times over: weight decay and dropout, at the rate of the choice
 limited          the same with four seeds, the best and the last evaluation
 
 All arms of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per byte of
@@ -47,15 +47,17 @@ SIZES = {
     "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8},
     "large": {"n_layer": 8, "n_head": 5, "n_embd": 320, "block_size": 256, "batch_size": 8},
 }
-STAGES = {  # tunes: what is chosen per arm, one after the other. settings_of: the stage that chose
-    "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "tunes": ("lr", "weight_decay")},
+LIMITED = {"size": "default", "max_steps": 1000, "evaluations": 8, "data": "books3"}
+STAGES = {  # tunes: what is chosen per arm, one after the other, from start. settings_of: the stage that chose before
+    "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "start": {"weight_decay": 0.1},
+               "tunes": ("lr", "weight_decay")},
     "small": {"size": "small", "max_steps": 3000, "seeds": 6, "settings_of": "choice"},
     "default": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice"},
     "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "choice"},
     "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
-    "limited-choice": {"size": "default", "max_steps": 4000, "first_seed": 100, "seeds": 2, "data": "books1m",
-                       "tunes": ("lr", "weight_decay", "dropout")},
-    "limited": {"size": "default", "max_steps": 4000, "seeds": 4, "data": "books1m", "settings_of": "limited-choice"},
+    "limited-choice": {**LIMITED, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {"dropout": 0.0},
+                       "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5)}},
+    "limited": {**LIMITED, "seeds": 4, "settings_of": "limited-choice"},
 }  # fmt: skip
 INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
     "gpt2": {"lr": 2e-3},
@@ -105,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--recipe", choices=tuple(GRID), default="gpt2", help="how to train (default gpt2)")
     add("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it runs (default laptop)")
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
-    add("--data", metavar="TEXT", help="corpus (default: books, books1m for the limited stages)")
+    add("--data", metavar="TEXT", help="corpus (default: books, books3 for the limited stages)")
     add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
     add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="ARM",
         help='only these arms, the first one compared with ("off" "lambda 0.1" "tau 0.1")')  # fmt: skip
@@ -115,7 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     study.add_measures(parser)
     parser.set_defaults(other="pystdlib")
     args = study.check_counts(parser.parse_args(argv))
-    if args.time_ratio is not None and "settings_of" not in STAGES.get(args.stage, {}):
+    stage = STAGES.get(args.stage, {})
+    if args.time_ratio is not None and ("settings_of" not in stage or "tunes" in stage):
         raise InputError(f"--time-ratio adds an arm to a confirmation, and --stage {args.stage} is none: leave it out")
     return args
 
@@ -124,7 +127,7 @@ def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path
     """(arm, seed) -> Config and command line of the stage's runs."""
     flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe,
              "dtype": "bfloat16", "device": "cpu", "max_steps": stage["max_steps"],
-             "eval_every": stage["max_steps"] // 4, "eval_tokens": EVAL_TOKENS}  # fmt: skip
+             "eval_every": stage["max_steps"] // stage.get("evaluations", 4), "eval_tokens": EVAL_TOKENS}  # fmt: skip
     if args.scale == "smoke":
         flags |= study.SMOKE
     if args.stage == "mechanism":
@@ -142,10 +145,11 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
 
     The best is what has the fewest validation bits per byte in the mean over the seeds; null stands for a run that diverged.
     """
-    grid = {"dropout": (0.0, 0.1), **GRID[args.recipe]}
+    grid = {"dropout": (0.0, 0.1), **GRID[args.recipe], **stage.get("grid", {})}
+    before = settings_before(stage, args) if "settings_of" in stage else {}
     chosen = {}
     for arm in args.arms:
-        best, tried = {"weight_decay": 0.1}, {}
+        best, tried = {**before.get(arm, {}), **stage["start"]}, {}
         for field in stage["tunes"]:
             candidates = {
                 name_of(arm, {**best, field: value}): {**ARMS[arm], **best, field: value} for value in grid[field]
@@ -184,15 +188,20 @@ def final_bits(name: tuple[str, int], run: tuple) -> float:
 # --- confirming -------------------------------------------------------------------------------------------------------
 
 
-def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """label -> flags: every arm with the settings that were chosen for it."""
+def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """arm -> the settings that an earlier stage has chosen for it."""
     path = args.out / f"{args.recipe}-{stage['settings_of']}" / "choice.json"
     if not path.exists():
         raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
     chosen = read_json(path)["arms"]
     if missing := [arm for arm in args.arms if arm not in chosen]:
         raise InputError(f"{path} has no settings for {', '.join(missing)}: name other --arms, or run that stage again")
-    return {arm: {**ARMS[arm], **chosen[arm]["settings"]} for arm in args.arms}
+    return {arm: chosen[arm]["settings"] for arm in args.arms}
+
+
+def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """label -> flags: every arm with the settings that were chosen for it."""
+    return {arm: {**ARMS[arm], **settings} for arm, settings in settings_before(stage, args).items()}
 
 
 def mechanism_arms(args: argparse.Namespace) -> dict[str, dict]:

@@ -276,7 +276,13 @@ def smaller(words: list[str], page: str) -> list[str]:
     if words[0] == "eval.py":
         return [*words, *([] if "none" in words else ["--tokens", "300"]), "--device", "cpu"]
     if words[0] == "data/prepare.py":
-        return [*words, "--workers", "1", "--overwrite", *([] if "--tokenizer" in words else ["--vocab-size", "300"])]
+        return [
+            *words,
+            "--workers",
+            "1",
+            "--overwrite",
+            *([] if {"--tokenizer", "--tokenizer-from"} & {*words} else ["--vocab-size", "300"]),
+        ]
     return words
 
 

@@ -255,6 +255,14 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "small", "--arms", "off", "tau 0.1") == 0  # the runs are there, and measured
     (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
     assert list(compared["test"]) == ["off", "tau 0.1"]
+    monkeypatch.setitem(
+        verdict.STAGES, "limited-choice", {**verdict.STAGES["limited-choice"], "grid": {"weight_decay": (0.5,)}}
+    )
+    assert command("--stage", "limited-choice", "--arms", "off", "--seeds", "1") == 0
+    (limited,) = json.loads((out / "gpt2-limited-choice" / "choice.json").read_text())["arms"].values()
+    assert len(limited["tried"]) == 2  # with dropout and without, at the rate of the choice
+    assert set(limited["settings"]) == {"lr", "weight_decay", "dropout"}
+    assert limited["settings"]["lr"] == choice["off"]["settings"]["lr"]
     del choice["tau 0.1"]
     (out / "gpt2-choice" / "choice.json").write_text(json.dumps({"arms": choice}))
     assert command("--stage", "small") == 2
