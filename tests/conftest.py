@@ -1,6 +1,7 @@
 """A small corpus and a small trained run that several test files share."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import prepare
 from minidisp.config import from_dict
 from train import main
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would all children of these tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
