@@ -307,6 +307,7 @@ def draw_differences(
             axes.plot(c["difference"], y, "o", color=BLUE if clear else GREY, ms=6)
         axes.axvline(0, color="black", lw=1)
         axes.set(xlabel=f"{label}:\ndifference to {base}, 95 % interval")
+        axes.locator_params(axis="x", nbins=6)  # more of them would touch
     panels[0][0].set_yticks(range(len(arms)), arms)
     panels[0][0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(f"{title} (grey: no difference that these seeds can show)")
