@@ -56,7 +56,7 @@ STAGES = {  # tunes: what is chosen per arm, one after the other, from start. se
     "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "choice"},
     "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
     "limited-choice": {**LIMITED, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {"dropout": 0.0},
-                       "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5)}},
+                       "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5), "dropout": (0.0, 0.1)}},
     "limited": {**LIMITED, "seeds": 4, "settings_of": "limited-choice"},
 }  # fmt: skip
 INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
@@ -145,7 +145,7 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
 
     The best is what has the fewest validation bits per byte in the mean over the seeds; null stands for a run that diverged.
     """
-    grid = {"dropout": (0.0, 0.1), **GRID[args.recipe], **stage.get("grid", {})}
+    grid = stage.get("grid", GRID[args.recipe])
     before = settings_before(stage, args) if "settings_of" in stage else {}
     chosen = {}
     for arm in args.arms:

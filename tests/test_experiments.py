@@ -255,9 +255,7 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "small", "--arms", "off", "tau 0.1") == 0  # the runs are there, and measured
     (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
     assert list(compared["test"]) == ["off", "tau 0.1"]
-    monkeypatch.setitem(
-        verdict.STAGES, "limited-choice", {**verdict.STAGES["limited-choice"], "grid": {"weight_decay": (0.5,)}}
-    )
+    monkeypatch.setitem(verdict.STAGES["limited-choice"]["grid"], "weight_decay", (0.5,))
     assert command("--stage", "limited-choice", "--arms", "off", "--seeds", "1") == 0
     (limited,) = json.loads((out / "gpt2-limited-choice" / "choice.json").read_text())["arms"].values()
     assert len(limited["tried"]) == 2  # with dropout and without, at the rate of the choice
