@@ -208,9 +208,9 @@ def page(folder: Path) -> bool:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = [f"# {card}, torch {torch.__version__}", "", "| step | result | seconds |", "|---|---|---|"]
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
-    lines += [f"| {name} | {result.replace('|', '/')} | {seconds} |" for _, name, result, seconds in steps]
-    for number, name, _, _ in steps:
-        log = folder / f"{int(number):02d}-{name}.log"
+    lines += [f"| {name} | {result.replace('|', '/')} | {seconds} |" for name, result, seconds in steps]
+    for name, _, _ in steps:
+        log = folder / f"{name}.log"
         if not log.exists():
             continue
         said = [line for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]

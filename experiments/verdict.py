@@ -10,10 +10,12 @@ The protocol was fixed before the first run; docs/verdict.md has it in words, an
 choice           each arm's learning rate, then its weight decay at that rate; seeds 100 and 101, validation books
 small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, the same with tau 0.1
 default          8 x 192, 6.1M tokens, four seeds;          the same arms
-large            8 x 320 (11M parameters), 6.1M tokens, three seeds
+rates            8 x 192, seeds 100 and 101: a quarter, a half and the whole of the rate that was chosen at 8 x 64
+tuned, large     8 x 192 with those rates, six seeds; 8 x 320 (11M parameters) with them, 6.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
 limited-choice   8 x 192 on three books, six times over: weight decay and dropout, at the rate of the choice
 limited          the same with four seeds, the best and the last evaluation
+124m             GPT-2's body, 12 x 768, context 1,024, 9.8M tokens, two seeds; for a GPU
 
 All arms of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per byte of
 the test books, which no choice has seen; a stage that was stopped goes on. "report" puts together what is there.
@@ -46,18 +48,26 @@ SIZES = {
     "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8},
     "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8},
     "large": {"n_layer": 8, "n_head": 5, "n_embd": 320, "block_size": 256, "batch_size": 8},
+    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 16},
 }
 LIMITED = {"size": "default", "max_steps": 1000, "evaluations": 8, "data": "books3"}
-STAGES = {  # tunes: what is chosen per arm, one after the other, from start. settings_of: the stage that chose before
+# tunes: what is chosen per arm, one after the other, from start. settings_of: the stage that chose before.
+# times: choose among these multiples of what it chose. flags: what no stage chooses.
+STAGES = {
     "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "start": {"weight_decay": 0.1},
                "tunes": ("lr", "weight_decay")},
     "small": {"size": "small", "max_steps": 3000, "seeds": 6, "settings_of": "choice"},
     "default": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice"},
-    "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "choice"},
+    "rates": {"size": "default", "max_steps": 3000, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {},
+              "tunes": ("lr",), "times": (0.25, 0.5, 1.0)},
+    "tuned": {"size": "default", "max_steps": 3000, "seeds": 6, "settings_of": "rates"},
+    "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "rates"},
     "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
     "limited-choice": {**LIMITED, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {"dropout": 0.0},
                        "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5), "dropout": (0.0, 0.1)}},
     "limited": {**LIMITED, "seeds": 4, "settings_of": "limited-choice"},
+    "124m": {"size": "124m", "max_steps": 600, "evaluations": 2, "seeds": 2,
+             "flags": {"lr": 6e-4, "beta2": 0.95, "warmup_steps": 60}},
 }  # fmt: skip
 INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
     "gpt2": {"lr": 2e-3},
@@ -114,6 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, metavar="N", help="another number of seeds than the protocol's")
     add("--first-seed", type=int, metavar="N", help="and another first one: so two processes can share a stage")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (default cpu)")
     study.add_measures(parser)
     parser.set_defaults(other="pystdlib")
     args = study.check_counts(parser.parse_args(argv))
@@ -126,8 +137,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
     """(arm, seed) -> Config and command line of the stage's runs."""
     flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe,
-             "dtype": "bfloat16", "device": "cpu", "max_steps": stage["max_steps"],
-             "eval_every": stage["max_steps"] // stage.get("evaluations", 4), "eval_tokens": EVAL_TOKENS}  # fmt: skip
+             "dtype": "bfloat16", "device": args.device, "max_steps": stage["max_steps"],
+             "eval_every": stage["max_steps"] // stage.get("evaluations", 4), "eval_tokens": EVAL_TOKENS,
+             **stage.get("flags", {})}  # fmt: skip
+    if args.device == "cuda" and stage["size"] != "124m":
+        flags["compile"] = "off"  # it would take longer than these runs
     if args.scale == "smoke":
         flags |= study.SMOKE
     if args.stage == "mechanism":
@@ -151,9 +165,8 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
     for arm in args.arms:
         best, tried = {**before.get(arm, {}), **stage["start"]}, {}
         for field in stage["tunes"]:
-            candidates = {
-                name_of(arm, {**best, field: value}): {**ARMS[arm], **best, field: value} for value in grid[field]
-            }
+            values = [times * best[field] for times in stage["times"]] if "times" in stage else grid[field]
+            candidates = {name_of(arm, {**best, field: value}): {**ARMS[arm], **best, field: value} for value in values}
             bits: dict[str, list[float]] = {}
             runs = plan(stage, candidates, args, out)
             for (label, seed), run in runs.items():
@@ -201,7 +214,8 @@ def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
 
 def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
     """label -> flags: every arm with the settings that were chosen for it."""
-    return {arm: {**ARMS[arm], **settings} for arm, settings in settings_before(stage, args).items()}
+    before = settings_before(stage, args) if "settings_of" in stage else {arm: {} for arm in args.arms}
+    return {arm: {**ARMS[arm], **settings} for arm, settings in before.items()}
 
 
 def mechanism_arms(args: argparse.Namespace) -> dict[str, dict]:
