@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minidisp import ops
 from minidisp.dispersion import dispersion_loss
+from minidisp.loss import IGNORE, chunked, plain
 from minidisp.ops import build
 from minidisp.ops.__main__ import diagnosis
 from minidisp.ops.streamed import float32_precision
@@ -93,6 +94,15 @@ def check(dry: bool) -> bool:
             verdict = "" if passed else " FAILED"
             print(f"| {T} | {C} | {variant} | {tau:g} | {name} | {of_loss:.0e} | {of_grad:.0e}{verdict} |", flush=True)
 
+    print("\n| tokens | vocabulary | dtype | loss | gradient of x | of the weight |\n|---|---|---|---|---|---|")
+    for N, V, dtype in itertools.product((100, 5000), (50304, 50257), (torch.float32, torch.bfloat16, torch.float16)):
+        errors = cross_entropy_errors(N, V, dtype)
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        passed = errors[0] <= limit / 10 + 1e-6 and max(errors[1:]) <= limit
+        good &= passed or dry
+        shown = " | ".join(f"{error:.0e}" for error in errors) + ("" if passed else " FAILED")
+        print(f"| {N} | {V} | {str(dtype).removeprefix('torch.')} | {shown} |", flush=True)
+
     for precision, variant in itertools.product(("high", "highest"), ops.FUSED_VARIANTS):
         with float32_precision(precision):
             z = torch.randn(4, 1000, 768, device="cuda")
@@ -117,8 +127,30 @@ def check(dry: bool) -> bool:
     return good
 
 
+def cross_entropy_errors(N: int, V: int, dtype: torch.dtype) -> list[float]:
+    """Of the chunked loss, its gradients by x and by the weight, whose products are in dtype, against float64."""
+    generator = torch.Generator().manual_seed(N + V)
+    x, weight = (scale * torch.randn(n, 64, generator=generator) for n, scale in ((N, 1.0), (V, 0.3)))
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[::7] = IGNORE
+    results = []
+    for form, wide in ((plain, torch.float64), (chunked, torch.float32)):
+        # Numbers that all dtypes hold, so that only the products and what follows is measured.
+        own = [value.to(dtype).to("cuda", wide).requires_grad_() for value in (x, weight)]
+        with torch.autocast("cuda", dtype=dtype, enabled=wide != torch.float64 and dtype != torch.float32):
+            loss = form(*own, targets.cuda())
+        scale = 2**12 if wide == torch.float32 else 1  # or float16 would underflow
+        gradients = torch.autograd.grad(scale * loss, own)
+        results.append([loss.detach().double(), *(gradient.double() / scale for gradient in gradients)])
+    return [((a - b).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
+
+
 def small() -> bool:
     """All kernels at small shapes, for compute-sanitizer."""
+    ops.select("fused", "angular_spread", torch.float32, "cuda")  # finds the extension, or says why there is none
+    for V, dtype in itertools.product((33, 5000, 4999), (torch.float32, torch.bfloat16, torch.float16)):
+        logits, targets = torch.randn(20, V, device="cuda").to(dtype), torch.arange(-1, 19, device="cuda")
+        torch.ops.minidisp.cross_entropy_(logits, targets, IGNORE, True)
     for precision, variant, C in itertools.product(("high", "highest"), ops.FUSED_VARIANTS, (40, 33)):
         for T, tau in ((150, 1.0), (150, 1e-3), (4200, 1.0)):
             if T > 150 and (C == 33 or variant not in ("angular_spread", "l2_repel")):  # strips, once each
@@ -130,10 +162,13 @@ def small() -> bool:
 
 
 def profile() -> bool:
-    """Two calls as trained at (16, 1024, 768), for ncu: one to warm up, one to look at."""
+    """The kernels of a training step at (16, 1024, 768), for ncu, twice: once to warm up, once to look at."""
+    ops.select("fused", "angular_spread", torch.float32, "cuda")
     with float32_precision("high"):
         z = torch.randn(16, 1024, 768, device="cuda")
+        logits, targets = torch.randn(2048, 50304, device="cuda").bfloat16(), torch.arange(2048, device="cuda")
         for _ in range(2):
+            torch.ops.minidisp.cross_entropy_(logits, targets, IGNORE, True)
             loss_and_gradient(z)
     torch.cuda.synchronize()
     return True

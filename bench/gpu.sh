@@ -56,7 +56,7 @@ step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, sec
 }
 
 small=("$python" bench/gpu.py small ${dry[@]+"${dry[@]}"})
-kernels='regex:measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
+kernels='regex:softmax_loss|measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
 train=("$python" train.py --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
 train+=(${tiny[@]+"${tiny[@]}"})
 
@@ -76,7 +76,7 @@ wait
 
 step timing 90 "$python" bench/gpu.py time ${dry[@]+"${dry[@]}"}
 step steps 180 "$python" bench/train.py --device cuda --models "$model" --compile on ${against[@]+"${against[@]}"}
-step profile 40 ncu --clock-control none --kernel-name "$kernels" --launch-count 12 --set basic \
+step profile 40 ncu --clock-control none --kernel-name "$kernels" --launch-count 14 --set basic \
   "$python" bench/gpu.py profile ${dry[@]+"${dry[@]}"}
 
 "$python" bench/gpu.py page "$out" || exit 1

@@ -16,7 +16,8 @@
 //   Tolerance: the gradient is off by at most 2e-3 of its norm (seen: 3e-4 to 9e-4 for random tokens, 1e-5 to 1e-4 for
 //   nearly parallel ones), the loss by 5e-4 (1 + |loss|) (seen: 1e-6 from 17 features on). Where the tokens fall into
 //   tight groups that lie apart, of spread s < 0.1, the gradient may be off by 2e-4 / s of its norm, which is small
-//   there. An error of a cosine counts 1 / tau times in angular_spread: tau < 0.05 is computed by blocks.
+//   there. An error of a cosine counts 1 / tau times in angular_spread: tau < 0.05 is computed by blocks. The gradients of
+//   the other two are what cancellation leaves, off by 2e-4 sqrt(T / C): T > 64 C is computed by blocks.
 //   Memory traffic per sequence: z is read from memory three times, x and W (2 T^2 bytes) are written and read once, and
 //   a group of sequences is small enough for both to come from the L2 of large devices; W U is written and read once,
 //   the gradient written.
@@ -136,7 +137,8 @@ struct Workspace {  // in all at most 64 MB
   int64_t sequences = 65535;                                // at once: as many as cuBLAS takes for sure
 };
 
-constexpr double kSmallestTau = 0.05;  // of angular_spread on tensor cores
+constexpr double kSmallestTau = 0.05;      // of angular_spread on tensor cores
+constexpr int64_t kTokensPerFeature = 64;  // at most, of the others there
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t blocks_for_warps(int64_t warps) { return divide_up(warps, kWarps); }
@@ -349,8 +351,9 @@ struct Call {
 
   at::Tensor run() const {
     const Tiling t = tiling();
-    const bool too_steep = o.variant == Variant::angular_spread && o.tau < kSmallestTau;
-    const bool on_tensor_cores = !exact && !by_distance && !too_steep && t.possible;
+    const bool rounds_too_much =
+        o.variant == Variant::angular_spread ? o.tau < kSmallestTau : L > kTokensPerFeature * D;
+    const bool on_tensor_cores = !exact && !by_distance && !rounds_too_much && t.possible;
     const int64_t slots = by_distance || on_tensor_cores ? block_pairs(divide_up(L, t.tile)) : L;
     const auto numbers = [&](at::IntArrayRef sizes, double value) {
       return at::full(sizes, value, options.dtype(at::kDouble));

@@ -12,6 +12,10 @@ TORCH_LIBRARY(minidisp, m) {
   // The gradient times upstream, a float32 scalar, in the shape and type of z. CUDA only.
   m.def("dispersion_backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant) -> Tensor");
 
+  // The losses of rows of logits (N, V), float32 (N,), 0 where the target (int64) is ignored; with need_grad, the logits become the
+  // gradient of their sum. CUDA only.
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignored, bool need_grad) -> Tensor");
+
   // Causal self-attention, scores scaled by 1 / sqrt(D). qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and
   // the values, float32 or bfloat16, rows at any stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled
   // scores, float32 (B, n_head, T), which backward needs to return the gradient of qkv.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidisp import InputError
+from minidisp import InputError, ops
 from minidisp.ops.attention import compute_dtype
 
 IGNORE = -1  # a target that is not counted
@@ -61,40 +61,57 @@ def _chunked(
     """
     wide = torch.promote_types(dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype)  # no copies in float32
-    counted = targets != IGNORE
-    targets = torch.where(counted, targets, 0)
     size = max(1, min(chunk_tokens(x), len(x)))
     x_grad = x.new_empty(x.shape if want_x else 0)
     weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)
+    fused = x.is_cuda and dtype != torch.float64 and not ops.find_or_build("cuda")
     # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
-    buffer = x.new_empty(size, len(weight), dtype=wide)
-    halves = None if dtype == wide else torch.empty_like(buffer, dtype=dtype)
-    weight_product = None if dtype == wide or not want_weight else torch.empty_like(weight)
-    total = buffer.new_zeros(())
+    # The operator reads rows in pieces of 16 bytes, so there they begin at multiples of that.
+    logits = x.new_empty(size, -(-len(weight) // 8) * 8 if fused else len(weight))[:, : len(weight)]
+    wide_logits = None if fused or dtype == wide else torch.empty_like(logits, dtype=wide)
+    weight_product = None if dtype == wide or not want_weight or x.is_cuda else torch.empty_like(weight)
+    total = x.new_zeros((), dtype=wide)
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
-        x_rows, target, count = x[rows], targets[rows, None], counted[rows, None]
-        z = buffer[: len(x_rows)]  # in turn logits, their exponentials, and the loss's gradient, softmax - one-hot
-        product = z if halves is None else halves[: len(x_rows)]
-        z.copy_(torch.mm(x_rows, weight.T, out=product))
-        z -= z.amax(1, keepdim=True)
-        at_target = z.gather(1, target)
-        exp_sum = z.exp_().sum(1, keepdim=True)
-        total += torch.where(count, exp_sum.log() - at_target, 0).sum()
-        if want_x or want_weight:
-            z *= count / exp_sum
-            grad = product.copy_(z.scatter_add_(1, target, -count.to(wide)))
+        x_rows, product = x[rows], logits[: len(x[rows])]
+        torch.mm(x_rows, weight.T, out=product)
+        if fused:
+            total += torch.ops.minidisp.cross_entropy_(product, targets[rows], IGNORE, want_x or want_weight).sum()
+        else:
+            z = product if wide_logits is None else wide_logits[: len(x_rows)]
+            total += _cross_entropy_(product, z, targets[rows], want_x or want_weight)
         if want_x:
-            torch.mm(grad, weight, out=x_grad[rows])
+            torch.mm(product, weight, out=x_grad[rows])
         if want_weight and dtype == wide:
-            weight_grad.addmm_(grad.T, x_rows, beta=int(start > 0))
+            weight_grad.addmm_(product.T, x_rows, beta=int(start > 0))
+        elif want_weight and x.is_cuda:  # which adds in float32 by itself
+            torch.ops.aten.addmm.dtype_out(weight_grad, product.T, x_rows, wide, beta=int(start > 0), out=weight_grad)
         elif want_weight:
-            torch.mm(grad.T, x_rows, out=weight_product)
+            torch.mm(product.T, x_rows, out=weight_product)
             weight_grad = weight_grad.copy_(weight_product) if start == 0 else weight_grad.add_(weight_product)
     if want_weight and not len(x):
         weight_grad.zero_()
-    number = counted.sum()
+    number = (targets != IGNORE).sum()
     return total / number, x_grad, weight_grad, number
+
+
+def _cross_entropy_(logits: Tensor, z: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
+    """The sum of the losses; with need_grad, logits become its gradient, as csrc/cross_entropy_cuda.cu does it on CUDA.
+
+    z: memory for logits in the dtype of the sums, or logits itself if they have it. It holds in turn logits, their
+    exponentials, and the gradient, softmax - one-hot.
+    """
+    counted = (targets != IGNORE).unsqueeze(1)
+    targets = torch.where(counted, targets.unsqueeze(1), 0)
+    z.copy_(logits)
+    z -= z.amax(1, keepdim=True)
+    at_target = z.gather(1, targets)
+    exp_sum = z.exp_().sum(1, keepdim=True)
+    loss = torch.where(counted, exp_sum.log() - at_target, 0).sum()
+    if need_grad:
+        z *= counted / exp_sum
+        logits.copy_(z.scatter_add_(1, targets, -counted.to(z.dtype)))
+    return loss
 
 
 def _shapes(x, weight, targets, dtype, want_x, want_weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
-// csrc/dispersion_cuda.cu on the CPU: its kernels, as they stand, and its launchers, as minidisp_emulator::forward and
-// ::backward.
+// csrc/*.cu on the CPU: their kernels, as they stand, and their launchers, as minidisp_emulator::forward, ::backward and
+// ::cross_entropy_.
 //
 // A block's threads are fibers. One runs until it waits: at a barrier of the block, or at an instruction of its warp,
 // which the last of 32 lanes to arrive carries out for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX
@@ -241,6 +241,7 @@ void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add
 }  // namespace
 }  // namespace minidisp
 
+#include "../csrc/cross_entropy_cuda.cu"
 #include "../csrc/dispersion_cuda.cu"
 
 // workspace: the fields of Workspace in order, or nothing.
@@ -264,9 +265,18 @@ static at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, cons
   return minidisp::backward_in(upstream, z, product, state, variant);
 }
 
+static at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets, int64_t ignored, bool need_grad,
+                                int64_t schedule, c10::string_view without) {
+  emulator::schedule = static_cast<int>(schedule);
+  emulator::without = std::string(without);
+  return minidisp::cross_entropy_in(logits, targets, ignored, need_grad);
+}
+
 TORCH_LIBRARY(minidisp_emulator, m) {
   m.def("forward(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad, bool exact, int[] workspace,"
         " int schedule, str without) -> (Tensor, Tensor, Tensor)",
         forward);
   m.def("backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant, int schedule) -> Tensor", backward);
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignored, bool need_grad, int schedule, str without) -> Tensor",
+        cross_entropy);
 }

@@ -255,6 +255,16 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "small", "--arms", "off", "tau 0.1") == 0  # the runs are there, and measured
     (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
     assert list(compared["test"]) == ["off", "tau 0.1"]
+    monkeypatch.setitem(verdict.STAGES["rates"], "times", (0.5, 1.0))
+    assert command("--stage", "rates", "--arms", "off", "--seeds", "1") == 0
+    (rates,) = json.loads((out / "gpt2-rates" / "choice.json").read_text())["arms"].values()
+    assert len(rates["tried"]) == 2
+    assert rates["settings"]["lr"] / choice["off"]["settings"]["lr"] in (0.5, 1.0)
+    assert command("--stage", "tuned", "--arms", "off", "--seeds", "1") == 0
+    tuned = json.loads((out / "gpt2-tuned" / "off-s0" / "config.json").read_text())
+    assert (tuned["lr"], tuned["weight_decay"]) == (rates["settings"]["lr"], choice["off"]["settings"]["weight_decay"])
+    assert command("--stage", "124m", "--arms", "off", "--seeds", "1") == 0  # needs no choice
+    assert json.loads((out / "gpt2-124m" / "off-s0" / "config.json").read_text())["beta2"] == 0.95
     monkeypatch.setitem(verdict.STAGES["limited-choice"]["grid"], "weight_decay", (0.5,))
     assert command("--stage", "limited-choice", "--arms", "off", "--seeds", "1") == 0
     (limited,) = json.loads((out / "gpt2-limited-choice" / "choice.json").read_text())["arms"].values()
