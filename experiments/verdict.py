@@ -11,6 +11,7 @@ choice           each arm's learning rate, then its weight decay at that rate; s
 small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, the same with tau 0.1
 default          8 x 192, 6.1M tokens, four seeds;          the same arms
 rates            8 x 192, 2.0M tokens, seeds 100 and 101: a quarter, a half and the whole of the rate chosen at 8 x 64
+half             default at half the rates of the choice, four seeds
 tuned, large     8 x 192 with those rates, six seeds; 8 x 320 (11M parameters) with them, 6.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
 limited-choice   8 x 192 on three books, six times over: weight decay and dropout, at the rate of the choice
@@ -52,12 +53,13 @@ SIZES = {
 }
 LIMITED = {"size": "default", "max_steps": 1000, "evaluations": 8, "data": "books3"}
 # tunes: what is chosen per arm, one after the other, from start. settings_of: the stage that chose before.
-# times: choose among these multiples of what it chose. flags: what no stage chooses.
+# times: choose among these multiples of what it chose. rate: times the learning rate that it chose. flags: what no stage chooses.
 STAGES = {
     "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "start": {"weight_decay": 0.1},
                "tunes": ("lr", "weight_decay")},
     "small": {"size": "small", "max_steps": 3000, "seeds": 6, "settings_of": "choice"},
     "default": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice"},
+    "half": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice", "rate": 0.5},
     "rates": {"size": "default", "max_steps": 1000, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {},
               "tunes": ("lr",), "times": (0.25, 0.5, 1.0)},
     "tuned": {"size": "default", "max_steps": 3000, "seeds": 6, "settings_of": "rates"},
@@ -215,7 +217,10 @@ def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
 def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
     """label -> flags: every arm with the settings that were chosen for it."""
     before = settings_before(stage, args) if "settings_of" in stage else {arm: {} for arm in args.arms}
-    return {arm: {**ARMS[arm], **settings} for arm, settings in before.items()}
+    arms = {arm: {**ARMS[arm], **settings} for arm, settings in before.items()}
+    if "rate" in stage:
+        arms = {arm: {**flags, "lr": stage["rate"] * flags["lr"]} for arm, flags in arms.items()}
+    return arms
 
 
 def mechanism_arms(args: argparse.Namespace) -> dict[str, dict]:

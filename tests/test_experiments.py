@@ -263,6 +263,9 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "tuned", "--arms", "off", "--seeds", "1") == 0
     tuned = json.loads((out / "gpt2-tuned" / "off-s0" / "config.json").read_text())
     assert (tuned["lr"], tuned["weight_decay"]) == (rates["settings"]["lr"], choice["off"]["settings"]["weight_decay"])
+    assert command("--stage", "half", "--arms", "off", "--seeds", "1") == 0
+    half = json.loads((out / "gpt2-half" / "off-s0" / "config.json").read_text())
+    assert half["lr"] == choice["off"]["settings"]["lr"] / 2
     assert command("--stage", "124m", "--arms", "off", "--seeds", "1") == 0  # needs no choice
     assert json.loads((out / "gpt2-124m" / "off-s0" / "config.json").read_text())["beta2"] == 0.95
     monkeypatch.setitem(verdict.STAGES["limited-choice"]["grid"], "weight_decay", (0.5,))
