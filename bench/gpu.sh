@@ -55,7 +55,7 @@ step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, sec
   echo "$name: $result, $((SECONDS - start)) s" >&2
 }
 
-small=("$python" bench/gpu.py small ${dry[@]+"${dry[@]}"})
+sanitize=(compute-sanitizer --error-exitcode 1)
 kernels='regex:softmax_loss|measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
 train=("$python" train.py --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
 train+=(${tiny[@]+"${tiny[@]}"})
@@ -67,8 +67,9 @@ step diagnosis 60 "$python" bench/gpu.py diagnosis ${dry[@]+"${dry[@]}"}
 step tests 120 "$python" -m pytest -q -o addopts= tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"} &
 step checks 120 "$python" bench/gpu.py check ${dry[@]+"${dry[@]}"} &
 for tool in memcheck initcheck racecheck synccheck; do
-  step "$tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 1 "${small[@]}" &
+  step "$tool" 100 "${sanitize[@]}" --tool "$tool" "$python" bench/gpu.py small ${dry[@]+"${dry[@]}"} &
 done
+step strips 100 "${sanitize[@]}" "$python" bench/gpu.py strips ${dry[@]+"${dry[@]}"} &
 step train 120 "${train[@]}" --max-steps "$half"
 step resume 60 "${train[@]}" --max-steps "$all" --resume
 step evaluate 60 "$python" eval.py "$out/run" --device cuda ${sample[@]+"${sample[@]}"}

@@ -361,6 +361,7 @@ struct Call {
     const at::Tensor shift = numbers({B}, o.smallest_angle()), sums = numbers({B, slots}, 0);
     const at::Tensor losses = empty<double>({B});
     if (by_distance) {
+      state.zero_();  // most of it is not used
       by_differences(t, sums);
     } else if (on_tensor_cores) {
       by_tiles(t, sums);

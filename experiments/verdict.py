@@ -12,11 +12,11 @@ small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as p
 default          8 x 192, 6.1M tokens, four seeds;          the same arms
 rates            8 x 192, 2.0M tokens, seeds 100 and 101: a quarter, a half and the whole of the rate chosen at 8 x 64
 half             default at half the rates of the choice, four seeds
-tuned, large     8 x 192 with those rates, six seeds; 8 x 320 (11M parameters) with them, 6.1M tokens, three seeds
+large            8 x 320 (11M parameters), at half those rates, too, 4.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
 limited-choice   8 x 192 on three books, six times over: weight decay and dropout, at the rate of the choice
 limited          the same with four seeds, the best and the last evaluation
-124m             GPT-2's body, 12 x 768, context 1,024, 6.1M tokens, two seeds; for a GPU
+124m             GPT-2's body, 12 x 768, context 1,024, 4.1M tokens, two seeds; for a GPU
 
 All arms of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per byte of
 the test books, which no choice has seen; a stage that was stopped goes on. "report" puts together what is there.
@@ -62,13 +62,12 @@ STAGES = {
     "half": {"size": "default", "max_steps": 3000, "seeds": 4, "settings_of": "choice", "rate": 0.5},
     "rates": {"size": "default", "max_steps": 1000, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {},
               "tunes": ("lr",), "times": (0.25, 0.5, 1.0)},
-    "tuned": {"size": "default", "max_steps": 3000, "seeds": 6, "settings_of": "rates"},
-    "large": {"size": "large", "max_steps": 3000, "seeds": 3, "settings_of": "rates"},
+    "large": {"size": "large", "max_steps": 2000, "seeds": 3, "settings_of": "choice", "rate": 0.5},
     "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
     "limited-choice": {**LIMITED, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {"dropout": 0.0},
                        "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5), "dropout": (0.0, 0.1)}},
     "limited": {**LIMITED, "seeds": 4, "settings_of": "limited-choice"},
-    "124m": {"size": "124m", "max_steps": 375, "evaluations": 2, "seeds": 2,
+    "124m": {"size": "124m", "max_steps": 250, "evaluations": 2, "seeds": 2,
              "flags": {"lr": 6e-4, "beta2": 0.95, "warmup_steps": 40}},
 }  # fmt: skip
 INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
