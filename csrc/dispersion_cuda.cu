@@ -26,7 +26,7 @@
 // l2_repel, in exact float32: by tiles of 64 x 64 pairs, whose distances are sums of squares of differences.
 //
 // The same input gives the same bits: sums over pairs are in double, one slot per tile or row, added in a fixed order;
-// no atomics. Nothing waits for the device. Memory beyond the gradient: 64 MB at most, and a few numbers per token,
+// no atomics. Nothing waits for the device. Memory beyond the gradient: 112 MB at most, and a few numbers per token,
 // whatever B, T and C (l2_repel: more from T = 65,536 on). Without nvcc this file is plain C++:
 // tests/cuda_emulator.cpp runs it on the CPU.
 
@@ -130,8 +130,8 @@ __global__ void weigh(Tokens k, Pair pair, const double* shift, int64_t b, int64
 
 // Launchers
 
-struct Workspace {  // in all at most 64 MB
-  int64_t tile_weights = 32 << 20, tile_tokens = 24 << 20;  // bytes, by tiles: W, x
+struct Workspace {  // in all at most 112 MB
+  int64_t tile_weights = 64 << 20, tile_tokens = 48 << 20;  // bytes, by tiles: W, x
   int64_t weights = 16 << 20, tokens = 36 << 20;            // bytes, by blocks: W, U
   int64_t longest_row = 8192;                               // of W, by blocks
   int64_t sequences = 65535;                                // at once: as many as cuBLAS takes for sure

@@ -125,10 +125,13 @@ def _save(ctx, inputs, output) -> None:
     x, weight, *_, ctx.want_x, ctx.want_weight = inputs
     ctx.dtypes = x.dtype, weight.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward is handed zeros for their gradients, as large as the weight
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, upstream: Tensor, *_):
+def _backward(ctx, upstream: Tensor | None, *_):
+    if upstream is None:  # what uses the loss has no gradient
+        return (None,) * 6
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError("the chunked cross-entropy has no second derivative: set CHUNKED_MIN_VOCAB = None")
     x_grad, weight_grad, number = ctx.saved_tensors

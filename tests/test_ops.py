@@ -18,7 +18,8 @@ from test_dispersion import CASES, randn
 
 from minidisp import InputError, dispersion, ops
 from minidisp.dispersion import DispersionLoss, dispersion_loss
-from minidisp.ops import build, streamed
+from minidisp.loss import chunked
+from minidisp.ops import attention, build, streamed
 from minidisp.ops.__main__ import check, self_test
 
 MISSING = ops.find_or_build("cpu")  # why there is no extension, or ""
@@ -237,7 +238,7 @@ def test_cuda_memory_stays_small(variant, dtype, shape):
     torch.ops.minidisp.dispersion(z, variant, 1.0, 0.25, 1e-2, True)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - 4 * z.numel()
-    assert extra <= 2**26 + 64 * shape[0] * shape[1]  # 64 MB, and some numbers per token
+    assert extra <= 7 * 2**24 + 64 * shape[0] * shape[1]  # 112 MB, and some numbers per token
 
 
 # Instruction sets of the CPU, and matrix tiles
@@ -915,3 +916,40 @@ def test_the_operator_refuses_what_it_cannot_do():
             op(z, "angular_spread", 1.0, 0.25, 0.01, False)
     with pytest.raises(ValueError, match="mean_cosine"):
         op(torch.ones(1, 3, 4), "mean_cosine", 1.0, 0.25, 0.01, False)
+
+
+# What backward is handed
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("name", ["fused", "streamed", "attention", "cross-entropy"])
+def test_backward_is_handed_no_zeros_and_takes_no_gradient(name):
+    """The operators also return what has no gradient: autograd would make zeros of that size for it."""
+    x = torch.randn(2, 9, 24, requires_grad=True)
+
+    def value():
+        if name == "attention":
+            assert not attention.find_or_build()
+            return torch.ops.minidisp.causal_attention(x, 1, 1)[0].sum()
+        if name == "cross-entropy":
+            return chunked(x.flatten(0, 1), torch.ones(11, 24), torch.arange(18) % 11)
+        return dispersion_loss(x, impl=name)
+
+    if name in ("fused", "attention") and not FUSED:
+        pytest.skip("no extension")
+    loss = value()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    assert not {"aten::zeros", "aten::zeros_like"} & {event.key for event in profile.key_averages()}
+    x.grad = None
+    (WithoutGradient.apply(value()) + 2 * x.sum()).backward()
+    assert (x.grad == 2).all()

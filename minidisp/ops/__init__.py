@@ -53,11 +53,14 @@ def _save(ctx, inputs, output) -> None:
     z, ctx.variant = inputs[:2]
     ctx.dtype = z.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward is handed zeros for the gradients of these, as large as z
     finished = len(output) == 2 or z.device.type != "cuda"
     ctx.save_for_backward(*([output[1]] if finished else [*output[1:], z]))
 
 
-def _backward(ctx, grad_loss: Tensor, *_):
+def _backward(ctx, grad_loss: Tensor | None, *_):
+    if grad_loss is None:  # what uses the loss has no gradient
+        return (None,) * 6
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
             "the fused and streamed dispersion losses have no second derivative: "

@@ -39,11 +39,14 @@ def _fake_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: 
 
 def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or backward is handed zeros for its gradient
     ctx.save_for_backward(inputs[0], *output)
     ctx.heads = inputs[1:]
 
 
-def _backward(ctx, grad: Tensor, _):
+def _backward(ctx, grad: Tensor | None, _):
+    if grad is None:  # what uses the output has no gradient
+        return None, None, None
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
             "the attention operator has no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start"
