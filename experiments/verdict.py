@@ -36,10 +36,12 @@ from minidisp import InputError
 from minidisp.metrics import holm, paired_p, sign_test_p
 from minidisp.runtime.cli import Parser, exit_code
 
-ARMS = {  # how the loss is used
+ARMS = {  # how the loss is used; the first three are the protocol's
     "off": {},
     "lambda 0.1": {"dispersion": 0.1},
     "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
+    "l2_repel": {"dispersion": 0.1, "dispersion_variant": "l2_repel"},
+    "mean cosine": {"dispersion": 0.1, "dispersion_variant": "mean_cosine"},
 }
 GRID = {  # what is tried, the recipe's own value in the middle
     "gpt2": {"lr": (1e-3, 2e-3, 4e-3), "weight_decay": (0.0, 0.1, 0.5)},
@@ -120,8 +122,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
     add("--data", metavar="TEXT", help="corpus (default: books, books3 for the limited stages)")
     add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
-    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="ARM",
-        help='only these arms, the first one compared with ("off" "lambda 0.1" "tau 0.1")')  # fmt: skip
+    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS)[:3], metavar="ARM",
+        help='these arms, the first one compared with (default "off" "lambda 0.1" "tau 0.1"; also "l2_repel" "mean cosine")')  # fmt: skip
     add("--seeds", type=int, metavar="N", help="another number of seeds than the protocol's")
     add("--first-seed", type=int, metavar="N", help="and another first one: so two processes can share a stage")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
@@ -175,8 +177,11 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
             tried |= {label: float(np.mean(over_seeds)) for label, over_seeds in bits.items()}
             winner = min(candidates, key=tried.get)
             best |= {field: candidates[winner][field]}
-        chosen[arm] = {"settings": best, "bits_per_byte": tried[winner], "tried": tried}
-    files.write_json(out / "choice.json", {"seeds": sorted({seed for _, seed in runs}), "arms": chosen})
+        seeds = sorted({seed for _, seed in runs})
+        chosen[arm] = {"settings": best, "bits_per_byte": tried[winner], "tried": tried, "seeds": seeds}
+    path = out / "choice.json"
+    kept = read_json(path)["arms"] if path.exists() else {}  # arms that were chosen for by an earlier command
+    files.write_json(path, {"arms": {**kept, **chosen}})
     rows = [
         [arm, *(f"{c['settings'][field]:g}" for field in stage["tunes"]), f"{c['bits_per_byte']:.4f}"]
         for arm, c in chosen.items()

@@ -214,7 +214,7 @@ def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
 def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatch, capsys):
     verdict, out = load("verdict"), tmp_path / "verdict"
     monkeypatch.setattr(verdict, "GRID", {"gpt2": {"lr": (1e-3, 2e-3), "weight_decay": (0.1, 0.5)}})
-    monkeypatch.setattr(verdict, "ARMS", {name: verdict.ARMS[name] for name in ("off", "lambda 0.1", "tau 0.1")})
+    monkeypatch.setattr(verdict, "ARMS", dict(list(verdict.ARMS.items())[:3]))
     monkeypatch.setattr(verdict, "TEXTS", 1)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"sentence_good": "It is good.", "sentence_bad": "It are good."}\n' * 2)
@@ -233,6 +233,11 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
         assert chosen["bits_per_byte"] == min(chosen["tried"].values())
         assert len(chosen["tried"]) == 3  # two rates, then the other weight decay
         assert set(chosen["settings"]) == {"lr", "weight_decay"}, arm
+    monkeypatch.setitem(verdict.ARMS, "l2_repel", verdict.ARMS["off"])
+    assert (
+        command("--stage", "choice", "--arms", "l2_repel", "--seeds", "1") == 0
+    )  # beside those that were chosen before
+    assert set(json.loads((out / "gpt2-choice" / "choice.json").read_text())["arms"]) == {*choice, "l2_repel"}
     assert command("--stage", "small", "--pairs", str(pairs), "--time-ratio", "1.5") == 0
     results = json.loads((out / "gpt2-small" / "results.json").read_text())
     (compared,) = results["compared"]
