@@ -15,7 +15,7 @@ import train
 from minidisp import report
 from minidisp.runtime import files
 
-STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe")
+STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup")
 FOLDER = Path(train.__file__).parent / "experiments"
 
 
