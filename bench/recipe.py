@@ -32,9 +32,9 @@ import torch  # noqa: E402
 
 import minidisp  # noqa: E402
 from minidisp import GPT, GPTConfig  # noqa: E402
+from minidisp.comparison import paired_p  # noqa: E402
 from minidisp.config import command_line  # noqa: E402
 from minidisp.data import Dataset, Split, eval_windows  # noqa: E402
-from minidisp.metrics import paired_p  # noqa: E402
 
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BATCH_SIZE = 12

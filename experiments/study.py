@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from minidisp import InputError, report  # noqa: E402
+from minidisp.comparison import paired_interval  # noqa: E402
 from minidisp.config import Config, command_line, parse, read_json, to_dict  # noqa: E402
-from minidisp.metrics import paired_interval  # noqa: E402
 from minidisp.runtime import checkpoint, files  # noqa: E402
 from minidisp.runtime.cli import Parser, exit_code  # noqa: E402
 

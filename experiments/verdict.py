@@ -33,7 +33,7 @@ import torch
 from study import files, read_json, report, show
 
 from minidisp import InputError
-from minidisp.metrics import holm, paired_p, sign_test_p
+from minidisp.comparison import holm, paired_p, sign_test_p
 from minidisp.runtime.cli import Parser, exit_code
 
 ARMS = {  # how the loss is used; the first three are the protocol's

@@ -14,14 +14,13 @@ import torch
 from tqdm import tqdm
 
 from minidisp import InputError, is_plain, parse_json, printable, read_bytes
+from minidisp.comparison import bootstrap_mean, paired_bootstrap
 from minidisp.data import Dataset, strided_windows
 from minidisp.metrics import (
     FullCondensation,
     bits_per_byte,
-    bootstrap_mean,
     distinct_ngrams,
     minimal_pair_values,
-    paired_bootstrap,
     perplexity,
     repeated_ngrams,
     word_perplexity,
