@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data.files import Input, say
 from data.sources import Document, Source, text_blocks, text_document, text_file
 from minidisp import InputError
-from minidisp.data import sha256_of
+from minidisp.shards import sha256_of
 
 
 def standard_library() -> Source:

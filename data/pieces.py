@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.sources import BadRow, Document
 from minidisp import InputError
-from minidisp.data import SPLITS, ShardWriter
+from minidisp.shards import SPLITS, ShardWriter
 from minidisp.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000

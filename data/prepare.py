@@ -42,8 +42,9 @@ from data.hub import hugging_face
 from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, survey, usable, write_shards
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, printable, read_bytes
-from minidisp.data import FORMAT, SPLITS, Dataset
+from minidisp.data import Dataset
 from minidisp.runtime.cli import Parser, exit_code
+from minidisp.shards import FORMAT, SPLITS
 from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepiece
 
 try:

@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError
 from minidisp.config import Config
-from minidisp.data import Dataset, sha256_of
+from minidisp.data import Dataset
 from minidisp.loss import compute_dtype
 from minidisp.runtime import checkpoint
+from minidisp.shards import sha256_of
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:

@@ -12,17 +12,8 @@ import pytest
 
 import minidisp.data
 from minidisp import InputError
-from minidisp.data import (
-    FORMAT,
-    HEADER,
-    SPLITS,
-    Batches,
-    Dataset,
-    ShardWriter,
-    eval_windows,
-    open_shard,
-    strided_windows,
-)
+from minidisp.data import Batches, Dataset, eval_windows, strided_windows
+from minidisp.shards import FORMAT, HEADER, SPLITS, ShardWriter, open_shard
 from minidisp.tokenizer import ByteTokenizer
 
 SHARD_TOKENS = 50

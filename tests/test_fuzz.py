@@ -27,10 +27,11 @@ import eval as eval_command
 import train
 from minidisp import InputError, report, tokenizer
 from minidisp.config import from_dict, parse, to_dict
-from minidisp.data import HEADER, MAGIC, SPLITS, Dataset
+from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint
 from minidisp.runtime.run_folder import changed_settings, rewind_metrics
+from minidisp.shards import HEADER, MAGIC, SPLITS
 from tests.conftest import small_config, small_flags
 from tests.test_data import write_corpus
 

@@ -22,7 +22,8 @@ import pytest
 
 from data import downloads, pieces, prepare, sources
 from minidisp import InputError
-from minidisp.data import SPLITS, Dataset
+from minidisp.data import Dataset
+from minidisp.shards import SPLITS
 from minidisp.tokenizer import ByteTokenizer
 
 SCRIPT = Path(prepare.__file__)

@@ -16,7 +16,8 @@ from test_prepare import SCRIPT, all_documents_of, assert_nothing_left, document
 
 from data import files, hub, pieces, prepare, sources
 from minidisp import InputError
-from minidisp.data import SPLITS, Dataset
+from minidisp.data import Dataset
+from minidisp.shards import SPLITS
 
 BYTES = ["--name", "t", "--tokenizer", "byte"]
 
