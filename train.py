@@ -34,12 +34,12 @@ from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
 from minidisp.optim import Average, build_optimizers, learning_rate, step_where
 from minidisp.runtime import checkpoint, files
+from minidisp.runtime.command import catch_signals, leave, run_command, stop
 from minidisp.runtime.device import compiles, describe_use, fetched, get_rng_state, set_rng_state, set_up, to_device
 from minidisp.runtime.guard import Diverged, Guard, first_bad_tensor, half_of, is_finite, refuse_too_large
-from minidisp.runtime.launch import catch_signals, leave, run_command, stop
+from minidisp.runtime.init_from import architecture_of, start_from
 from minidisp.runtime.processes import ALONE, World, data_parallel, set_gradient_sync, shard
 from minidisp.runtime.run_folder import RunFolder
-from minidisp.runtime.start import architecture_of, start_from
 from minidisp.validation import Validation
 
 
@@ -105,7 +105,7 @@ class Trainer:
         self.sequences = config.batch_size * config.grad_accum  # per optimiser step
         self.share = world.share_of(self.sequences)  # of them, this process's
         self.sharded = config.shard and world.launched
-        self.run = RunFolder(config, world, at_exit)
+        self.run = RunFolder(config, world, at_exit, report.loggers(config.tensorboard, config.wandb))
 
         # --- data -----------------------------------------------------------------------------------------------------
         self.dataset = dataset = Dataset(world.main_first("corpus", lambda: find_or_prepare(config.data)))

@@ -7,18 +7,19 @@ config.json, metrics.jsonl (one JSON object per logged step and per evaluation),
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from minidisp import InputError, read_bytes, report
+from minidisp import InputError, read_bytes
 from minidisp.config import Config, from_dict, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.runtime import checkpoint, files
+from minidisp.runtime.command import warn
 from minidisp.runtime.device import describe_environment
-from minidisp.runtime.launch import warn
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
 
@@ -28,14 +29,17 @@ OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", *FIGURES)
 
 
 class RunFolder:
-    """The folder of one run, from the check that it may be used to the last file. Raises InputError if it may not."""
+    """The folder of one run, from the check that it may be used to the last file. Raises InputError if it may not.
 
-    def __init__(self, config: Config, world: World, at_exit: ExitStack):
+    loggers: what else is told each line of metrics.jsonl; see report.loggers.
+    """
+
+    def __init__(self, config: Config, world: World, at_exit: ExitStack, loggers: Sequence = ()):
         self.path, self._config, self._world, self._at_exit = config.run_dir, config, world, at_exit
         self._say = warn if world.main else lambda text: None
         self._metrics: BinaryIO | None = None
         self._later_best = False  # ckpt_best.pt is of a step that --resume takes again
-        self._loggers = report.loggers(config.tensorboard, config.wandb) if world.main else []
+        self._loggers = loggers if world.main else ()
         if world.main:
             refuse_occupied(self.path, config)
 
