@@ -36,7 +36,7 @@ except ImportError:  # Python 3.10
     tomllib = None
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, ROOT / "RESULTS.md", ROOT / "CHANGELOG.md"]
+LINKED = [*PAGES, *sorted((ROOT / "results").glob("*.md")), ROOT / "CHANGELOG.md"]
 PROGRAMS = ("python ", "pip ", "torchrun ", "bash ")
 WITHOUT_ARGUMENTS = ("pytest", "minidisp.ops")
 BLOCK = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -123,6 +123,17 @@ def test_files_that_are_named_exist(page):
 def test_the_index_has_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_every_study_has_a_page_with_its_command_and_the_verdict_is_short():
+    """results/README.md lists each file and stays within 8 KB; a study shows how to repeat it."""
+    verdict = ROOT / "results" / "README.md"
+    assert len(verdict.read_bytes()) <= 8192
+    studies = sorted(verdict.parent.glob("20*.md"))
+    assert studies
+    for study in studies:
+        assert f"({study.name})" in verdict.read_text(encoding="utf-8")
+        assert re.search(r"^python (experiments/|bench/|train\.py)", study.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_the_file_tree_of_the_readme_is_the_tree():
