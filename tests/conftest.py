@@ -31,6 +31,23 @@ class NothingIsLookedAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Where pytest-xdist is installed, `python -m pytest` uses up to four cores, one test file each; -n 0 uses none.
+
+    Here and not in addopts, so that pytest also runs without xdist.
+    """
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    option = config.option
+    if option.numprocesses is None and not option.tx:
+        option.numprocesses = "auto"
+        option.maxprocesses = option.maxprocesses or 4
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"
+        option.loadscopereorder = False
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--fuzz", type=float, default=1, metavar="N", help="N times as many damaged files, and other ones each time"
