@@ -10,7 +10,6 @@ The model knows nothing of the dispersion loss: it hands out its hidden states, 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from minidisp import InputError
+from minidisp import InputError, decoding
+from minidisp.decoding import KVCache, PrefixTree
 from minidisp.loss import cross_entropy
 from minidisp.ops import layers
-from minidisp.ops.attention import causal_attention, compute_dtype
-
-MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
+from minidisp.ops.attention import causal_attention
 
 
 def flag(default, help: str, resume: Literal["refused", "said", "free"] = "refused"):
@@ -175,49 +173,6 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
     if config.arch == "gpt2":
         return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(width, eps=config.norm_eps)
-
-
-class KVCache:
-    """Keys and values of all blocks for up to `size` tokens, so that each new token costs a forward pass of one token.
-
-    A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
-    """
-
-    mask = None  # a new token sees all before it
-
-    def __init__(self, config: GPTConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
-        self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.size, self.length = size, 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, n_kv_head, T, D) behind what block `layer` has; returns all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.blocks[layer][0, :, :, self.length : end] = k
-        self.blocks[layer][1, :, :, self.length : end] = v
-        return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
-
-
-class PrefixTree:
-    """Texts that share their beginnings, in one row: a token sees those on the way from the root of its tree to itself.
-
-    Stands where a KVCache does. parents: (B, T) int64, the index of the token before each, which is smaller, and its own
-    for a root; depth: (B, T) int64, tokens before it, which is its position.
-    """
-
-    length = 0
-
-    def __init__(self, parents: Tensor, depth: Tensor):
-        B, T = parents.shape
-        rows, self.depth = torch.arange(B, device=parents.device), depth
-        self.mask = torch.zeros(B, 1, T, T, dtype=torch.bool, device=parents.device)
-        for i in range(T):
-            self.mask[:, 0, i] = self.mask[rows, 0, parents[:, i]]
-            self.mask[:, 0, i, i] = True
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """There is nothing before the tree."""
-        return k, v
 
 
 class Attention(nn.Module):
@@ -380,101 +335,4 @@ class GPT(nn.Module):
         loss = cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_token: int | None = None,
-    ) -> Tensor:
-        """Sample a continuation of idx (B, T) int64, T >= 1; returns (B, T + new) with at most max_new_tokens new ones.
-
-        temperature: 0 takes the likeliest token. top_k: sample among the k likeliest only. top_p: among the fewest
-        that hold this much probability (nucleus sampling, arXiv 1904.09751). seed: makes the sample repeatable and
-        leaves torch's global generator alone. stop_token: end when every sequence has produced it.
-        When the context is full, its older half is dropped. Raises ValueError on a value out of range.
-        """
-        drawn = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token))
-        if stop_token is not None and drawn:  # stream may have gone on after all had stopped
-            stopped = ((torch.cat(drawn, dim=1) == stop_token).cumsum(dim=1) > 0).all(dim=0)  # (new,)
-            del drawn[len(drawn) - int(stopped[:-1].sum()) :]
-        return torch.cat((idx, *drawn), dim=1)
-
-    @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_token: int | None = None,
-    ) -> Iterator[Tensor]:
-        """The new tokens of `generate` one after the other as they are drawn, (B, 1) int64 each; see there.
-
-        Where `look_every` is more than 1, a few more may come after all have stopped.
-        """
-        if idx.ndim != 2 or idx.shape[1] < 1:
-            raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
-        check_sampling(temperature, top_k, top_p)
-        was_training = self.training
-        self.eval()
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        block_size = self.config.block_size
-        size = min(block_size, idx.shape[1] + max_new_tokens)
-        cache = KVCache(self.config, len(idx), size, idx.device, compute_dtype(self.wte.weight))
-        context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        every = look_every(idx.device)
-        try:
-            for new in range(1, max_new_tokens + 1):
-                if cache.length + unread.shape[1] > block_size:
-                    cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
-                x, _ = self._backbone(unread, cache=cache)
-                unread = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
-                context = torch.cat((context, unread), dim=1)
-                yield unread
-                if stop_token is not None:
-                    stopped |= unread[:, 0] == stop_token
-                    if new % every == 0 and stopped.all():
-                        break
-        finally:  # also where nobody asks for more
-            self.train(was_training)
-
-
-def look_every(device: torch.device) -> int:
-    """After how many tokens sampling looks at what was drawn: any device but a CPU would be waited for each time."""
-    return 1 if device.type == "cpu" else 16
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError unless GPT.generate can sample so: a temperature near 0 would divide logits beyond float32."""
-    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
-        raise ValueError(
-            f"temperature is {temperature}, but must be 0 for the likeliest token, or from {MIN_TEMPERATURE} on"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, but must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draw one token per row of logits (B, V), float32; returns (B, 1) int64. See GPT.generate for the rest."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        sorted_probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays if those before it do not reach top_p yet; so the likeliest always stays.
-        before = sorted_probs.cumsum(dim=-1) - sorted_probs
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probs, 1, generator=generator)
+    generate, stream = decoding.generate, decoding.stream

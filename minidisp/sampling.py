@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from minidisp import InputError, read_bytes
-from minidisp.model import GPT, check_sampling, look_every
+from minidisp.decoding import check_sampling, look_every
+from minidisp.model import GPT
 
 ROWS = 64  # sequences that are generated at a time
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minidisp import InputError, is_plain, parse_json, printable, read_bytes
 from minidisp.comparison import bootstrap_mean, paired_bootstrap
 from minidisp.data import Dataset, strided_windows
+from minidisp.decoding import PrefixTree
 from minidisp.metrics import (
     FullCondensation,
     bits_per_byte,
@@ -25,7 +26,7 @@ from minidisp.metrics import (
     repeated_ngrams,
     word_perplexity,
 )
-from minidisp.model import GPT, PrefixTree
+from minidisp.model import GPT
 from minidisp.runtime.device import to_device
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import minidisp
-from minidisp import gguf
+from minidisp.hf import gguf
 
 TEXTS = [
     "", " ", "a", "  ", "hello world", " a leading space", "a trailing space ", "two  spaces   and more    .", "\n",

@@ -18,7 +18,7 @@ import tokenizers
 from safetensors.torch import load_file
 
 from minidisp import InputError, hf
-from minidisp import gguf as ours
+from minidisp.hf import gguf as ours
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_sentencepiece
 from tests import llama_cpp
 from tests.test_hf import write_run

@@ -27,10 +27,12 @@ import eval as evaluation  # not the builtin
 import minidisp
 import train
 from data import prepare
-from minidisp import InputError, families, hf
+from minidisp import InputError, hf
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
+from minidisp.hf import families
+from minidisp.hf.reference import stored_form
 from minidisp.model import GPT, MLP, Attention, Block, GPTConfig
 from minidisp.ops.attention import torch_attention
 from minidisp.runtime import checkpoint
@@ -398,8 +400,8 @@ def test_other_parameters_and_settings_are_refused_by_name():
         ("h.1.ln_2.weight", torch.ones(9)),
         ("h.0.mlp.c_proj.weight", torch.full((8, 32), math.nan)),
     ]:
-        assert name in refusal(families.stored_form, with_parameter(name, parameter), 1)
-    families.stored_form(fresh(), 1)
+        assert name in refusal(stored_form, with_parameter(name, parameter), 1)
+    stored_form(fresh(), 1)
 
 
 def test_a_new_setting_of_the_model_is_refused_by_name_unless_it_is_off(monkeypatch):

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minidisp import InputError
 from minidisp.config import PRESETS, from_dict
+from minidisp.decoding import KVCache, PrefixTree, sample
 from minidisp.loss import chunked, plain
-from minidisp.model import GPT, GPTConfig, KVCache, PrefixTree, sample
+from minidisp.model import GPT, GPTConfig
 from minidisp.ops import layers
 from tests.conftest import NothingIsLookedAt
 
@@ -395,7 +396,7 @@ def test_generation_stops_at_the_stop_token():
 
 
 def test_tokens_are_drawn_without_waiting_for_the_device(model, monkeypatch):
-    monkeypatch.setattr("minidisp.model.look_every", lambda device: 16)
+    monkeypatch.setattr("minidisp.decoding.look_every", lambda device: 16)
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with NothingIsLookedAt():
         for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.9}):
@@ -409,7 +410,7 @@ def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, e
     options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(6) for stop in (0, 7)]
     options += [{"temperature": 0, "stop_token": model.generate(idx, n, temperature=0)[0, -1].item()} for n in (1, 2)]
     at_once = [model.generate(idx, 25, **each) for each in options]
-    monkeypatch.setattr("minidisp.model.look_every", lambda device: every)
+    monkeypatch.setattr("minidisp.decoding.look_every", lambda device: every)
     for each, out in zip(options, at_once, strict=True):
         assert torch.equal(model.generate(idx, 25, **each), out)
     assert model.generate(idx, 0, stop_token=0).equal(idx)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from minidisp import InputError, families, hf
+from minidisp import InputError, hf
 from minidisp.config import Config, from_dict, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT, GPTConfig
@@ -13,7 +13,7 @@ def architecture_of(source: str) -> tuple[GPTConfig, bool]:
     """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it,
     and whether it may be started from with a shorter context."""
     if hf.is_folder(source):
-        return families.read_config(hf.find_folder(source))[1], True
+        return hf.read_config(hf.find_folder(source))[1], True
     path = checkpoint.find(source)
     beside = path.parent / "config.json"
     saved = read_json(beside) if beside.is_file() else checkpoint.read(path)["config"]

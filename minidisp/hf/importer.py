@@ -1,22 +1,12 @@
-"""Hugging Face models, both ways: GPT-2, Qwen3 and Apertus weights in safetensors, each with its own tokenizer.
+"""From a Hugging Face folder or hub name: a model with its weights, and a tokenizer.
 
-    model = minidisp.hf.load_model("folder")             # or owner/name on the hub
-    model, tokenizer = minidisp.hf.load("folder")
-    python -m minidisp.hf export runs/NAME folder          # for AutoModelForCausalLM and AutoTokenizer
-    python -m minidisp.hf export runs/NAME folder --gguf   # for llama.cpp, Ollama and LM Studio (gguf.py)
-
-A folder holds config.json, model.safetensors (or shards and model.safetensors.index.json), tokenizer.json and
-tokenizer_config.json. Nothing in it is executed. What our model cannot represent is refused by name, and so is what
-ours has and the families of transformers have not (families.py).
+Nothing in a folder is executed. What our model cannot represent is refused, with the name of the entry or tensor.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import re
-import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -26,13 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from minidisp import InputError, read_bytes
 from minidisp.config import read_json
-from minidisp.families import FAMILIES, Settings, in_dtype, read_config, stored_form, weights
+from minidisp.hf.families import FAMILIES, INDEX, WEIGHTS, Settings, read_config, weights
 from minidisp.model import GPT, GPTConfig
-from minidisp.runtime import checkpoint, files
-from minidisp.runtime.cli import Parser, exit_code
-from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer, to_tokenizer
+from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["config.json", "tokenizer.json", INDEX, "*.safetensors", *HuggingFaceTokenizer.FILES]
 DTYPES = ("F64", "F32", "F16", "BF16")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what config.json knows of the tokenizer
@@ -41,9 +28,6 @@ NO_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 NO_WEIGHTS = re.compile(
     r"h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 )  # constants that old files hold, too
-
-
-# --- from a folder ----------------------------------------------------------------------------------------------------
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> tuple[GPT, Tokenizer]:
@@ -273,119 +257,3 @@ def _check_tensors(folder: Path, config: GPTConfig, family: str, stored: dict[st
             f"{head.path}: lm_head.weight is not {embedding}, though config.json ties them: "
             f"set tie_word_embeddings to false"
         )
-
-
-# --- to a folder ------------------------------------------------------------------------------------------------------
-
-
-def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
-    """Write a run's model and tokenizer as a folder for transformers; returns it.
-
-    run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
-    The tokenizer gives the same ids for every text and the same text back; special tokens in a text are text, as in
-    training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the
-    settings that lay beside it; there, special tokens are special.
-    Raises InputError, with nothing left behind, if the folder is there already or no family can represent the model.
-    """
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise InputError("Hugging Face weights need the package safetensors: pip install 'minidisp[hf]'") from None
-    model, vocabulary, _ = checkpoint.load_run(run)
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already: choose another folder")
-    if folder.resolve() == Path.cwd():
-        raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
-    config, tensors = stored_form(model, vocabulary.eos_id)
-    tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
-    texts = _files(config | {"dtype": dtype}, vocabulary)
-    building = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
-    building.mkdir(parents=True)
-    try:
-        for name, text in texts.items():
-            (building / name).parent.mkdir(exist_ok=True)
-            files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
-        safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        building.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError):  # a full disk, say; it is no OSError
-            raise InputError(f"{folder} cannot be written: {error}") from None
-        raise
-    return folder
-
-
-def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
-    """The texts of config.json and of the tokenizer's files by name."""
-    # Documents follow one another, each behind the end of the one before, which so is the beginning, too.
-    config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
-    kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
-    if kept:
-        config |= json.loads(kept.pop("config.json", "{}"))
-        return {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
-    tokenizer_json, eos_token = to_tokenizer(vocabulary)
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos_token,
-        "eos_token": eos_token,
-        "model_max_length": config.get("n_positions") or config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-    }
-    files = {"config.json": config, "tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config}
-    return {name: _json(values) for name, values in files.items()}
-
-
-def _json(values: dict) -> str:
-    return json.dumps(values, indent=2) + "\n"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: see exit_code."""
-    parser = Parser(
-        prog="-m minidisp.hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", choices=("export",), help="export: write a run as a folder for transformers")
-    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
-    parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist yet, or be empty")
-    parser.add_argument(
-        "--dtype",
-        type=str.lower,
-        choices=("float32", "bfloat16", "float16", "q8_0"),
-        default="float32",
-        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf",
-    )
-    parser.add_argument(
-        "--gguf",
-        action="store_true",
-        help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead (pip install 'minidisp[gguf]')",
-    )
-
-    def command() -> None:
-        args = parser.parse_args(argv)
-        try:
-            if args.gguf:
-                from minidisp import gguf
-
-                print(f"{gguf.export_run(args.run, args.folder, args.dtype)}: for llama.cpp, Ollama or LM Studio")
-            elif args.dtype == "q8_0":
-                raise InputError("--dtype q8_0 goes with --gguf: transformers' files have float32, bfloat16 or float16")
-            else:
-                folder = export(args.run, args.folder, args.dtype)
-                print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
-        except OSError as error:
-            raise InputError(f"{error.filename or args.folder}: {error.strerror or error}") from None
-
-    return exit_code("minidisp.hf", command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Export a run for transformers, or as a GGUF file for llama.cpp.
+
+python -m minidisp.hf export runs/NAME folder          # for AutoModelForCausalLM and AutoTokenizer
+python -m minidisp.hf export runs/NAME folder --gguf   # for llama.cpp, Ollama and LM Studio
+"""
+
+import argparse
+
+from minidisp import InputError
+from minidisp.hf import gguf
+from minidisp.hf.exporter import export
+from minidisp.runtime.cli import Parser, exit_code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: see exit_code."""
+    parser = Parser(
+        prog="python -m minidisp.hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=("export",), help="export: write a run as a folder for transformers")
+    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
+    parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist yet, or be empty")
+    parser.add_argument(
+        "--dtype",
+        type=str.lower,
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        default="float32",
+        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf",
+    )
+    parser.add_argument(
+        "--gguf",
+        action="store_true",
+        help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead (pip install 'minidisp[gguf]')",
+    )
+
+    def command() -> None:
+        args = parser.parse_args(argv)
+        try:
+            if args.gguf:
+                print(f"{gguf.export_run(args.run, args.folder, args.dtype)}: for llama.cpp, Ollama or LM Studio")
+            elif args.dtype == "q8_0":
+                raise InputError("--dtype q8_0 goes with --gguf: transformers' files have float32, bfloat16 or float16")
+            else:
+                folder = export(args.run, args.folder, args.dtype)
+                print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
+        except OSError as error:
+            raise InputError(f"{error.filename or args.folder}: {error.strerror or error}") from None
+
+    return exit_code("minidisp.hf", command)

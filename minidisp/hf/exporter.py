@@ -1,0 +1,78 @@
+"""A run as a folder for transformers: config.json, model.safetensors, and the tokenizer's files."""
+
+import json
+import shutil
+from pathlib import Path
+
+from minidisp import InputError
+from minidisp.hf.families import WEIGHTS, in_dtype
+from minidisp.hf.reference import stored_form
+from minidisp.runtime import checkpoint, files
+from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer, to_tokenizer
+
+
+def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
+    """Write a run's model and tokenizer as a folder for transformers; returns it.
+
+    run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
+    The tokenizer gives the same ids for every text and the same text back; special tokens in a text are text, as in
+    training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the
+    settings that lay beside it; there, special tokens are special.
+    Raises InputError, with nothing left behind, if the folder is there already or no family can represent the model.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError("Hugging Face weights need the package safetensors: pip install 'minidisp[hf]'") from None
+    model, vocabulary, _ = checkpoint.load_run(run)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already: choose another folder")
+    if folder.resolve() == Path.cwd():
+        raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
+    config, tensors = stored_form(model, vocabulary.eos_id)
+    tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
+    texts = _files(config | {"dtype": dtype}, vocabulary)
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
+    building.mkdir(parents=True)
+    try:
+        for name, text in texts.items():
+            (building / name).parent.mkdir(exist_ok=True)
+            files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
+        safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        building.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError):  # a full disk, say; it is no OSError
+            raise InputError(f"{folder} cannot be written: {error}") from None
+        raise
+    return folder
+
+
+def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
+    """The texts of config.json and of the tokenizer's files by name."""
+    # Documents follow one another, each behind the end of the one before, which so is the beginning, too.
+    config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
+    kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
+    if kept:
+        config |= json.loads(kept.pop("config.json", "{}"))
+        return {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
+    tokenizer_json, eos_token = to_tokenizer(vocabulary)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos_token,
+        "eos_token": eos_token,
+        "model_max_length": config.get("n_positions") or config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    files = {"config.json": config, "tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config}
+    return {name: _json(values) for name, values in files.items()}
+
+
+def _json(values: dict) -> str:
+    return json.dumps(values, indent=2) + "\n"
