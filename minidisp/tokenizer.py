@@ -31,10 +31,11 @@ _PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> c  "
 
 
 class Tokenizer(ABC):
-    """What all kinds share. vocab_size and eos_id are ints; token_bytes[i] is what id i stands for, b"" for EOS."""
+    """What all kinds share. token_bytes[i] is what id i stands for, b"" for EOS; eos_token is how files write EOS."""
 
     vocab_size: int
     eos_id: int
+    eos_token: str
     token_bytes: list[bytes]
 
     def __init__(self, serialized: bytes):
@@ -67,6 +68,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 257
     eos_id = 256
+    eos_token = "</s>"
 
     def __init__(self):
         super().__init__(BYTE_FILE)
@@ -91,6 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._model.eos_id()
         if self.eos_id < 0:
             raise ValueError("this SentencePiece model has no end-of-sequence token")
+        self.eos_token = self._model.id_to_piece(self.eos_id)
         self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         byte_ids = {token: i for i, token in enumerate(self.token_bytes) if self._model.is_byte(i)}
         if len(byte_ids) < 256:

@@ -1,0 +1,237 @@
+"""The prompt template of examples: a dialogue as token ids, and which of them a model is trained to predict.
+
+    template = Template.of(tokenizer)                    # the tokenizer's own chat template, or PLAIN
+    ids, counted = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    prompt, _ = template.render(messages, add_generation_prompt=True)       # the answer ends with template.stop_id
+
+A template is Jinja, as in transformers, and gives the ids of its `apply_chat_template`. One thing differs: where a
+message contains the name of a special token, such as </s>, it is encoded as text, so no message can end its own turn.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from minidisp import InputError
+from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+# Roles and contents alternate, each closed by the end-of-text token: no tokenizer merges characters across it, so every
+# part has the ids that it has alone, whatever the text.
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] + eos_token + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' + eos_token }}{% endif %}"
+)
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Messages = Sequence[dict[str, str]]  # with "role" (system, user or assistant) and "content"
+
+
+class Rendered(NamedTuple):
+    """A dialogue in tokens; the two lists are of equal length."""
+
+    ids: list[int]
+    counted: list[bool]  # from behind a generation prompt to the token that closes the assistant's turn, inclusive
+
+
+class Template:
+    """A chat template and the tokenizer that it is written for. Raises InputError if it cannot be used.
+
+    chat_template: the Jinja source. stop_id: the token that closes an assistant's turn, where generation stops.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str, token_names: dict[str, str], now: str):
+        """token_names: what the template calls eos_token and so on. now: an ISO date, what strftime_now formats."""
+        self.chat_template, self._tokenizer, self._token_names, self._now = chat_template, tokenizer, token_names, now
+        self._special = _special_tokens(tokenizer)
+        # Of several that begin at the same place the longest counts, as in the package tokenizers.
+        self._names = sorted(self._special, key=len, reverse=True)
+        self._name = re.compile("|".join(map(re.escape, self._names)))
+        strips = [(self._special[name].lstrip, self._special[name].rstrip) for name in self._names]
+        self._split = re.compile(
+            "|".join(
+                r"\s*" * left + f"({re.escape(name)})" + r"\s*" * right
+                for name, (left, right) in zip(self._names, strips, strict=True)
+            )
+        )
+        self._jinja = _compile(chat_template, datetime.datetime.fromisoformat(now))
+        self.stop_id = self._closing_token()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Template":
+        """The chat template that came with a Hugging Face tokenizer, else PLAIN."""
+        source, names = _own(tokenizer)
+        return cls(tokenizer, source or PLAIN, names, datetime.date.today().isoformat())
+
+    @classmethod
+    def from_meta(cls, meta: object, tokenizer: Tokenizer) -> "Template":
+        """What `to_meta` returned. Raises InputError if it is damaged."""
+        fields = {"chat_template": str, "token_names": dict, "now": str}
+        if not (isinstance(meta, dict) and all(type(meta.get(name)) is kind for name, kind in fields.items())):
+            raise InputError(f"the prompt template is damaged: it needs {', '.join(fields)}")
+        try:
+            return cls(tokenizer, *(meta[name] for name in fields))
+        except ValueError as error:
+            raise InputError(f"the prompt template is damaged: {error}") from None
+
+    def to_meta(self) -> dict:
+        """The template as JSON can hold it, for meta.json and for template.json of a run."""
+        return {"chat_template": self.chat_template, "token_names": self._token_names, "now": self._now}
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
+        """The token ids of a dialogue, with what opens an assistant's turn behind it if asked.
+
+        Raises InputError where the template refuses the dialogue or does not show where the assistant's turns begin.
+        """
+        messages, guard = self._guarded(messages)
+        text = self._text(messages, add_generation_prompt)
+        starts = [self._start(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        ids: list[int] = []
+        counted: list[bool] = []
+        counting, closed = False, 0
+        for at, part, name in self._parts(text):
+            start = next((start for start in starts if at <= start < at + len(part)), None)
+            counting = counting or start is not None
+            prompt = part[: start - at].replace(guard, "") if start is not None else ""
+            if name:
+                ids.append(self._special[name].id)
+                counted.append(counting and not prompt.strip())
+            else:
+                tokens = self._tokenizer.encode(part.replace(guard, ""))
+                ids += tokens
+                # A token that joins the end of the prompt and the beginning of the answer is not counted.
+                n_bytes, prompt_bytes = 0, len(prompt.encode("utf-8"))
+                for token in tokens:
+                    counted.append(counting and n_bytes >= prompt_bytes)
+                    n_bytes += len(self._tokenizer.token_bytes[token])
+            if name and counted[-1] and ids[-1] == self.stop_id:
+                counting, closed = False, closed + 1
+        if closed < len(starts):
+            raise InputError("the chat template does not close every turn of the assistant")
+        return Rendered(ids, counted)
+
+    def _guarded(self, messages: Messages) -> tuple[Messages, str]:
+        """The messages with a character inside each name of a special token, and this character, which occurs nowhere else."""
+        contents = "".join(message["content"] for message in messages)
+        guard = next(_unused(contents + self.chat_template))
+        guarded = lambda text: self._name.sub(lambda name: guard.join(name[0]), text)  # noqa: E731
+        return [{**message, "content": guarded(message["content"])} for message in messages], guard
+
+    def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
+        try:
+            return self._jinja.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._token_names,
+            )
+        except Exception as error:  # a template can raise anything
+            raise InputError(f"the chat template refuses it: {_in_short(error)}") from None
+
+    def _start(self, messages: Messages, i: int, text: str) -> int:
+        """Where the turn of messages[i] begins in the text of the whole dialogue: behind the generation prompt."""
+        prompt = self._text(messages[:i], True)
+        if text.startswith(prompt):
+            return len(prompt)
+        # A template may write less before an earlier turn than before a new one, such as no <think>.
+        if text.startswith(before := self._text(messages[:i], False)):
+            differs = (at for at, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b)
+            return max(len(before), next(differs, len(text)))
+        raise InputError("the chat template changes earlier turns, so where the assistant's turns begin cannot be told")
+
+    def _parts(self, text: str) -> Iterator[tuple[int, str, str]]:
+        """(position, part, "") for text and (position, part, name) for a special token, with the spaces that it takes along."""
+        at = 0
+        for found in self._split.finditer(text):
+            if at < found.start():
+                yield at, text[at : found.start()], ""
+            yield found.start(), found[0], self._names[found.lastindex - 1]
+            at = found.end()
+        if at < len(text):
+            yield at, text[at:], ""
+
+    def _closing_token(self) -> int:
+        """The special token that follows the content of an assistant's turn."""
+        text = self._text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}], False)
+        end = text.rfind("ANSWER") + len("ANSWER")
+        name = next((name for at, _, name in self._parts(text) if name and at >= end), None)
+        if not name or "ANSWER" not in text:
+            raise InputError("the tokenizer's chat template closes the assistant's turn with no special token")
+        return self._special[name].id
+
+
+class _Special(NamedTuple):
+    id: int
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, _Special]:
+    """The tokens that text never makes, by name."""
+    special = {tokenizer.eos_token: _Special(tokenizer.eos_id)}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        for token in tokenizer.as_used["added_tokens"]:
+            if token.get("special") or token["content"] == tokenizer.eos_token:
+                special[token["content"]] = _Special(token["id"], token["lstrip"], token["rstrip"])
+    return special
+
+
+def _own(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
+    """The chat template among the settings of a Hugging Face tokenizer, "" if there is none, and what it calls its tokens."""
+    names, source = {"bos_token": tokenizer.eos_token, "eos_token": tokenizer.eos_token}, ""
+    files = tokenizer.files if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+    if files:
+        settings = json.loads(files.get("tokenizer_config.json", "{}"))
+        given = {**json.loads(files.get("special_tokens_map.json", "{}")), **settings}
+        values = {name: given[name] for name in TOKEN_NAMES if given.get(name)}
+        names = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+        source = settings.get("chat_template") or ""
+        if isinstance(source, list):  # several by name
+            source = next((entry["template"] for entry in source if entry.get("name") == "default"), "")
+        if "chat_template.json" in files:
+            source = json.loads(files["chat_template.json"]).get("chat_template") or source
+        source = files.get("chat_template.jinja") or source
+    if not isinstance(source, str) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError("the tokenizer's chat template or the names of its special tokens are no texts")
+    return source, {"eos_token": tokenizer.eos_token, **names}
+
+
+def _compile(source: str, now: datetime.datetime) -> "jinja2.Template":  # noqa: F821 (imported below)
+    """A chat template in a sandbox, with the functions that transformers gives it. Raises InputError if it is no Jinja."""
+    import jinja2.ext  # comes with torch
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks the assistant's text for transformers and changes nothing here."""
+
+        tags = frozenset(["generation"])
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    jinja.filters["tojson"] = to_json
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": now.strftime}
+    try:
+        return jinja.from_string(source)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the tokenizer's chat template is not valid: {_in_short(error)}") from None
+
+
+def _unused(text: str) -> Iterator[str]:
+    """Characters that do not occur in a text, those first that stand for nothing in Unicode."""
+    return (chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFE)) if chr(code) not in text)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
