@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
 import torch
 
 from data.prepare import find_or_prepare

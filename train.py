@@ -16,11 +16,14 @@ resuming, bad numbers, short memory, several processes), and nobody needs to ope
 import dataclasses
 import math
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import torch
 from torch import Tensor, nn

@@ -10,16 +10,19 @@ The peak memory is what a step needs beyond input, output and gradients, and com
 "instructions" are those the operator used: MINIDISP_CPU=baseline|avx2|avx512|amx lowers them. A table, then one JSON line.
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import json
-import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

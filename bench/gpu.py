@@ -3,16 +3,20 @@
 python bench/gpu.py build | check | small | strips | time | profile | page DIR     [--dry: judge no number]
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import itertools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

@@ -13,29 +13,32 @@ validation split, by one and the same function, in nats per byte.
 and several corpora are tested together.
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import json
-import os
 import pickle
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+import minidisp
+from minidisp import GPT, GPTConfig
+from minidisp.comparison import paired_p
+from minidisp.config import command_line
+from minidisp.data import Dataset, Split, eval_windows
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-import minidisp  # noqa: E402
-from minidisp import GPT, GPTConfig  # noqa: E402
-from minidisp.comparison import paired_p  # noqa: E402
-from minidisp.config import command_line  # noqa: E402
-from minidisp.data import Dataset, Split, eval_windows  # noqa: E402
-
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BATCH_SIZE = 12
 PEER_STEPS = 2000

@@ -6,10 +6,15 @@ Every run is short, on the CPU, on one thread, and takes one path through the tr
 accumulation, Muon, the fast recipe, dropout, noise, forgetting, distillation, resumed. Exit code 1 if any weight differs.
 """
 
-import argparse
 import os
-import subprocess
 import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
+import argparse
+import subprocess
 import tempfile
 from pathlib import Path
 

@@ -20,6 +20,13 @@ minidisp/runtime/device.py). "First step" is the time from the command line of t
 evaluation at step 0 included, compile off. A table, then one JSON line.
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import contextlib
 import copy
@@ -28,29 +35,25 @@ import importlib.util
 import io
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from minidisp.config import Config, command_line, from_dict
+from minidisp.data import Batches, Dataset
+from minidisp.dispersion import DispersionLoss
+from minidisp.model import GPT
+from minidisp.ops import layers
+from minidisp.optim import build_optimizers
+from minidisp.runtime.device import cpu_model, resident_peak_kib
+from train import Forward, objective
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from minidisp.config import Config, command_line, from_dict  # noqa: E402
-from minidisp.data import Batches, Dataset  # noqa: E402
-from minidisp.dispersion import DispersionLoss  # noqa: E402
-from minidisp.model import GPT  # noqa: E402
-from minidisp.ops import layers  # noqa: E402
-from minidisp.optim import build_optimizers  # noqa: E402
-from minidisp.runtime.device import cpu_model, resident_peak_kib  # noqa: E402
-from train import Forward, objective  # noqa: E402
-
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
 MODELS = {
     "4x64": {"n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 64, "batch_size": 12, "vocab_size": 257},

@@ -15,17 +15,22 @@ give the same tokens, byte for byte, on any number of cores. A corpus is built i
 the end; when that was interrupted, the same command goes on where it was. Downloads stay in data/.downloads.
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import contextlib
 import errno
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,8 +38,6 @@ from pathlib import Path
 from typing import TextIO
 
 import sentencepiece
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, when this file is run as a script
 
 from data.downloads import BUILT_IN, DOWNLOADS, built_in
 from data.files import changed, say

@@ -9,8 +9,9 @@ best, so that no evaluation takes part in the choice that it is reported under.
 
 import sys
 
+import study  # isort: split
+
 import numpy as np
-import study
 
 SCALES = {
     "smoke": {

@@ -8,6 +8,13 @@ The folder of a study holds a run folder per arm and seed, with what the run pri
 table.txt, results.json, differences.png, and, where there are few arms, condensation.png.
 """
 
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
 import argparse
 import contextlib
 import gc
@@ -15,24 +22,21 @@ import io
 import math
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import eval as evaluation
+import train
+from minidisp import InputError, report
+from minidisp.comparison import paired_interval
+from minidisp.config import Config, command_line, parse, read_json, to_dict
+from minidisp.runtime import checkpoint, files
+from minidisp.runtime.cli import Parser, exit_code
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
-from minidisp import InputError, report  # noqa: E402
-from minidisp.comparison import paired_interval  # noqa: E402
-from minidisp.config import Config, command_line, parse, read_json, to_dict  # noqa: E402
-from minidisp.runtime import checkpoint, files  # noqa: E402
-from minidisp.runtime.cli import Parser, exit_code  # noqa: E402
-
 # What most studies train at each scale, as flags of train.py by their names in Config; a study says where it differs.
 SMOKE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
          "eval_every": 2, "eval_tokens": 512, "device": "cpu"}  # fmt: skip

@@ -22,13 +22,14 @@ All arms of a stage and recipe see the same data in the same order, in bfloat16.
 the test books, which no choice has seen; a stage that was stopped goes on. "report" puts together what is there.
 """
 
+import study  # isort: split
+
 import argparse
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
-import study
 import torch
 from study import files, read_json, report, show
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from minidisp import InputError
 from minidisp.data import Dataset
 from minidisp.shards import SPLITS
 
+ROOT = SCRIPT.parents[1]
 BYTES = ["--name", "t", "--tokenizer", "byte"]
 
 
@@ -726,6 +728,62 @@ def test_other_modules_of_the_name_do_not_matter(tmp_path, shadow):
         [sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == str(root / "data" / "__init__.py")
+
+
+def python(*arguments: object, path: Path = Path("/nowhere"), **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("script", ["data/prepare.py", *(
+    f"{path.parent.name}/{path.name}" for name in ("bench", "experiments") for path in sorted((ROOT / name).glob("*.py"))
+)])  # fmt: skip
+def test_a_folder_beside_a_script_is_not_imported(tmp_path, script):
+    """A corpus unpacked into data/ may hold folders named like modules; so may the other folders of scripts."""
+    script = Path(script)
+    here = tmp_path / script.parent
+    here.mkdir()
+    for name in {script, script.with_name("study.py"), script.with_name("__init__.py")}:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("argparse", "email", "json", "pathlib", "random", "statistics", "numpy", "torch", "sentencepiece"):
+        (here / name).mkdir()
+        (here / name / "__init__.py").write_text("raise SystemExit('imported the wrong one')")
+    installed = tmp_path / "installed"  # in place of what takes long to import
+    installed.mkdir()
+    for name in ("torch", "sentencepiece"):
+        (installed / f"{name}.py").write_text("raise SystemExit('imported the right one')")
+    if script.parent.name == "data":
+        shutil.copytree(ROOT / "minidisp", tmp_path / "minidisp")
+    result = python(tmp_path / script, path=installed)
+    assert "wrong" not in result.stderr
+    if script.name in ("prepare.py", "study.py", "train.py", "verdict.py", "same_weights.py"):
+        assert "right" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["files", "sources"])
+def test_a_folder_named_like_a_module_of_ours(tmp_path, name):
+    shutil.copytree(
+        ROOT / "data", tmp_path / "data", ignore=lambda folder, names: [n for n in names if n[-3:] != ".py"]
+    )
+    shutil.copytree(ROOT / "minidisp", tmp_path / "minidisp")
+    folder = tmp_path / "data" / name
+    folder.mkdir()
+    assert python(tmp_path / "data/prepare.py", "--help").returncode == 0  # a corpus may have this name
+    (folder / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    result = python(tmp_path / "data/prepare.py", "--help")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{folder} would be imported in place of {name}.py" in result.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="no -P")
+@pytest.mark.parametrize("script", ["train.py", pytest.param("eval.py", marks=pytest.mark.slow), "data/prepare.py"])
+def test_python_may_leave_the_folder_of_a_script_out_of_its_path(tmp_path, script):
+    (tmp_path / "data.py").write_text("raise SystemExit('the wrong one')")
+    result = python("-P", ROOT / script, "--no-such-flag", path=tmp_path, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "--no-such-flag" in result.stderr
 
 
 def test_the_splits_are_all_there(run):
