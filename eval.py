@@ -27,7 +27,8 @@ import torch
 
 from data.prepare import find_or_prepare
 from minidisp import InputError, hf, report
-from minidisp.config import Config, to_dict
+from minidisp.comparison import Comparison, Run
+from minidisp.config import Config, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
@@ -58,6 +59,12 @@ class Subject(NamedTuple):
     tokenizer: object
     config: dict | None  # settings of its training
     metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
+    data_hash: str | None = None  # of the corpus that it was trained on
+
+    @property
+    def run(self) -> Run:
+        """What comparisons need to know of it."""
+        return Run(self.name, self.tokenizer.hash, self.config, self.data_hash)
 
 
 class Findings(NamedTuple):
@@ -66,6 +73,14 @@ class Findings(NamedTuple):
     tables: list[report.Table]
     details: list[report.Table]
     sentences: list[str]
+
+    def add(self, comparison: Comparison, scores: list[dict], of: str) -> None:
+        """What the runs differ by in a score, which is called `of` in the JSON file."""
+        self.sentences.extend(comparison.sentences)
+        if len(scores) > 1:
+            for group in comparison.groups:
+                for score in (score for score in scores if score["name"] in group["runs"]):
+                    score.setdefault("over_seeds", {})[of] = group
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -90,6 +105,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     found, measured_on = Findings([], [], []), ""
     if args.split != "none":
         corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
+        if not args.data:
+            found.sentences.extend(other_corpus(subjects, corpus))
         text = Text.read(corpus, args.split, args.tokens)
         chosen = choose_texts(text, [s.tokenizer for s in subjects], args.texts) if args.texts else None
         measure_text(subjects, scores, found, text, args.stride, device)
@@ -100,6 +117,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         measure_pairs(subjects, scores, found, pairs, device)
     if args.texts:
         measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
+    if seeds := report.seeds_table(scores):
+        found.tables.append(seeds)
+    if args.split != "none":  # last, since it is long
+        found.tables.extend([report.condensation_table(scores), report.further_table(scores)])
 
     # Files first: whatever is printed or sampled then can fail without taking the numbers along.
     if args.json:
@@ -108,10 +129,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.html:
         write_page(args.html, measured_on, subjects, scores, found)
     layers = [] if args.split == "none" or not args.layers else [report.layer_table(s) for s in scores]
-    if found.tables:
-        print(*found.tables, *layers, sep="\n\n")
-    if found.sentences:
-        print("", *found.sentences, sep="\n")
+    blocks = ["\n".join(found.sentences)] if found.sentences else []  # the answer first
+    if blocks := [*blocks, *found.tables, *layers]:
+        print(*blocks, sep="\n\n")
     for path in figures:
         print(f"figure  {path}")
     if args.html:
@@ -310,7 +330,7 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
         model, vocabulary, config = checkpoint.load_run(run, device)
         metrics = checkpoint.find(run).parent / "metrics.jsonl"
         lines = report.read_metrics(metrics) if metrics.is_file() else []
-        subjects.append(Subject(name, model, vocabulary, _recipe(config), lines))
+        subjects.append(Subject(name, model, vocabulary, _recipe(config), lines, _data_hash(metrics.parent)))
     for folder, name in zip(folders, names[len(runs) :], strict=True):
         subjects.append(Subject(name, *hf.load(folder, device, block_size), None, []))
     return subjects
@@ -319,6 +339,14 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
 def _recipe(config: Config) -> dict:
     """The settings that make a run what it is."""
     return {key: value for key, value in to_dict(config).items() if key not in ("out", "resume", "overwrite")}
+
+
+def _data_hash(run: Path) -> str | None:
+    """The hash of the corpus that a run was trained on, from its config.json; None if that does not say."""
+    path = run / "config.json"
+    environment = read_json(path).get("environment") if path.is_file() else None
+    found = environment.get("data_hash") if isinstance(environment, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def refuse_broken(subjects: list[Subject]) -> None:
@@ -338,13 +366,14 @@ def measure_text(
 ) -> None:
     """Prediction and condensation on held-out text."""
     results = [score_text(s.name, s.model, s.tokenizer, text, stride, device) for s in subjects]
-    found.sentences.extend(compare_texts(results))
+    found.add(compare_texts([s.run for s in subjects], results), scores, "bits_per_byte")
     for score, result in zip(scores, results, strict=True):
         score.update(result.scores)
     names, configs = [s.name for s in subjects], [s.config for s in subjects]
     settings = report.settings_table(names, configs)
-    tables = [report.score_table(scores), report.condensation_table(scores), report.further_table(scores)]
-    found.tables.extend([settings, *tables] if settings.rows else tables)
+    found.tables.append(report.score_table(scores))
+    if settings.rows:
+        found.tables.append(settings)
     found.details.extend(report.layer_table(score) for score in scores)
     found.details.append(report.settings_table(names, configs, differing=False))
 
@@ -353,8 +382,9 @@ def measure_pairs(
     subjects: list[Subject], scores: list[dict], found: Findings, pairs: list, device: torch.device
 ) -> None:
     """Accuracy on minimal pairs."""
-    summaries = summarise_pairs(pairs, [score_pairs(s.model, s.tokenizer, pairs, device) for s in subjects])
-    found.sentences.extend(compare_pairs([s.name for s in subjects], summaries))
+    values = [score_pairs(s.model, s.tokenizer, pairs, device) for s in subjects]
+    summaries = summarise_pairs(pairs, values)
+    found.add(compare_pairs([s.run for s in subjects], values, summaries), scores, "minimal_pairs")
     for score, summary in zip(scores, summaries, strict=True):
         score["minimal_pairs"] = summary
     found.tables.append(report.pairs_table(scores))
@@ -374,6 +404,18 @@ def measure_writing(
         ways = writing(subject.model, subject.tokenizer, texts, seed, device)
         score["writing"] = {"texts": len(texts), "of": kind, "seed": seed, **ways}
     found.tables.append(report.writing_table(scores))
+
+
+def other_corpus(subjects: list[Subject], corpus: Dataset) -> list[str]:
+    """A sentence for runs that were trained on another state of the corpus than the one that is measured on."""
+    same = [s for s in subjects if s.config and s.config["data"] == subjects[0].config["data"]]
+    changed = [s.name for s in same if s.data_hash not in (None, corpus.hash)]
+    if not changed:
+        return []
+    return [
+        f"{corpus.folder} is not what {' and '.join(changed)} was trained on: the corpus has changed, or it is another one. "
+        "This text may be in their training data"
+    ]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

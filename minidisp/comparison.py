@@ -1,14 +1,207 @@
-"""Statistics of comparisons: bootstrap over text, and Student's and sign tests over seeds.
+"""Comparing runs: which of them belong together, what may be said of a difference, and the statistics behind it.
 
+Runs are grouped by configuration and paired by seed. "Better" and "worse" need at least three pairs whose interval over
+seeds excludes 0, and one corpus. Any other difference is reported with what limits it.
 What is undefined (an interval from one value) is NaN.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from minidisp.metrics import bits_per_byte
+
+LEAST_PAIRS = 3  # of seeds, for a verdict
+
+# Settings that name a run, or change how it is computed and logged, but not what it learns (other than by rounding).
+APART = frozenset(
+    [
+        "preset",
+        "recipe",
+        "out",
+        "seed",
+        "resume",
+        "overwrite",
+        "recompute",
+        "dispersion_impl",
+        "device",
+        "compile",
+        "threads",
+        "shard",
+        "eval_every",
+        "eval_tokens",
+        "log_every",
+        "save_every",
+        "keep",
+        "tensorboard",
+        "wandb",
+    ]
+)
+
+
+class Run(NamedTuple):
+    """What a comparison must know of a run: with which others it may be grouped and paired."""
+
+    name: str
+    tokenizer: str  # its hash
+    settings: dict | None = None  # of its training; None if unknown
+    data: str | None = None  # hash of its training corpus; None if unknown
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("seed") if self.settings else None
+
+
+@dataclass
+class Measure:
+    """A score of every run, and how two runs differ in it on the same text (or questions, pairs, ...)."""
+
+    key: str  # of the difference in the JSON file
+    values: list[float]  # one per run
+    difference: Callable[[int, int], tuple[float, float, float]]  # (i, j) -> j minus i, and its 95 % interval
+    sampled: str  # what that interval resamples: "text", "questions"
+    unit: str  # behind a difference, such as "bits/byte"
+    digits: int = 5
+    percent: bool = False  # show 0.01 as 1.00 %
+    lower_is_better: bool = False
+    remark: Callable[[int, int], str] = field(default=lambda i, j: "")  # of run j against run i
+
+    def show(self, value: float, sign: str = "+") -> str:
+        return f"{100 * value:{sign}.2f}" if self.percent else f"{value:{sign}.{self.digits}f}"
+
+
+class Comparison(NamedTuple):
+    sentences: list[str]
+    versus_first: list[dict]  # of every run but the first: the difference, low, high, verdict
+    groups: list[dict]  # of every configuration: name, runs, seeds, mean, sd; from the second on versus_first
+
+
+def group_runs(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of the runs of each configuration, in the order of the first of each.
+
+    A seed is there once in a group: a second checkpoint of a run, say, belongs to another one.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, run in enumerate(runs):
+        configuration = _configuration(run) if run.settings else f"run {i}"
+        again = sum(run.seed == runs[j].seed for key in groups if key[0] == configuration for j in groups[key])
+        groups.setdefault((configuration, again), []).append(i)
+    return list(groups.values())
+
+
+def _configuration(run: Run) -> str:
+    """What makes two runs repetitions of one experiment when only their seeds differ."""
+    settings = {name: value for name, value in run.settings.items() if name not in APART}
+    sequences = settings.pop("batch_size", 1) * settings.pop("grad_accum", 1)
+    data = run.data or settings.get("data")
+    settings |= {"data": data, "tokenizer": run.tokenizer, "sequences": sequences}
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def group_name(runs: Sequence[Run], members: Sequence[int]) -> str:
+    """The name that the runs share, without the seed at its end, or that of the first."""
+    names = {runs[i].name.removesuffix(f"-s{runs[i].seed}") for i in members}
+    if len(members) == 1:
+        return runs[members[0]].name
+    return names.pop() if len(names) == 1 else f"{runs[members[0]].name} and {len(members) - 1} more"
+
+
+def compare(runs: Sequence[Run], measure: Measure) -> Comparison:
+    """Every configuration against that of the first run, in sentences and in numbers."""
+    groups = group_runs(runs)
+    sentences, found = [], []
+    verdicts = dict.fromkeys(groups[0], "same configuration")
+    for members in groups:
+        values = [measure.values[i] for i in members]
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        name = group_name(runs, members)
+        entry = {"name": name, "runs": [runs[i].name for i in members], "seeds": [runs[i].seed for i in members]}
+        entry |= {"mean": float(np.mean(values)), "sd": sd}
+        if len(values) > 1 and not math.isfinite(entry["mean"]):
+            sentences.append(f"{name}: undefined, {_broken(runs, measure, members)}")
+        elif len(values) > 1:
+            sentences.append(
+                f"{name}: {len(values)} seeds, mean {measure.show(entry['mean'], '')} {measure.unit}, "
+                f"standard deviation {measure.show(sd, '')}"
+            )
+        if members is not groups[0]:
+            sentence, entry["versus_first"] = _against(runs, measure, groups[0], members)
+            sentences.append(f"{name} against {group_name(runs, groups[0])}: {sentence}")
+            verdicts |= dict.fromkeys(members, entry["versus_first"]["verdict"])
+        found.append(entry)
+    versus = []
+    for i in range(1, len(runs)):
+        difference, low, high = measure.difference(0, i)
+        verdict = "no difference" if low == high == difference == 0 else verdicts[i]
+        if verdict in ("same configuration", "one seed") and math.isnan(low):
+            verdict = "too little text to tell"
+        versus.append({measure.key: difference, "low": low, "high": high, "verdict": verdict})
+    return Comparison(sentences, versus, found)
+
+
+def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: list[int]) -> tuple[str, dict]:
+    """What may be said of a configuration against the first one: the end of a sentence, and its numbers."""
+    seeds = {runs[i].seed: i for i in first}
+    pairs = [(seeds[runs[j].seed], j) for j in other if runs[j].seed in seeds]
+    i, j = pairs[0] if pairs else (first[0], other[0])
+    limit, why = _limit(runs, measure, first, other, len(pairs))
+    remark = measure.remark(i, j)
+    if len(pairs) > 1:
+        a, b = ([measure.values[pair[side]] for pair in pairs] for side in (0, 1))
+        mean, sd, low, high = paired_interval(a, b)
+        spread = f"mean of {len(pairs)} pairs of seeds, standard deviation {measure.show(sd, '')}, "
+        kind, remark = "interval over seeds", ""
+    else:
+        mean, low, high = measure.difference(i, j)
+        sd, spread, kind = math.nan, "", f"interval over the {measure.sampled}"
+    numbers = {"pairs": len(pairs), "mean": mean, "sd": sd, "low": low, "high": high}
+    if limit == "undefined":
+        return f"undefined, {why}", {**numbers, "verdict": limit}
+    if low == high == mean == 0:
+        limit, why = "no difference", f"no difference: both predict the same on this {measure.sampled}"
+    elif not limit:
+        gain = -1 if measure.lower_is_better else 1
+        limit = "no difference" if low <= 0 <= high else "better" if gain * mean > 0 else "worse"
+        why = f"no difference that {len(pairs)} seeds can show" if limit == "no difference" else limit
+    if math.isnan(low):
+        interval = f"too little {measure.sampled} for an interval"
+    else:
+        interval = f"95 % {kind} {measure.show(low)} to {measure.show(high)}"
+    sentence = f"{measure.show(mean)} {measure.unit}, {spread}{interval}: {why}"
+    return sentence + (f" ({remark})" if remark else ""), {**numbers, "verdict": limit}
+
+
+def _broken(runs: Sequence[Run], measure: Measure, members: Sequence[int]) -> str:
+    """Which of them have no finite score, in words; "" if all have."""
+    broken = [runs[i].name for i in members if not math.isfinite(measure.values[i])]
+    return f"as the loss of {' and '.join(broken)} is not finite: training diverged" if broken else ""
+
+
+def _limit(runs: Sequence[Run], measure: Measure, first: list[int], other: list[int], pairs: int) -> tuple[str, str]:
+    """What forbids a verdict: in a word for the JSON file, and in words; ("", "") if nothing does."""
+    if broken := _broken(runs, measure, [*first, *other]):
+        return "undefined", broken
+    if unknown := [runs[i].name for i in (first[0], other[0]) if runs[i].data is None]:
+        return "data unknown", f"no verdict, since the training data of {' and '.join(unknown)} is not known"
+    if runs[first[0]].tokenizer != runs[other[0]].tokenizer:
+        return "another tokenizer", "no verdict, since they were trained with different tokenizers"
+    if runs[first[0]].data != runs[other[0]].data:
+        return "other data", (
+            "no verdict, since they were trained on different data: this text may be training text of one of them"
+        )
+    if pairs < 2:
+        what = "one seed" if pairs or len(first) == len(other) == 1 else "no seed in common"
+        return "one seed", (
+            f"no verdict from {what}: only the {measure.sampled} was sampled, and seeds differ by more than this interval "
+            f"shows (train at least {LEAST_PAIRS} seeds of both)"
+        )
+    if pairs < LEAST_PAIRS:
+        return "two seeds", f"no verdict from {pairs} seeds: train at least {LEAST_PAIRS} of both"
+    return "", ""
 
 
 def paired_bootstrap(

@@ -4,7 +4,6 @@ Models are in eval mode and on `device`. Nats are -log p, natural logarithm. Wha
 """
 
 import glob
-import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from minidisp import InputError, is_plain, parse_json, printable, read_bytes
-from minidisp.comparison import bootstrap_mean, paired_bootstrap
+from minidisp.comparison import Comparison, Measure, Run, bootstrap_mean, compare, paired_bootstrap
 from minidisp.data import Dataset, strided_windows
 from minidisp.decoding import PrefixTree
 from minidisp.metrics import (
@@ -178,46 +177,48 @@ def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, devic
     return Result(scores, block_nats, nats)
 
 
-def compare_texts(results: list[Result]) -> list[str]:
-    """What the text says about every run against the first, in a line each; the numbers go into the scores, too.
+def text_measure(results: list[Result]) -> Measure:
+    """Bits per byte of every run, and what two runs differ by on the same text."""
+    n_bytes = np.full(len(results[0].block_nats), BLOCK_BYTES)
+    n_bytes[-1] = results[0].scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
 
-    versus_first: difference in bits per byte, low and high end of its 95 % interval, verdict; and where the tokens are
-    the same ones, the difference in nats per token and the share of tokens that the run predicts better (ties count
+    def difference(i: int, j: int) -> tuple[float, float, float]:
+        return paired_bootstrap(results[i].block_nats, results[j].block_nats, n_bytes)
+
+    def remark(i: int, j: int) -> str:
+        first, other = results[i], results[j]
+        share = other.scores["bits_per_byte"] / first.scores["bits_per_byte"] - 1
+        remarks = [f"{abs(share):.1%} {'fewer' if share < 0 else 'more'} bits"]
+        if tokens := _by_token(first, other):
+            remarks.append(f"{tokens['tokens_better']:.0%} of the tokens predicted better")
+        return ", ".join(remarks)
+
+    values = [result.scores["bits_per_byte"] for result in results]
+    return Measure("bits_per_byte", values, difference, "text", "bits/byte", lower_is_better=True, remark=remark)
+
+
+def compare_texts(runs: list[Run], results: list[Result]) -> Comparison:
+    """Every run against the first; the numbers go into the scores, too.
+
+    versus_first: difference in bits per byte, low and high end of its 95 % interval over the text, verdict; and where the
+    tokens are the same, the difference in nats per token and the share of tokens that the run predicts better (ties count
     half).
     """
-    first, lines = results[0], []
-    n_bytes = np.full(len(first.block_nats), BLOCK_BYTES)
-    n_bytes[-1] = first.scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
-    for other in results[1:]:
-        pair = f"{other.scores['name']} against {first.scores['name']}"
-        difference, low, high = paired_bootstrap(first.block_nats, other.block_nats, n_bytes)
-        verdict = _verdict("better" if high < 0 else "worse" if low > 0 else "", low)
-        broken = [r.scores["name"] for r in (first, other) if not np.isfinite(r.block_nats).all()]
-        verdict = "undefined" if broken else verdict
-        versus = {"bits_per_byte": difference, "low": low, "high": high, "verdict": verdict}
+    found = compare(runs, text_measure(results))
+    for other, versus in zip(results[1:], found.versus_first, strict=True):
+        broken = not (np.isfinite(other.block_nats).all() and np.isfinite(results[0].block_nats).all())
+        versus |= {"verdict": "undefined"} if broken else _by_token(results[0], other)
         other.scores["versus_first"] = versus
-        if broken:
-            lines.append(f"{pair}: undefined, as the loss of {' and '.join(broken)} is not finite: training diverged")
-            continue
-        remarks = []
-        if verdict in ("better", "worse"):
-            share = difference / first.scores["bits_per_byte"]
-            remarks.append(f"{abs(share):.1%} {'fewer' if share < 0 else 'more'} bits")
-        if other.scores["tokenizer"] == first.scores["tokenizer"]:
-            per_token = other.token_nats - first.token_nats
-            versus["nats_per_token"] = float(per_token.mean())
-            versus["tokens_better"] = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
-            remarks.append(f"{versus['tokens_better']:.0%} of the tokens predicted better")
-        line = f"{pair}: {difference:+.5f} bits/byte, "
-        line += f"95 % interval {low:+.5f} to {high:+.5f}: {verdict}"
-        line += " that this text can show" if verdict == "no difference" else ""
-        lines.append(line + (f" ({', '.join(remarks)})" if remarks else ""))
-    return lines
+    return found
 
 
-def _verdict(word: str, low: float) -> str:
-    """better, worse, or why neither can be said."""
-    return "too little text to tell" if math.isnan(low) else word or "no difference"
+def _by_token(first: Result, other: Result) -> dict[str, float]:
+    """The difference in nats per token, and the share of tokens that `other` predicts better; {} for other tokens."""
+    if other.scores["tokenizer"] != first.scores["tokenizer"]:
+        return {}
+    per_token = other.token_nats - first.token_nats
+    better = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
+    return {"nats_per_token": float(per_token.mean()), "tokens_better": better}
 
 
 # --- minimal pairs ----------------------------------------------------------------------------------------------------
@@ -371,19 +372,18 @@ def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
     return summaries
 
 
-def compare_pairs(names: list[str], summaries: list[dict]) -> list[str]:
-    """What the pairs say about every run against the first, in a line each; the verdict goes into the summary, too."""
-    lines = []
-    for name, summary in zip(names[1:], summaries[1:], strict=True):
-        versus = summary["versus_first"]
-        difference, low, high = (versus[key] for key in ("accuracy", "low", "high"))
-        versus["verdict"] = _verdict("better" if low > 0 else "worse" if high < 0 else "", low)
-        lines.append(
-            f"{name} against {names[0]}: {difference:+.2%} of the minimal pairs, "
-            f"95 % interval {low:+.2%} to {high:+.2%}: {versus['verdict']}"
-            + (" that these pairs can show" if versus["verdict"] == "no difference" else "")
-        )
-    return lines
+def compare_pairs(runs: list[Run], values: list[np.ndarray], summaries: list[dict]) -> Comparison:
+    """Every run against the first; the verdict goes into the summary, too. values: as for summarise_pairs."""
+
+    def difference(i: int, j: int) -> tuple[float, float, float]:
+        return bootstrap_mean(values[j] - values[i])
+
+    accuracy = [summary["accuracy"] for summary in summaries]
+    measure = Measure("accuracy", accuracy, difference, "pairs", "% of the minimal pairs", percent=True)
+    found = compare(runs, measure)
+    for summary, versus in zip(summaries[1:], found.versus_first, strict=True):
+        summary["versus_first"]["verdict"] = versus["verdict"]
+    return found
 
 
 # --- how it writes ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The evaluation: every token once, numbers that agree with each other and with slow, separate computations."""
 
+import dataclasses
 import io
 import json
 import math
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 import eval as evaluation  # not the builtin
 from data import prepare
 from minidisp import InputError, hf, load, sampling, scoring
+from minidisp.comparison import APART, Run, group_runs
+from minidisp.config import Config
 from minidisp.data import Dataset, strided_windows
 from minidisp.sampling import Sampling
 from minidisp.tokenizer import ByteTokenizer
@@ -81,7 +84,7 @@ def test_a_run_does_not_differ_from_itself(run, capsys):
     assert scores[1]["versus_first"] == {"bits_per_byte": 0.0, "low": 0.0, "high": 0.0, "verdict": "no difference",
                                          "nats_per_token": 0.0, "tokens_better": 0.5}  # fmt: skip
     printed = capsys.readouterr().out
-    assert "no difference that this text can show" in printed
+    assert "no difference: both predict the same on this text" in printed
     assert "settings that differ" not in printed
 
 
@@ -91,48 +94,119 @@ def test_an_untrained_model_is_worse(run, corpus, tmp_path, capsys):
     versus = scores[1]["versus_first"]
     assert 0 < versus["low"] < versus["bits_per_byte"] < versus["high"]
     assert versus["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"] - scores[0]["bits_per_byte"], abs=1e-9)
-    assert versus["verdict"] == "worse"
+    assert versus["verdict"] == "one seed"
     assert versus["nats_per_token"] == pytest.approx(scores[1]["loss"] - scores[0]["loss"], abs=1e-9)
     assert 0 < versus["tokens_better"] < 0.5
-    printed = capsys.readouterr().out
-    assert ": worse (" in printed
+    printed = capsys.readouterr().out.split("untrained against small", 1)[1]
+    assert "no verdict from one seed: only the text was sampled" in printed
+    assert printed.index("no verdict") < printed.index("bits per byte")  # the answer first
     assert re.search(r"^max_steps +12 +0$", printed, re.M)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{suffix}" for name in ("heatmap", "cosine_by_layer", "loss_by_step") for suffix in ("png", "pdf")
     }
 
 
+def seed_run(name, seed, lr=0.1, data="d", tokenizer="t", **settings):
+    return Run(name, tokenizer, {"seed": seed, "lr": lr, "data": "books", "batch_size": 8, **settings}, data)
+
+
+def text_results(runs, *nats):
+    n_bytes = 200 * scoring.BLOCK_BYTES
+    scores = [{"name": r.name, "tokenizer": r.tokenizer, "bytes": n_bytes,
+               "bits_per_byte": x.sum() / math.log(2) / n_bytes} for r, x in zip(runs, nats, strict=True)]  # fmt: skip
+    return [scoring.Result(s, x, x) for s, x in zip(scores, nats, strict=True)]
+
+
 def test_a_plain_sentence_for_every_outcome():
-    """Blocks that differ for certain, and blocks that differ both ways."""
+    """Blocks that differ for certain, and blocks that differ both ways; one seed of each, so none is a verdict."""
     rng = np.random.default_rng(0)
     base = rng.uniform(500, 900, 200)
-
-    def result(name, nats, tokenizer="t"):
-        scores = {
-            "name": name,
-            "bytes": 200 * scoring.BLOCK_BYTES,
-            "bits_per_byte": nats.sum() / math.log(2) / (200 * 1024),
-        }
-        return scoring.Result({**scores, "tokenizer": tokenizer}, nats, nats)
-
-    results = [
-        result("a", base),
-        result("b", base * 0.98),
-        result("c", base * 1.02, "u"),
-        result("d", base + rng.normal(0, 30, 200)),
-    ]
-    better, worse, same = evaluation.compare_texts(results)
-    assert re.fullmatch(r"b against a: -0\.0\d+ bits/byte, 95 % interval -\S+ to -\S+: better \(2\.0% fewer bits, 100% of the "
-                        r"tokens predicted better\)", better)  # fmt: skip
-    assert re.fullmatch(r"c against a: \+.* to \+\S+: worse \(2\.0% more bits\)", worse)
-    assert re.fullmatch(r"d against a: .* -\S+ to \+\S+: no difference that this text can show \(\d\d% of .*\)", same)
+    runs = [seed_run("a", 0), seed_run("b", 0, 0.2), seed_run("c", 0, 0.2, tokenizer="u"), seed_run("d", 0, 0.3),
+            seed_run("e", 0, 0.2, data="other"), Run("f", "t"), seed_run("g", 1)]  # fmt: skip
+    nats = [base, base * 0.98, base * 1.02, base + rng.normal(0, 30, 200), base * 0.9, base * 0.9, base * 0.97]
+    results = text_results(runs, *nats)
+    group, better, worse, same, other, unknown = evaluation.compare_texts(runs, results).sentences
+    assert re.fullmatch(r"a and 1 more: 2 seeds, mean \d\.\d+ bits/byte, standard deviation 0\.\d+", group)
+    assert re.fullmatch(r"b against a and 1 more: -0\.0\d+ bits/byte, 95 % interval over the text -\S+ to -\S+: no verdict "
+                        r"from one seed: .* \(2\.0% fewer bits, 100% of the tokens predicted better\)", better)  # fmt: skip
+    assert re.fullmatch(r"c .* \+.* to \+\S+: no verdict, .* different tokenizers \(2\.0% more bits\)", worse)
+    assert re.fullmatch(r"d .* -\S+ to \+\S+: no verdict from one seed: .*\d\d% of .*\)", same)
+    assert re.fullmatch(r"e .* no verdict, .* different data: this text may be training text .*", other)
+    assert re.fullmatch(r"f .* no verdict, since the training data of f is not known .*", unknown)
     assert "tokens_better" not in results[2].scores["versus_first"]
+    verdicts = [result.scores["versus_first"]["verdict"] for result in results[1:]]
+    assert verdicts == ["one seed", "another tokenizer", "one seed", "other data", "data unknown", "same configuration"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([0.02, 0.021, 0.019], "better"),
+        ([-0.02, -0.021, -0.019], "worse"),
+        ([0.02, -0.02, 0.01], "no difference"),
+        ([0.02, 0.02], "two seeds"),
+    ],
+)
+def test_a_verdict_takes_three_pairs_of_seeds(gains, verdict):
+    """Paired by seed, in any order, whatever else is measured; logging and the device make no other configuration."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    bases = [rng.uniform(500, 900, 200) * (1 + 0.1 * seed) for seed in range(len(gains))]  # seeds differ by more
+    first = [seed_run(f"x-s{seed}", seed, log_every=seed) for seed in range(len(gains))]
+    other = [seed_run(f"y-s{seed}", seed, 0.2, device="cpu", out=str(seed)) for seed in range(len(gains))]
+    runs = [*first, *other[::-1], seed_run("y-s9", 9, 0.2)]
+    nats = [*bases, *[base * (1 - gain) for base, gain in zip(bases, gains, strict=True)][::-1], bases[0]]
+    results = text_results(runs, *nats)
+    found = evaluation.compare_texts(runs, results)
+    assert [group["name"] for group in found.groups] == ["x", "y"]
+    assert found.groups[1]["seeds"] == [*range(len(gains))[::-1], 9]
+    versus = found.groups[1]["versus_first"]
+    assert (versus["pairs"], versus["verdict"]) == (len(gains), verdict)
+    bits = {run.name: result.scores["bits_per_byte"] for run, result in zip(runs, results, strict=True)}
+    pairs = [[bits[f"{name}-s{seed}"] for seed in range(len(gains))] for name in "yx"]
+    interval = stats.ttest_rel(*pairs).confidence_interval(0.95)
+    assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
+    assert verdict == "two seeds" or verdict in found.sentences[-1].split(": ")[-1]
+    # Under a batch split into micro-steps it is the same configuration, under another number of sequences it is not.
+    assert len(group_runs([seed_run("a", 0), seed_run("b", 1, batch_size=4, grad_accum=2)])) == 1
+    assert len(group_runs([seed_run("a", 0), seed_run("b", 1, batch_size=4)])) == 2
+
+
+def test_settings_that_do_not_count_exist():
+    assert {field.name for field in dataclasses.fields(Config)} >= APART
+
+
+def test_a_corpus_that_changed_between_two_runs(tmp_path, capsys):
+    """The second run's held-out text may be training text of the first."""
+    text, out = write_text(tmp_path / "text.txt", words=4000), tmp_path / "corpus"
+    command = ["--tokenizer", "byte", "--out", str(out), "--input"]
+    prepare.main([*command, str(text)])
+    train_main(small_config(out, tmp_path / "a", max_steps=2, warmup_steps=1))
+    (tmp_path / "shorter.txt").write_text(text.read_text()[:15000])
+    prepare.main([*command, str(tmp_path / "shorter.txt"), "--overwrite"])
+    train_main(small_config(out, tmp_path / "b", max_steps=2, warmup_steps=1))
+    capsys.readouterr()
+    scores = evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    shown = capsys.readouterr().out
+    assert scores[1]["versus_first"]["verdict"] == "other data"
+    assert f"{out} is not what a was trained on" in shown
+    assert "no verdict, since they were trained on different data" in shown
 
 
 def test_one_block_of_text_tells_nothing(run, capsys):
     scores = evaluation.main([str(run), str(run), "--tokens", "200"])
     assert scores[1]["versus_first"]["verdict"] == "too little text to tell"
-    assert "too little text to tell" in capsys.readouterr().out
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_two_runs_on_one_block_of_text_have_no_interval(run, corpus, tmp_path, capsys):
+    train_main(small_config(corpus, tmp_path / "other", max_steps=1, warmup_steps=1, log_every=7))
+    scores = evaluation.main([str(run), str(tmp_path / "other"), "--tokens", "100"])
+    assert scores[1]["versus_first"]["verdict"] == "too little text to tell"
+    shown = capsys.readouterr().out
+    assert "too little text for an interval: no verdict from one seed" in shown
+    assert "nan" not in shown
+    assert "log_every" not in shown
 
 
 def test_names_tell_runs_apart(tmp_path):

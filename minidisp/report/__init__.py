@@ -16,6 +16,7 @@ from minidisp.report.tables import (
     number,
     pairs_table,
     score_table,
+    seeds_table,
     settings_table,
     table,
     writing_table,
@@ -26,6 +27,6 @@ from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 __all__ = [
     "CYCLE", "FURTHER", "Progress", "Table", "cannot_draw", "condensation_table", "draw_comparison",
     "draw_differences", "draw_run", "draw_study", "further_table", "html_page", "introduction", "layer_table",
-    "loggers", "metrics_lines", "number", "pairs_table", "read_metrics", "score_table", "settings_table", "summarise",
+    "loggers", "metrics_lines", "number", "pairs_table", "read_metrics", "score_table", "seeds_table", "settings_table", "summarise",
     "summary_table", "table", "writing_table",
 ]  # fmt: skip

@@ -23,6 +23,10 @@ FURTHER = [
 ]
 
 
+# Settings that say when a run is looked at, and change nothing that it learns.
+LOGGING = frozenset(["eval_every", "eval_tokens", "log_every", "save_every", "keep", "tensorboard", "wandb"])
+
+
 class Table(NamedTuple):
     """Text cells, to be printed or put on a page; the first column names the rows."""
 
@@ -165,6 +169,29 @@ def _percent(part: dict, key: str, sign: str) -> str:
     return f"{value} ({low} to {high})"
 
 
+def seeds_table(scores: list[dict]) -> Table | None:
+    """Mean and standard deviation over seeds, a row per score and configuration; None if no configuration has two seeds."""
+    rows, several = [], False
+    for measure in scores[0].get("over_seeds", {}):
+        groups = []
+        for score in scores:
+            if (group := score["over_seeds"][measure]) not in groups:
+                groups.append(group)
+        for group in groups:
+            several = several or not math.isnan(group["sd"])
+            versus = group.get("versus_first", {})
+            interval = f"{number(versus['low'], 5, '+')} to {number(versus['high'], 5, '+')}" if versus else ""
+            cells = [", ".join(map(str, group["seeds"])), number(group["mean"], 5), number(group["sd"], 5)]
+            difference = number(versus["mean"], 5, "+") if versus else ""
+            label = f"{measure.replace('_', ' ')}, {group['name']}"
+            rows.append([label, *cells, difference, interval, versus.get("verdict", "")])
+    if not several:
+        return None
+    note = "of the pairs of seeds; with one pair, the interval is over the sampled text alone"
+    headers = ["", "seeds", "mean", "sd", "difference to the first", "95 % interval", "verdict"]
+    return Table("over seeds", headers, rows, f"difference and interval: {note}")
+
+
 def writing_table(scores: list[dict]) -> Table:
     """How often continuations repeat themselves, a row per run and way; how the texts go on comes first."""
     keys = ["rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2"]
@@ -190,6 +217,6 @@ def settings_table(names: list[str], configs: list[dict | None], differing: bool
     for field in dict.fromkeys(field for config in configs if config for field in config):
         cells = ["-" if not config or config.get(field) in (None, "") else str(config[field]) for config in configs]
         known = {cell for cell, config in zip(cells, configs, strict=True) if config}
-        if len(known) > 1 or not differing:
+        if (len(known) > 1 and field not in LOGGING) or not differing:
             rows.append([field, *cells])
     return Table("settings that differ" if differing else "all settings", ["setting", *names], rows)
