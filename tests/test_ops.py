@@ -865,6 +865,15 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernel(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "cache" / "build.log").exists()
 
 
+@pytest.mark.parametrize("variant", ["angular_spread", "orthogonalization", "decorrelation", "mean_cosine"])
+def test_the_streamed_value_stays_exact_for_many_tokens(variant):
+    """Nearly parallel tokens: millions of almost equal pairs are added up, and their rounding errors with them."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(1, 12_000, 24, generator=generator) * 0.3 + torch.randn(1, 1, 24, generator=generator) * 2
+    exact = dispersion.dispersion_loss(z.double(), variant, impl="streamed")
+    assert abs(dispersion.dispersion_loss(z, variant, impl="streamed") - exact) < 3e-7 * max(1, abs(exact))
+
+
 def test_the_streamed_form_is_exact_at_any_matmul_precision():
     before = torch.get_float32_matmul_precision()
     z = (randn(1, 1, 64, seed=1) + 0.01 * randn(1, 100, 64)).float()

@@ -51,7 +51,7 @@ def dispersion(z: Tensor, variant: str, tau: float, clamp: float, eps: float, ne
         budget = STRIP_ELEMENTS.get(z.device.type, STRIP_ELEMENTS_ELSEWHERE)
         group = min(B, max(1, budget // T**2))  # short sequences share a strip
         rows = min(T, max(1, budget // (T * group)), max(32, -(-T // 4)))  # a quarter: the lower triangle is left out
-        loss = z.new_zeros((), dtype=torch.float64 if z.device.type != "mps" else torch.float32)
+        loss = z.new_zeros((), dtype=_wide(z))
         grad = torch.empty_like(z, memory_format=torch.contiguous_format) if need_grad else z.new_empty(0)
         for start in range(0, B, group):
             part = slice(start, start + group)
@@ -78,8 +78,14 @@ def _strips(u: Tensor, rows: int, buffer: Tensor) -> Iterator[tuple[int, int, Te
 
 def _sum_both(strip: Tensor) -> Tensor:
     """Sum per sequence of a strip and its mirror image; the square at its beginning counts once."""
-    rows = strip.shape[1]
-    return strip.sum(dim=(1, 2)) * 2 - strip[:, :, :rows].sum(dim=(1, 2))
+    rows, wide = strip.shape[1], _wide(strip)
+    # Along a row in strip's dtype: torch adds in pieces there, so errors stay small. Over the rows, and the strips, in float64.
+    return strip.sum(dim=2).sum(dim=1, dtype=wide) * 2 - strip[:, :, :rows].sum(dim=2).sum(dim=1, dtype=wide)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def _apply_both(out: Tensor, start: int, stop: int, strip: Tensor, u: Tensor) -> None:
@@ -105,7 +111,7 @@ def _cosine_pairs(
     u = z / length
 
     buffer = z.new_empty(G * rows * T)
-    spare = torch.empty_like(buffer) if grad is not None and variant != "decorrelation" else None
+    spare = torch.empty_like(buffer) if grad is not None or variant == "decorrelation" else None
     smallest = math.acos(1 - clamp)  # angle, in radians
     if variant == "angular_spread":
         shift = z.new_full((G, 1, 1), smallest)
@@ -116,16 +122,14 @@ def _cosine_pairs(
                 largest = torch.maximum(largest, strip.amax(dim=(1, 2)))
             shift = largest.clamp_(clamp - 1, 1 - clamp).acos_().view(G, 1, 1)
 
-    total = z.new_zeros(G)
+    total = z.new_zeros(G, dtype=_wide(z))
     if grad is not None:
         grad.zero_()
     for start, stop, strip in _strips(u, rows, buffer):
         diagonal = strip.diagonal(dim1=1, dim2=2)
         if variant == "decorrelation":
             diagonal.zero_()
-            # Row by row: in a long sum of equal values, all rounding errors have the same sign.
-            total += 2 * torch.linalg.vector_norm(strip, dim=2).square().sum(dim=1)
-            total -= torch.linalg.vector_norm(strip[:, :, : stop - start], dim=2).square().sum(dim=1)
+            total += _sum_both(torch.square(strip, out=spare[: strip.numel()].view_as(strip)))
         else:
             strip.clamp_(clamp - 1, 1 - clamp).acos_()
             sine = torch.sin(strip, out=spare[: strip.numel()].view_as(strip)) if grad is not None else None
@@ -148,7 +152,7 @@ def _cosine_pairs(
     pairs = T * (T - 1)
     if variant == "angular_spread":
         loss = (total / pairs).log() - shift.view(G) / (math.pi * tau)
-        scale = (2 / (math.pi * tau) / total).view(G, 1, 1)
+        scale = (2 / (math.pi * tau) / total).to(z.dtype).view(G, 1, 1)
     else:
         loss = total / pairs
         scale = 4 / pairs if variant == "decorrelation" else 4 / (math.pi * pairs)
@@ -166,7 +170,7 @@ def _distance_pairs(
 ) -> Tensor:
     """As _cosine_pairs. Like the reference in float64, where the device has it, with the mean token at the origin."""
     G, T, _ = z.shape
-    wide = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    wide = z.to(_wide(z))
     wide = wide - wide.mean(dim=1, keepdim=True)
     square = wide.square().sum(dim=-1)  # (G, T)
     buffer = wide.new_empty(G * rows * T)
