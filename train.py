@@ -18,7 +18,6 @@ import math
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from minidisp.countermeasures import RANK, EmbeddingNoise, Teacher, derived_seed
 from minidisp.data import Batches, Dataset, micro_batches
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
+from minidisp.objective import Forward, build_objective
 from minidisp.optim import Average, build_optimizers, learning_rate, step_where
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.command import catch_signals, leave, run_command, stop
@@ -59,43 +59,14 @@ def main(config: Config, world: World = ALONE) -> dict:
         return trainer.summarise() if world.main else {}
 
 
-# --- the objective ----------------------------------------------------------------------------------------------------
+class MicroBatch(NamedTuple):
+    """Sequences that go through the model together."""
 
-
-class Forward(NamedTuple):
-    """What a forward pass leaves for the terms of the objective."""
-
+    first: int  # the number of the first sequence in the run
     idx: Tensor  # (B, T) int64
-    ce: Tensor  # cross-entropy, a scalar
-    hidden_states: tuple[Tensor, ...]  # n_layer + 1 times (B, T, C)
-    step: int  # index of the optimiser step
-
-
-class Term(NamedTuple):
-    """A summand of the objective: weight x value(forward), a mean over sequences."""
-
-    name: str  # its key in metrics.jsonl
-    weight: float
-    value: Callable[[Forward], Tensor]
-    title: str  # in messages
-    details: str  # in the first lines of a run
-
-
-def objective(config: Config, model: GPT, dispersion: DispersionLoss, teacher: Teacher | None, how: str) -> list[Term]:
-    """The terms that training adds up, the cross-entropy first. Here, and nowhere else, a term is added.
-
-    how: which implementation of the dispersion loss is in use, in words.
-    """
-    terms = [Term("ce", 1.0, lambda forward: forward.ce, "cross-entropy", "cross-entropy")]
-    if config.dispersion:
-        details = f"{config.dispersion_variant} ({config.dispersion_layers} layers), {how}"
-        value = lambda forward: dispersion(forward.hidden_states, forward.step)  # noqa: E731
-        terms.append(Term("dispersion", config.dispersion, value, "dispersion loss", details))
-    if teacher:
-        details = f"distillation from {config.distill}, temperature {config.distill_temperature:g}"
-        value = lambda forward: teacher.divergence(forward.idx, forward.hidden_states[-1], model.lm_head.weight)  # noqa: E731
-        terms.append(Term("distillation", config.distill_weight, value, "distillation loss", details))
-    return terms
+    targets: Tensor  # (B, T) int64, -1 where a target is not counted
+    parts: float  # how many micro-batches of this size make the process's share of a step
+    weight: Tensor  # counted targets per sequence, relative to the whole step; 1 unless targets are masked
 
 
 class Trainer:
@@ -153,7 +124,7 @@ class Trainer:
         )  # fmt: skip
         # It may build the extension, and does so before the first step.
         how = world.main_first("extension", lambda: dispersion.prepare(device.type)) if config.dispersion else ""
-        self.terms = objective(config, model, dispersion, self.teacher, how)
+        self.objective = build_objective(config, model, dispersion, self.teacher, how)
         self.noise = EmbeddingNoise(model.wte, config) if config.noisy_embedding else None
 
         # --- where the run stands -------------------------------------------------------------------------------------
@@ -171,7 +142,9 @@ class Trainer:
         """The first lines of a run: what is in use."""
         where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world)
         size = self.model.num_params()
-        text = report.introduction(self.config, self.dataset, size, self.terms, where, self.step, self.changed)
+        text = report.introduction(
+            self.config, self.dataset, size, self.objective.terms, where, self.step, self.changed
+        )
         print(text, flush=True)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -188,25 +161,9 @@ class Trainer:
         self.model.train()
         save_due, stop_signal = False, world.max(max(signals, default=0))
         while self.step < config.max_steps and not stop_signal:
-            lr = learning_rate(self.step, config)
-            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            if forgets_before(self.step, config):
-                forget(self.model.wte.weight, self.optimizers, config.seed, self.step)
             logging = (self.step + 1) % config.log_every == 0 or self.step == 0
-            self.rng = get_rng_state(self.device)
-            try:
-                values = self.forward_backward(logging)
-            except (RuntimeError, MemoryError) as error:
-                self.micro_batch = half_of(self.micro_batch, error, f"step {self.step + 1}", world)
-                self.model.zero_grad(set_to_none=True)
-                set_rng_state(self.rng, self.device)
-                continue  # the same step from its start, on the same sequences
-            grad_norm = self.update(values["loss"])
-            self.step += 1
+            values = self.take_step(logging)
             progress.advance()
-            if self.average:
-                self.average.update(self.step)
 
             last = self.step == config.max_steps
             evaluating = last or self.step % config.eval_every == 0
@@ -215,7 +172,7 @@ class Trainer:
             if logging or evaluating or save_due or self.device.type == "cpu":  # to look is to wait for other devices
                 self.guard.fetch(self.step)
             if logging:
-                self.log({**values, "lr": lr, "grad_norm": grad_norm, "skipped": self.guard.total})
+                self.log(values)
             if self.guard.hopeless(self.step):
                 skipped = f"{self.guard.total} of {self.step} steps"
                 raise self.diverged(f"{skipped} had a loss or a gradient that is not finite")
@@ -233,38 +190,78 @@ class Trainer:
         if stop_signal:
             stop(stop_signal, self.run.path, self.step, self.saved_step, world)
 
-    def forward(self, model: nn.Module, first: int, count: int, step: int) -> Forward:
-        """A forward pass over sequences first..first+count-1 of the run, which belong to that step."""
-        idx, targets = (to_device(tokens, self.device) for tokens in self.batches.batch(first, count))
+    def take_step(self, logging: bool) -> dict[str, Tensor | float]:
+        """One optimiser step; returns what metrics.jsonl gets of it."""
+        config, step = self.config, self.step
+        lr = learning_rate(step, config)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if forgets_before(step, config):
+            forget(self.model.wte.weight, self.optimizers, config.seed, step)
+        self.rng = get_rng_state(self.device)
+        while True:
+            try:
+                values = self.forward_backward(logging)
+                break
+            except (RuntimeError, MemoryError) as error:  # out of memory: once more, with fewer sequences at a time
+                self.micro_batch = half_of(self.micro_batch, error, f"step {step + 1}", self.world)
+                self.model.zero_grad(set_to_none=True)
+                set_rng_state(self.rng, self.device)
+        grad_norm = self.update(values["loss"])
+        if self.average:
+            self.average.update(step + 1)
+        self.step += 1
+        return {**values, **self.objective.scheduled_weights(step), "lr": lr, "grad_norm": grad_norm}
+
+    def micro_batches(self, step: int, world: World) -> list[MicroBatch]:
+        """The micro-batches of a process's share of a step, on the device."""
+        share = world.share_of(self.sequences)
+        start = step * self.sequences + world.rank * share
+        read = [
+            (first, count, *(to_device(tokens, self.device) for tokens in self.batches.batch(first, count)))
+            for first, count in micro_batches(start, start + share, self.micro_batch)
+        ]
+        counted = [(targets != loss.IGNORE).sum() for *_, targets in read]
+        total = world.sum(sum(counted)).clamp(min=1)
+        # Sums of whole numbers, so that the weight is exactly 1 where all targets are counted.
+        return [
+            MicroBatch(first, idx, targets, share / count, number * self.sequences / (total * count))
+            for (first, count, idx, targets), number in zip(read, counted, strict=True)
+        ]
+
+    def forward(self, model: nn.Module, batch: MicroBatch, step: int) -> Forward:
+        """A forward pass over a micro-batch of that step.
+
+        The mean of its cross-entropy over all micro-batches and processes is the mean over the counted targets of the step.
+        """
         if self.noise:
-            self.noise.draw(first, count)
-        _, ce, hidden_states = model(idx, targets, return_hidden_states=True)
-        return Forward(idx, ce, hidden_states, step)
+            self.noise.draw(batch.first, len(batch.idx))
+        _, ce, hidden_states = model(batch.idx, batch.targets, return_hidden_states=True)
+        ce = torch.where(batch.weight > 0, ce * batch.weight, 0.0)  # the mean of no target is NaN
+        return Forward(batch.idx, batch.targets, ce, hidden_states, step)
 
     def forward_backward(self, logging: bool) -> dict[str, Tensor]:
         """Add up the gradients of the step's sequences; returns the means of what is logged, as tensors.
 
-        Of several processes, each takes its share. A term is a mean over sequences, so the mean over the processes is
-        what one alone would find. It is taken once per step, of the gradients and of what is logged.
+        Each process takes its share. A term is a mean over sequences, so its mean over the processes is what a single one
+        would compute. It is taken once per step, of the gradients and of what is logged.
         """
-        means = defaultdict(float, {"loss": 0.0, "ce": 0.0, "dispersion": 0.0, "mean_cosine": 0.0})
-        start = self.step * self.sequences + self.world.rank * self.share
-        for first, count in micro_batches(start, start + self.share, self.micro_batch):
-            parts = self.share / count  # how many such parts make the batch: grad_accum, or more if memory was short
+        means = defaultdict(float)
+        batches = self.micro_batches(self.step, self.world)
+        for batch in batches:
             if self.world.launched:
-                set_gradient_sync(self.trained, self.model, first + count == start + self.share)
+                set_gradient_sync(self.trained, self.model, batch is batches[-1])
             with self.autocast:
-                forward = self.forward(self.trained, first, count, self.step)
-                values = {term.name: term.value(forward) for term in self.terms}
-            values["loss"] = sum(term.weight * values[term.name] for term in self.terms)  # what is trained
+                forward = self.forward(self.trained, batch, self.step)
+                values = self.objective(forward)
             if logging:
                 with torch.no_grad():
                     cosines = [mean_cosine(z, eps=0.0) for z in forward.hidden_states[1:]]
                     values["mean_cosine"] = torch.stack(cosines).mean()
             del forward  # so that the backward pass can free each layer's hidden states behind it
-            self.scaler.scale(values["loss"] / parts).backward()
+            self.scaler.scale(values["loss"] / batch.parts).backward()
             for name, value in values.items():
-                means[name] += value.detach() / parts
+                means[name] += value.detach() / batch.parts
         return self.world.mean(means)
 
     def update(self, loss: Tensor) -> Tensor:
@@ -284,7 +281,8 @@ class Trainer:
 
     def log(self, values: dict) -> None:
         """A line of metrics.jsonl, and what is seen of it."""
-        values, tokens_per_step = fetched(values), self.config.tokens_per_step
+        values = fetched({**values, "skipped": self.guard.total})
+        tokens_per_step = self.config.tokens_per_step
         speed = self.progress.steps_per_second() * tokens_per_step
         times = {"tokens_per_second": speed, "seconds": self.progress.seconds}
         self.run.log({"step": self.step, "tokens": self.step * tokens_per_step, **values, **times})
@@ -370,11 +368,11 @@ class Trainer:
     def diverged(self, what: str) -> Diverged:
         """The error that ends a run whose numbers are not finite; the last bad step is taken again to name the culprit."""
         set_rng_state(self.rng, self.device)
-        step, sequences = self.guard.last_skipped, self.sequences
-        parts = micro_batches(step * sequences, (step + 1) * sequences, self.micro_batch)
-        forwards = ((count / sequences, self.forward(self.model, first, count, step)) for first, count in parts)
+        step = self.guard.last_skipped
+        batches = self.micro_batches(step, ALONE)
+        forwards = ((1 / batch.parts, self.forward(self.model, batch, step)) for batch in batches)
         with self.autocast:
-            culprit = first_bad_tensor(self.model, self.terms, forwards)
+            culprit = first_bad_tensor(self.model, self.objective, forwards)
         kept = f"{self.run.path / checkpoint.LAST} is good, step {self.saved_step}"
         kept = "nothing was saved" if self.saved_step is None else kept
         return Diverged(f"{what}: {culprit}; lower --lr or raise --warmup-steps; {kept}")

@@ -48,10 +48,10 @@ from minidisp.config import Config, command_line, from_dict
 from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
 from minidisp.model import GPT
+from minidisp.objective import Forward, build_objective
 from minidisp.ops import layers
 from minidisp.optim import build_optimizers
 from minidisp.runtime.device import cpu_model, resident_peak_kib
-from train import Forward, objective
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
@@ -97,9 +97,9 @@ class Clock:
 class Form:
     """One way of taking a training step."""
 
-    def __init__(self, name, parameters, forward, optimizers, batches, config: Config, args, terms=()):
+    def __init__(self, name, parameters, forward, optimizers, batches, config: Config, args, objective=None):
         self.name, self.parameters, self.forward, self.optimizers = name, list(parameters), forward, optimizers
-        self.batches, self.config, self.device, self.terms = batches, config, args.device, terms
+        self.batches, self.config, self.device, self.objective = batches, config, args.device, objective
         self.dtype = getattr(torch, args.dtype)
         self.step_number = 0
         self.clock = Clock(args)
@@ -116,9 +116,8 @@ class Form:
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             ce, hidden_states = self.forward(x, y)
             self.clock.mark("forward")
-            forward = Forward(x, ce, hidden_states, self.step_number)
-            values = [term.value(forward) for term in self.terms]
-        loss = sum(term.weight * value for term, value in zip(self.terms, values, strict=True)) if self.terms else ce
+            forward = Forward(x, y, ce, hidden_states, self.step_number)
+            loss = self.objective(forward)["loss"] if self.objective else ce
         del forward, hidden_states
         self.clock.mark("dispersion")
         loss.backward()
@@ -151,13 +150,13 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
             if name.startswith("nanoGPT"):
                 continue
             weight = DISPERSION if "dispersion" in name else 0.0
-            terms = objective(dataclasses.replace(config, dispersion=weight), model, dispersion, None, "")
+            objective = build_objective(dataclasses.replace(config, dispersion=weight), model, dispersion, None, "")
             forward = compiled if "compiled" in name else model
             if "recompute" in name:  # the same modules and weights, with a config of its own
                 forward = copy.copy(model)
                 forward.config = dataclasses.replace(config, recompute=True)
             chosen[name] = Form(name, model.parameters(), lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:], optimizers, batches,
-                                config, args, terms)  # fmt: skip
+                                config, args, objective)  # fmt: skip
     if any(name.startswith("nanoGPT") for name in names):
         peer = import_peer(Path(args.against), config).to(args.device)
         state = {key if key.startswith("lm_head") else f"transformer.{key}": w for key, w in model.state_dict().items()}

@@ -6,7 +6,6 @@ A field declared with `flag(default, help)` is the flag of the same name in keba
 
 import argparse
 import dataclasses
-import math
 import os
 import types
 from collections.abc import Callable
@@ -15,9 +14,13 @@ from typing import Literal, get_args, get_origin
 
 from minidisp import InputError, is_plain, ops, parse_json, read_bytes
 from minidisp.dispersion import VARIANTS, select_layers
-from minidisp.model import GPTConfig, flag
+from minidisp.flags import MOST, flag, kebab, shown
+from minidisp.model import GPTConfig
 from minidisp.optim import OPTIMIZERS, SCHEDULES
 from minidisp.runtime.cli import Parser
+
+MOST_CHARACTERS = 4096  # of a path
+MOST_THREADS = 1024  # torch's thread pool ends the process when it cannot start them
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
 # from the defaults stands here.
@@ -60,121 +63,129 @@ class Config(GPTConfig):
     """Everything that a training run depends on. Raises InputError naming the flag on values that make no sense."""
 
     # run
-    preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="free")
+    preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="silent")
     recipe: Literal[tuple(RECIPES)] = flag(
         "gpt2", "how to train: gpt2: plain, the baseline; fast: learns more per minute"
     )
-    out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>", resume="free")
-    seed: int = flag(0, "seed of the initialisation, the data order and dropout")
-    resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="free")
-    overwrite: bool = flag(False, "replace the run in --out", resume="free")
+    out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>", resume="silent")
+    seed: int = flag(0, "seed of the initialisation, the data order and dropout", low=0, high=2**32 - 1)
+    resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="silent")
+    overwrite: bool = flag(False, "replace the run in --out", resume="silent")
     # data
     data: str = flag(
-        "pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use", resume="free"
+        "pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use", resume="silent"
     )
     init_from: str = flag(
-        "", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)", resume="free"
+        "", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)", resume="silent"
     )
     # dispersion
-    dispersion: float = flag(0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1", resume="said")
-    dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss", resume="said")
+    dispersion: float = flag(
+        0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1", resume="reported"
+    )
+    dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss", resume="reported")
     dispersion_layers: str = flag(
-        "all", "all, last, early_half, late_half, or numbers from 1 such as 1,3,5", resume="said"
+        "all", "all, last, early_half, late_half, or numbers from 1 such as 1,3,5", resume="reported"
     )
     dispersion_tau: float = flag(
-        1.0, "temperature; angle / pi for angular_spread, squared distance for the others", resume="said"
+        1.0,
+        "temperature; angle / pi for angular_spread, squared distance for the others",
+        low=1e-6,
+        high=1e6,
+        resume="reported",
     )
     dispersion_clamp: float = flag(
-        0.25, "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through", resume="said"
+        0.25,
+        "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through",
+        above=0,
+        below=1,
+        resume="reported",
     )
     dispersion_tokens: int = flag(
-        0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256", resume="said"
+        0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256", low=0, resume="reported"
     )
     dispersion_impl: Literal[ops.IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
-                                                         "reference: plain; auto: fused where it is, else streamed", resume="free")  # fmt: skip
+                                                         "reference: plain; auto: fused where it is, else streamed", resume="silent")  # fmt: skip
     # other counter-measures
     noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "
-                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3", resume="said")  # fmt: skip
+                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3", low=0, resume="reported")  # fmt: skip
     active_forgetting: int = flag(0, "steps between resets of the token embeddings, and so of a tied output layer, and of their optimiser "
-                                  "state; no reset in the last K steps; 0 = off, the paper uses 1000", resume="said")  # fmt: skip
+                                  "state; no reset in the last K steps; 0 = off, the paper uses 1000", low=0, resume="reported")  # fmt: skip
     distill: str = flag(
         "",
         "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well",
-        resume="free",
+        resume="silent",
     )
     distill_weight: float = flag(
-        1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy", resume="said"
+        1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy", above=0, resume="reported"
     )
-    distill_temperature: float = flag(2.0, "the logits of teacher and student are divided by it", resume="said")
+    distill_temperature: float = flag(
+        2.0, "the logits of teacher and student are divided by it", low=1e-3, high=1e6, resume="reported"
+    )
     # optimisation
-    max_steps: int = flag(400, "optimiser steps", resume="said")
-    batch_size: int = flag(8, "sequences per micro-step", resume="free")
-    grad_accum: int = flag(1, "micro-steps per optimiser step", resume="free")
+    max_steps: int = flag(400, "optimiser steps", low=0, resume="reported")
+    batch_size: int = flag(8, "sequences per micro-step", low=1, resume="silent")
+    grad_accum: int = flag(1, "micro-steps per optimiser step", low=1, resume="silent")
     optimizer: Literal[tuple(OPTIMIZERS)] = flag(
         "adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest"
     )
-    lr: float = flag(3e-3, "peak learning rate", resume="said")
-    min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", resume="said")
+    lr: float = flag(3e-3, "peak learning rate", above=0, resume="reported")
+    min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", low=0, resume="reported")
     embedding_lr: float = flag(
-        1.0, "learning rate of the token embeddings in multiples of lr; tied, the output layer's, too"
+        1.0, "learning rate of the token embeddings in multiples of lr; tied, the output layer's, too", above=0
     )
-    warmup_steps: int = flag(40, "steps of linear warm-up", resume="said")
+    warmup_steps: int = flag(40, "steps of linear warm-up", low=0, resume="reported")
     schedule: Literal[tuple(SCHEDULES)] = flag(
-        "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="said"
+        "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="reported"
     )
-    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", resume="said")
-    beta1: float = flag(0.9, "AdamW's first decay rate", resume="said")
-    momentum: float = flag(0.95, "Muon's momentum; 0.9 where there are only hundreds of steps", resume="said")
-    beta2: float = flag(0.99, "AdamW's second decay rate; the larger presets use 0.95", resume="said")
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", low=0, resume="reported")
+    beta1: float = flag(0.9, "AdamW's first decay rate", low=0, below=1, resume="reported")
+    momentum: float = flag(
+        0.95, "Muon's momentum; 0.9 where there are only hundreds of steps", low=0, below=1, resume="reported"
+    )
+    beta2: float = flag(
+        0.99, "AdamW's second decay rate; the larger presets use 0.95", low=0, below=1, resume="reported"
+    )
     ema: float = flag(
         0.0,
         "decay of an exponential moving average of the weights, such as 0.99: evaluated beside them, kept as ckpt_ema.pt; 0 = off",
+        low=0,
+        below=1,
     )
-    grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping", resume="said")
+    grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping", low=0, resume="reported")
     # system
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu", resume="free")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu", resume="silent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of matrix products; auto: bfloat16 on cuda, else float32", resume="said"
+        "auto", "of matrix products; auto: bfloat16 on cuda, else float32", resume="reported"
     )
-    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda", resume="free")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice", resume="free")
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda", resume="silent")
+    threads: int = flag(0, "CPU threads; 0 = torch's choice", low=0, high=MOST_THREADS, resume="silent")
     shard: bool = flag(
-        False, "under torchrun, split weights and optimiser states over the processes (FSDP2)", resume="free"
+        False, "under torchrun, split weights and optimiser states over the processes (FSDP2)", resume="silent"
     )
     # logging
     eval_every: int = flag(
-        100, "steps between evaluations; there is always one at step 0 and one at the end", resume="free"
+        100, "steps between evaluations; there is always one at step 0 and one at the end", low=1, resume="silent"
     )
-    eval_tokens: int = flag(8_192, "validation tokens per evaluation, the same ones every time; 0 = all", resume="said")
-    log_every: int = flag(10, "steps between lines of metrics.jsonl", resume="free")
-    save_every: int = flag(200, "steps between checkpoints; there is always one at the end", resume="free")
-    keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt", resume="free")
-    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too", resume="free")
+    eval_tokens: int = flag(
+        8_192, "validation tokens per evaluation, the same ones every time; 0 = all", low=0, resume="reported"
+    )
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", low=1, resume="silent")
+    save_every: int = flag(200, "steps between checkpoints; there is always one at the end", low=1, resume="silent")
+    keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt", low=0, resume="silent")
+    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too", resume="silent")
     wandb: bool = flag(
-        False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder", resume="free"
+        False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder", resume="silent"
     )
 
     def __post_init__(self):
         super().__post_init__()
         for name, value in vars(self).items():
-            if type(value) is int and name != "seed" and value > MOST:
-                raise InputError(f"--{kebab(name)} is {_shown(value)}, but must be at most {MOST}")
-            if type(value) is float and not math.isfinite(value):
-                raise InputError(f"--{kebab(name)} is {value}, but must be a finite number")
-            if type(value) is str and (len(value) > MOST_CHARACTERS or not is_plain(value)):
+            if isinstance(value, str) and (len(value) > MOST_CHARACTERS or not is_plain(value)):
                 raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
-        for name, low in _AT_LEAST.items():
-            if getattr(self, name) < low:
-                raise InputError(f"--{kebab(name)} is {getattr(self, name)}, but must be at least {low}")
-        for name, (low, high) in _BETWEEN.items():
-            if not low < getattr(self, name) < high:  # NaN fails, too
-                raise InputError(f"--{kebab(name)} is {getattr(self, name)}, but must be above {low} and below {high}")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise InputError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}: change one of them")
-        if self.seed >= 2**32:
-            raise InputError(f"--seed is {_shown(self.seed)}, but must be below 2^32 = {2**32}")
-        if self.threads > MOST_THREADS:
-            raise InputError(f"--threads is {self.threads}, but must be at most {MOST_THREADS}")
+        if self.block_size < 2:  # one token makes no pair, whose cosine is measured
+            raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise InputError(f"--min-lr {self.min_lr} is above --lr {self.lr}: change one of them")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
         if 2 * self.active_forgetting > self.max_steps:
@@ -218,24 +229,6 @@ class Config(GPTConfig):
 _UNSIZED = {
     f.name: f.default for f in dataclasses.fields(Config) if any(f.name in preset for preset in PRESETS.values())
 }
-MOST = 2**31 - 1  # of anything that is counted
-MOST_CHARACTERS = 4096  # of a path
-MOST_THREADS = 1024  # the library behind torch ends the process when it cannot start them
-_AT_LEAST = {
-    "block_size": 2, "seed": 0, "dispersion_tokens": 0, "max_steps": 0, "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "threads": 0,
-    "eval_every": 1, "eval_tokens": 0, "log_every": 1, "save_every": 1, "keep": 0, "active_forgetting": 0,
-}  # fmt: skip
-_BETWEEN = {
-    "dispersion": (-math.inf, math.inf), "dispersion_tau": (0, math.inf), "dispersion_clamp": (0, 1),
-    "lr": (0, math.inf), "embedding_lr": (0, math.inf), "weight_decay": (-1e-9, math.inf), "momentum": (-1e-9, 1),
-    "beta1": (-1e-9, 1), "beta2": (-1e-9, 1), "ema": (-1e-9, 1), "grad_clip": (-1e-9, math.inf),
-    "noisy_embedding": (-1e-9, math.inf), "distill_weight": (0, math.inf), "distill_temperature": (0, math.inf),
-}  # fmt: skip
-
-
-def kebab(name: str) -> str:
-    """The name of a field as that of its flag."""
-    return name.replace("_", "-")
 
 
 def command_line(fields: dict) -> list[str]:
@@ -415,7 +408,7 @@ def from_dict(values: dict) -> Config:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise InputError(f"unknown setting {_shown(name)}: no such field in this version of minidisp")
+            raise InputError(f"unknown setting {shown(name)}: no such field in this version of minidisp")
         kind = fields[name].type
         if get_origin(kind) is Literal:
             valid = value in get_args(kind)
@@ -427,7 +420,7 @@ def from_dict(values: dict) -> Config:
                 value = float(value)
             valid = type(value) is base
         if not valid:
-            raise InputError(f"setting {name!r} has the value {_shown(value)}, which is not {_expected(kind)}")
+            raise InputError(f"setting {name!r} has the value {shown(value)}, which is not {_expected(kind)}")
         checked[name] = value
     return Config(**checked)
 
@@ -436,15 +429,6 @@ def _expected(kind) -> str:
     return (
         f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"of type {_base_type(kind).__name__}"
     )
-
-
-def _shown(value: object) -> str:
-    """A value of any size and kind, in a few characters of an error message."""
-    if type(value) is int and abs(value) > 10**20:
-        return "an integer of more than 20 digits"
-    if value is None or isinstance(value, str | int | float):
-        return f"{value!a:.60}"
-    return f"of type {type(value).__name__}"
 
 
 def to_dict(config: GPTConfig) -> dict:

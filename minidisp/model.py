@@ -19,33 +19,30 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError, decoding
 from minidisp.decoding import KVCache, PrefixTree
+from minidisp.flags import MOST, check_bounds, flag
 from minidisp.loss import cross_entropy
 from minidisp.ops import layers
 from minidisp.ops.attention import causal_attention
 
 
-def flag(default, help: str, resume: Literal["refused", "said", "free"] = "refused"):
-    """A dataclass field that is also a command-line flag: its default, and its help text with the unit.
-
-    resume: whether --resume may change it. "free": it changes nothing, or rounding only. "said": training goes another way
-    from there, which is said. "refused": it would no longer be the same run.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "resume": resume})
-
-
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """What defines the network. Raises InputError naming the flag when the numbers do not fit together."""
+    """What defines the network. Raises InputError naming the flag when the numbers do not fit together.
+
+    The upper bounds are far above any model there is, and low enough to reject a hostile file before its numbers are used.
+    """
 
     arch: Literal["gpt2", "qwen3"] = flag("gpt2", "kind of block")
-    n_layer: int = flag(8, "number of blocks")
-    n_head: int = flag(6, "attention heads per block")
-    n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head")
-    n_embd: int = flag(192, "channels of the hidden states")
-    head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head")
-    mlp_dim: int = flag(0, "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to 64s")
-    block_size: int = flag(256, "context length in tokens")
-    dropout: float = flag(0.0, "dropout probability in [0, 1)", resume="said")
+    n_layer: int = flag(8, "number of blocks", low=1, high=10_000)
+    n_head: int = flag(6, "attention heads per block", low=1, high=1 << 16)
+    n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head", low=0, high=1 << 16)
+    n_embd: int = flag(192, "channels of the hidden states", low=1, high=1 << 20)
+    head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head", low=0, high=1 << 16)
+    mlp_dim: int = flag(
+        0, "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to 64s", low=0, high=1 << 24
+    )
+    block_size: int = flag(256, "context length in tokens", low=1, high=1 << 24)
+    dropout: float = flag(0.0, "dropout probability", low=0, below=1, resume="reported")
     bias: bool = flag(True, "biases in linear layers and LayerNorms (gpt2 only)")
     attention_bias: bool = flag(False, "biases in the attention's linear layers (qwen3 only)")
     gelu: Literal["erf", "tanh"] = flag(
@@ -58,23 +55,15 @@ class GPTConfig:
     recompute: bool = flag(
         False,
         "compute blocks again in the backward pass instead of keeping what is inside: less memory, more time",
-        resume="free",
+        resume="silent",
     )
     tied: bool = flag(True, "input embedding and output layer share one matrix")
-    rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)")
-    norm_eps: float = flag(0.0, "what norms add to the variance; 0 = 1e-5 (gpt2), 1e-6 (qwen3)")
-    vocab_size: int = 4096  # no flag: the tokenizer decides
+    rope_theta: float = flag(10000.0, "base of the rotary frequencies (qwen3)", above=0)
+    norm_eps: float = flag(0.0, "epsilon of the norms; 0 = 1e-5 (gpt2), 1e-6 (qwen3)", low=0, below=1)
+    vocab_size: int = flag(4096, low=1, high=MOST)  # no flag: the tokenizer decides
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
-        for name in ("n_kv_head", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be 0 or more")
-        for name, most in _AT_MOST.items():
-            if getattr(self, name) > most:
-                raise InputError(f"--{name.replace('_', '-')} is above {most}, the most: no memory would hold it")
+        check_bounds(self)
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(
                 f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or give --head-dim"
@@ -88,12 +77,6 @@ class GPTConfig:
             raise InputError(f"rotary positions need an even --head-dim, not {head_dim}: change --n-head or --head-dim")
         if self.arch == "qwen3" and self.block_size * head_dim > 1 << 28:
             raise InputError(f"--block-size {self.block_size} needs over 1 GiB of memory for its rotations: lower it")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
-        if not 0 < self.rope_theta < math.inf:
-            raise InputError(f"--rope-theta is {self.rope_theta}, but must be above 0")
-        if not 0 <= self.norm_eps < 1:
-            raise InputError(f"--norm-eps is {self.norm_eps}, but must be at least 0 and below 1")
         if self.attention_bias and self.arch == "gpt2":
             raise InputError("--attention-bias goes with --arch qwen3: gpt2 has --bias for all its linear layers")
 
@@ -132,11 +115,6 @@ class GPTConfig:
         block += 0 if gpt2 else 2 * self.head_dim  # of queries and keys
         tables = self.vocab_size * (1 if self.tied else 2) + (self.block_size if gpt2 else 0)
         return tables * C + self.n_layer * block + norm
-
-
-# Far above any model there is, and low enough that a file from a stranger can be refused before its numbers are used.
-_AT_MOST = {"n_layer": 10_000, "n_head": 1 << 16, "n_kv_head": 1 << 16, "n_embd": 1 << 20, "head_dim": 1 << 16, "mlp_dim": 1 << 24,
-            "block_size": 1 << 24, "vocab_size": 1 << 31}  # fmt: skip
 
 
 class Output(NamedTuple):

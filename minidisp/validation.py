@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from minidisp import InputError
 from minidisp.config import Config
 from minidisp.data import Dataset, eval_windows
+from minidisp.loss import IGNORE
 from minidisp.metrics import Condensation, bits_per_byte, perplexity
 from minidisp.model import GPT
 from minidisp.optim import Average
@@ -21,12 +23,18 @@ class Validation:
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device, world: World):
         self.x, self.y = eval_windows(dataset.split("val"), config.block_size, config.eval_tokens)
-        self.bytes = sum(len(dataset.tokenizer.token_bytes[token]) for token in self.y.flat)
+        self.counted = self.y != IGNORE
+        self.targets = int(self.counted.sum())
+        if not self.targets:
+            raise InputError(f"{dataset.folder}: no target of the validation windows is counted: raise --eval-tokens")
+        self.bytes = sum(len(dataset.tokenizer.token_bytes[token]) for token in self.y[self.counted])
         self.device, self.world = device, world
         self.batch_size = config.batch_size  # windows at a time: fewer where the memory does not suffice
 
     def scores(self, model: GPT, step: int, average: Average | None = None) -> dict:
         """val_loss in nats per token, perplexity, bits_per_byte, and the condensation scores of the same windows.
+
+        Loss, perplexity and bits per byte are over the counted targets alone (those that are not -1).
 
         With an average of the weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. Only val_loss, if it is
         not finite. The model's mode is what it was. step: for messages.
@@ -64,7 +72,8 @@ class Validation:
             _leave(model, was_training)
         nats = 0.0
         for first, loss in zip(starts, torch.stack(losses).tolist(), strict=True):  # only here is the device waited for
-            nats += loss * self.y[first : first + self.batch_size].size
+            counted = int(self.counted[first : first + self.batch_size].sum())
+            nats += loss * counted if counted else 0.0  # the mean of no target is NaN
             if not math.isfinite(nats):
                 return {"val_loss": nats}
         scores = condensation.result()
@@ -72,8 +81,8 @@ class Validation:
         histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]
         wanted = ("mean_cosine_by_layer", "off_diagonal_mean_by_layer", "spearman", "kendall", "last_half_mean")
         return {
-            "val_loss": nats / self.y.size,
-            "perplexity": perplexity(nats, self.y.size),
+            "val_loss": nats / self.targets,
+            "perplexity": perplexity(nats, self.targets),
             "bits_per_byte": bits_per_byte(nats, self.bytes),
             **{name: scores[name] for name in wanted},
             "histogram_by_layer": histogram,
@@ -81,10 +90,11 @@ class Validation:
 
     @torch.no_grad()
     def is_finite(self, model: GPT) -> bool:
-        """Whether the loss of the first window is."""
+        """Whether the loss of the first window with counted targets is finite."""
         was_training = model.training
         model.eval()
-        x, y = (to_device(tokens[:1], self.device) for tokens in (self.x, self.y))
+        first = int(self.counted.any(axis=1).argmax())
+        x, y = (to_device(tokens[first : first + 1], self.device) for tokens in (self.x, self.y))
         loss = model(x, y).loss
         _leave(model, was_training)
         return math.isfinite(loss.item())

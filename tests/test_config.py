@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from minidisp import InputError
 from minidisp.config import PRESETS, RECIPES, Config, command_line, flags, from_dict, parse, read_json, to_dict
+from minidisp.flags import flag
 from minidisp.runtime.cli import exit_code
 
 
@@ -71,6 +73,40 @@ def test_a_recipe_wins_over_the_preset_and_flags_over_the_recipe(tmp_path):
 def test_wrong_settings_are_named(values, expected):
     with pytest.raises(InputError, match=expected):
         from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr", "0", "--lr is 0.0, but must be above 0"),
+        ("beta1", "1", "--beta1 is 1.0, but must be at least 0 and below 1"),
+        ("weight-decay", "-0.001", "--weight-decay is -0.001, but must be at least 0"),
+        ("dispersion-clamp", "0", "--dispersion-clamp is 0.0, but must be above 0 and below 1"),
+        ("dispersion-tau", "1e-45", "--dispersion-tau is 1e-45, but must be at least 1e-06 and at most 1000000.0"),
+        ("dropout", "1", "--dropout is 1.0, but must be at least 0 and below 1"),
+        ("n-layer", "0", "--n-layer is 0, but must be at least 1 and at most 10000"),
+        ("max-steps", "9" * 30, "--max-steps is an integer of more than 20 digits, but must be at most 2147483647"),
+        ("seed", "4294967296", "--seed is 4294967296, but must be at least 0 and at most 4294967295"),
+        ("min-lr", "-1", "--min-lr is -1.0, but must be at least 0"),
+        ("grad-clip", "inf", "--grad-clip is inf, but must be a finite number"),
+        ("dispersion", "1e31", "--dispersion is 1e\\+31, but must be at least -1e\\+30 and at most 1e\\+30"),
+    ],
+)
+def test_the_bounds_of_a_flag_are_beside_it(name, value, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        parse([f"--{name}={value}"])
+
+
+def test_a_new_flag_has_the_bounds_that_it_declares():
+    @dataclasses.dataclass(frozen=True)
+    class Changed(Config):
+        share: float = flag(0.5, "a share", low=0.25, below=1)
+        count: int | None = flag(None, "a count", above=2, high=5)
+
+    assert (Changed(share=0.25).share, Changed(count=5).count) == (0.25, 5)
+    for values in ({"share": 0.2}, {"share": 1}, {"count": 2}, {"count": 6}, {"share": math.nan}):
+        with pytest.raises(InputError, match=f"--{next(iter(values))} is "):
+            Changed(**values)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\udcff"])

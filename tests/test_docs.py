@@ -153,7 +153,7 @@ def test_what_resume_may_change_is_what_the_flags_say():
     """The table in resuming.md; flags that only name things (the folder, the corpus) are left out there."""
     rows = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
     naming = {"out", "resume", "overwrite", "preset", "data", "init_from", "distill"}
-    for kind, words in (("free", "| change freely"), ("said", "| change, and")):
+    for kind, words in (("silent", "| change freely"), ("reported", "| change, and")):
         row = next(line for line in rows if line.startswith(words))
         listed = {flag.replace("-", "_") for flag in re.findall(r"`([\w-]+)`", row)}
         assert listed == {field.name for field in flags() if field.metadata["resume"] == kind} - naming

@@ -23,7 +23,9 @@ from minidisp import InputError, load, optim, report
 from minidisp.config import Config, from_dict, parse, to_dict
 from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
-from minidisp.model import GPT, GPTConfig, flag
+from minidisp.flags import flag
+from minidisp.model import GPT, GPTConfig
+from minidisp.objective import Forward, build_objective
 from minidisp.optim import build_optimizers, learning_rate
 from minidisp.runtime import checkpoint, device
 from minidisp.runtime.guard import first_bad_tensor
@@ -390,7 +392,7 @@ BAD = {
     "one token of context": (["--block-size", "1"], "--block-size"),
     "large seed": (["--seed", "99999999999999999999"], "--seed"),
     "a file as corpus": (["--data", __file__], "data/prepare.py"),
-    "too large a model": (["--n-embd", "600000000"], "memory"),
+    "too large a model": (["--n-embd", "600000000"], "at most 1048576"),
     "odd head": (["--arch", "qwen3", "--head-dim", "7"], "--head-dim"),
 }
 
@@ -515,8 +517,8 @@ def test_what_resume_refuses_allows_and_says(corpus, run, name):
             changed_settings(state, config, dataset, None, path)
     else:
         said = changed_settings(state, config, dataset, None, path)
-        assert [words.split()[0] for words in said] == ([name] if may_change[name] == "said" else [])
-        assert may_change[name] in ("said", "free")
+        assert [words.split()[0] for words in said] == ([name] if may_change[name] == "reported" else [])
+        assert may_change[name] in ("reported", "silent")
 
 
 def test_resume_may_split_the_batch_otherwise(corpus, run):
@@ -766,14 +768,14 @@ def test_the_first_bad_tensor_is_named(corpus, what, expected):
     model, dispersion = go_bad(what)
     config = small_config(corpus, Path("unused"), dispersion=0.1)
     batches = Batches(Dataset(corpus).split("train"), 8, 0)
-    terms = train.objective(config, model, dispersion, None, "")
+    objective = build_objective(config, model, dispersion, None, "")
 
-    def forward(first: int) -> train.Forward:
+    def forward(first: int) -> Forward:
         x, y = (torch.from_numpy(tokens) for tokens in batches.batch(first, 2))
-        return train.Forward(x, *model(x, y, return_hidden_states=True)[1:], step=3)
+        return Forward(x, y, *model(x, y, return_hidden_states=True)[1:], step=3)
 
     passes = ((1 / 2, forward(first)) for first in (3 * 4, 3 * 4 + 2))
-    assert first_bad_tensor(model, terms, passes).startswith(expected)
+    assert first_bad_tensor(model, objective, passes).startswith(expected)
 
 
 # --- too little memory ----------------------------------------------------------------------------------------------

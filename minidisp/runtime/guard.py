@@ -1,14 +1,16 @@
 """Guards of a run: numbers that are not finite, and memory that does not suffice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from minidisp import InputError
-from minidisp.config import MOST, Config
+from minidisp.config import Config
+from minidisp.flags import MOST
 from minidisp.model import GPT
+from minidisp.objective import Forward, Objective
 from minidisp.runtime.checkpoint import gathered
 from minidisp.runtime.device import memory_bytes
 from minidisp.runtime.processes import World
@@ -73,11 +75,10 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(gathered(tensor)).all())
 
 
-def first_bad_tensor(model: GPT, terms: Sequence, forwards: Iterator[tuple]) -> str:
-    """Which tensor stops being finite first in a step, in words: found by taking the step again, without an update.
+def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[float, Forward]]) -> str:
+    """The tensor that first becomes NaN or Inf in a step, in words: the step is taken again, without an update.
 
-    terms: those of the objective. forwards: per micro-batch, its share of the step and what the terms are computed from; the
-    forward passes happen when it is asked for the next one.
+    forwards: per micro-batch, its share of the step and the forward pass, which is done when the next one is requested.
     """
     for name, p in model.named_parameters():
         if not is_finite(p):
@@ -90,14 +91,12 @@ def first_bad_tensor(model: GPT, terms: Sequence, forwards: Iterator[tuple]) -> 
         with torch.no_grad():  # one sequence at a time: logits are large
             if not all(is_finite(model.lm_head(sequence)) for sequence in forward.hidden_states[-1]):
                 return "the logits went bad first"
-        objective = 0.0
-        for term in terms:
-            value = term.value(forward)
-            if not is_finite(value):
+        values = objective(forward)
+        for term in objective.terms:
+            if term.name in values and not is_finite(values[term.name]):
                 return f"the {term.title} went bad first"
-            objective = objective + term.weight * value
-        with torch.autocast(value.device.type, enabled=False):
-            (objective * share).backward()
+        with torch.autocast(values["loss"].device.type, enabled=False):
+            (values["loss"] * share).backward()
     for name, p in reversed(list(model.named_parameters())):  # the way that gradients come
         if p.grad is not None and not is_finite(p.grad):
             return f"the gradient of {name} went bad first"

@@ -59,7 +59,7 @@ def is_launched() -> bool:
 class World:
     """The processes that train together, and which one this is; by default, one that is alone.
 
-    Every process must come to the same calls of mean, max, barrier, gather and main_first, in the same order.
+    Every process must come to the same calls of mean, sum, max, barrier, gather and main_first, in the same order.
     """
 
     rank: int = 0
@@ -123,6 +123,16 @@ class World:
         stacked = torch.stack([values[name].float() for name in names])
         dist.all_reduce(stacked)
         return {**values, **dict(zip(names, (stacked / self.size).unbind(), strict=True))}
+
+    def sum(self, number: Tensor) -> Tensor:
+        """The sum of the processes' numbers, a scalar on the device."""
+        if self.size == 1:
+            return number
+        import torch.distributed as dist
+
+        total = number.clone()
+        dist.all_reduce(total)
+        return total
 
     def max(self, number: int) -> int:
         """The largest of the processes' numbers. They meet on the CPU: no device is waited for."""

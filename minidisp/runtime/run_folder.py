@@ -208,7 +208,7 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
     for field in dataclasses.fields(Config):
         before, now = getattr(saved, field.name), getattr(config, field.name)
         may_change = field.metadata.get("resume", "refused")  # vocab_size has no flag
-        if before == now or may_change == "free":
+        if before == now or may_change == "silent":
             continue
         if may_change == "refused":
             raise InputError(

@@ -1,0 +1,79 @@
+"""The objective: its terms, and their weighted sum. The training loop, the diagnosis of a diverged run and bench/train.py all use it.
+
+To add a term, add it in `build_objective`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from minidisp.config import Config
+from minidisp.countermeasures import Teacher
+from minidisp.dispersion import DispersionLoss
+from minidisp.model import GPT
+
+
+class Forward(NamedTuple):
+    """The results of a forward pass, from which the terms are computed."""
+
+    idx: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, -1 where a target is not counted
+    ce: (
+        torch.Tensor
+    )  # cross-entropy, a scalar: its mean over the micro-batches is the mean over the counted targets of the step
+    hidden_states: tuple[torch.Tensor, ...]  # n_layer + 1 tensors (B, T, C)
+    step: int  # index of the optimiser step
+
+
+class Term(NamedTuple):
+    """A summand of the objective: weight x schedule(step) x value(forward)."""
+
+    name: str  # its key in metrics.jsonl
+    weight: float
+    value: Callable[[Forward], torch.Tensor]  # a scalar, the mean over the sequences
+    title: str  # in messages
+    details: str  # in the first lines of a run
+    schedule: Callable[[int], float] | None = None  # a factor on the weight, by step; None: always 1
+
+    def weight_at(self, step: int) -> float:
+        return self.weight if self.schedule is None else self.weight * self.schedule(step)
+
+
+class Objective:
+    """The weighted sum of the terms."""
+
+    def __init__(self, terms: list[Term]):
+        self.terms = terms
+
+    def __call__(self, forward: Forward) -> dict[str, torch.Tensor]:
+        """The value of each term by its name, and as "loss" the weighted sum, which is what is minimised.
+
+        A term whose weight is 0 at this step is not computed.
+        """
+        weights = {term.name: term.weight_at(forward.step) for term in self.terms}
+        values = {term.name: term.value(forward) for term in self.terms if weights[term.name]}
+        return {**values, "loss": sum(weights[name] * value for name, value in values.items())}
+
+    def scheduled_weights(self, step: int) -> dict[str, float]:
+        """The weights at a step of the terms that have a schedule, by their names in metrics.jsonl."""
+        return {f"{term.name}_weight": term.weight_at(step) for term in self.terms if term.schedule}
+
+
+def build_objective(
+    config: Config, model: GPT, dispersion: DispersionLoss, teacher: Teacher | None, how: str
+) -> Objective:
+    """The objective of a run, the cross-entropy first.
+
+    how: which implementation of the dispersion loss is in use, in words.
+    """
+    terms = [Term("ce", 1.0, lambda forward: forward.ce, "cross-entropy", "cross-entropy")]
+    if config.dispersion:
+        details = f"{config.dispersion_variant} ({config.dispersion_layers} layers), {how}"
+        value = lambda forward: dispersion(forward.hidden_states, forward.step)  # noqa: E731
+        terms.append(Term("dispersion", config.dispersion, value, "dispersion loss", details))
+    if teacher:
+        details = f"distillation from {config.distill}, temperature {config.distill_temperature:g}"
+        value = lambda forward: teacher.divergence(forward.idx, forward.hidden_states[-1], model.lm_head.weight)  # noqa: E731
+        terms.append(Term("distillation", config.distill_weight, value, "distillation loss", details))
+    return Objective(terms)
