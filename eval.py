@@ -32,7 +32,7 @@ from minidisp.config import Config, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
-from minidisp.runtime.cli import Parser, exit_code, make_printable
+from minidisp.runtime.cli import Parser, exit_code, take_over
 from minidisp.runtime.device import pick_device
 from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts
 from minidisp.scoring import (
@@ -85,7 +85,7 @@ class Findings(NamedTuple):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate what the command line names; prints tables and returns the list of scores that --json writes."""
-    make_printable()
+    take_over()
     args = parse(argv)
     device = pick_device(args.device)
     pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs is not None else []

@@ -340,7 +340,7 @@ class Trainer:
         """Go on from what state() returned, read from path; the weights are there already."""
         with checkpoint.reading(path):
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
-            self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # empty: it was not in float16
+            checkpoint.load_scaler(self.scaler, state["scaler"])
             self.guard.load_state(state["skipped"])
             if self.average:
                 checkpoint.load_tensors(self.average.weights, state["average"])

@@ -6,8 +6,8 @@ from minidisp import dispersion_loss, DispersionLoss, GPT, GPTConfig, load
 import importlib
 import json
 import os
+import re
 import stat
-import unicodedata
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -54,14 +54,28 @@ def parse_json(text: bytes, where: str | Path) -> object:
         raise InputError(f"{where} is damaged, or not JSON: {error}") from None
 
 
+# What a terminal or a page would obey instead of showing it: control characters such as ESC, line separators, what reverses
+# the order of a line (bidirectional overrides and isolates), invisible tags; and half surrogate pairs, which no encoding has.
+_UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
+
+
 def is_plain(text: str) -> bool:
-    """Whether a text from a file can be printed and used in a path: no control characters, no half surrogate pairs."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+    """Whether a text from a file can be printed and used in a path as it is: nothing in it would have to be escaped."""
+    return not _UNSAFE.search(text)
 
 
-def printable(text: str | Path) -> str:
-    """A text on one line, with an escape for what cannot be printed: bytes that are no UTF-8 in a file's name, newlines."""
-    return "".join(c if is_plain(c) else _escape(c) for c in str(text))
+def printable(text: str | Path, most: int | None = None, keep: str = "") -> str:
+    """A text that is safe to show, with an escape such as \\x1b for what a terminal or a page would obey: on one line, unless
+    `keep` has a newline.
+
+    most: how many characters may be shown; of a longer text, the middle is left out. keep: characters not to escape.
+    """
+    text = str(text)
+    if most is not None and len(text) > most:  # before escaping, which takes its time for megabytes
+        text = f"{text[: most // 2]} [...] {text[-(most // 2) :]}"
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def _escape(character: str) -> str:

@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_aloud(corpus, tmp_path, 
     error = capsys.readouterr().err
     if damage != "missing":
         assert f"{path} is not a minidisp checkpoint, or it is damaged" in error
-        assert "going on from ckpt_00000006.pt, step 6" in error
+        assert "resuming from ckpt_00000006.pt, step 6" in error
 
 
 def test_stopped_before_the_first_checkpoint_it_starts_again_aloud(half_done, capsys):
@@ -333,7 +333,7 @@ def test_a_signal_finishes_the_step_and_saves(corpus, tmp_path, capfd, monkeypat
     assert checkpoint.read(tmp_path / "run" / checkpoint.LAST)["step"] == 5
     error = capfd.readouterr().err
     assert f"{number.name}: finishing this step" in error
-    assert f"stopped at step 5 by {number.name}; go on with: python train.py --resume --out" in error
+    assert f"stopped at step 5 by {number.name}; continue with: python train.py --resume --out" in error
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 

@@ -20,7 +20,7 @@ from minidisp import ops
 from minidisp.dispersion import VARIANTS, DispersionLoss, dispersion_loss
 from minidisp.ops import build
 from minidisp.ops.streamed import float32_precision
-from minidisp.runtime.cli import make_printable
+from minidisp.runtime.cli import take_over
 
 # The largest error that passes: of the loss, relative to 1 + |loss|, and of the gradient, relative to its norm.
 EXACT, TENSOR_CORES, STEEP = (1e-5, 1e-5), (1e-4, 2e-3), (1e-5, 3e-4)
@@ -152,7 +152,7 @@ def check(device: str) -> int:
 
 
 def main() -> int:
-    make_printable()
+    take_over()
     if sys.argv[1:2] == ["compile"]:  # in a process of its own, which build.py starts
         build.compile_into(Path(sys.argv[2]))
         return 0

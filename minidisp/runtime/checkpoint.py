@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, loaded without running anything that is in them.
+"""Checkpoints: written atomically, and read without running anything that is in them.
 
 A run folder has one writer at a time, which holds the lock on its metrics.jsonl. A checkpoint is a zip file of torch.save:
 one pickle that describes the structure, and the numbers of every tensor as they are.
@@ -9,6 +9,8 @@ import copy
 import io
 import math
 import pickle
+import struct
+import sys
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 
-from minidisp import InputError, tokenizer
+from minidisp import InputError, printable, tokenizer
 from minidisp.config import Config, from_dict
 from minidisp.model import GPT
 from minidisp.runtime.files import write_atomic
@@ -31,15 +33,41 @@ NUMBERED = "ckpt_[0-9]*.pt"
 
 def save(run: Path, state: dict, step: int, keep: int) -> None:
     """Write `state` to ckpt_last.pt; with keep > 0 also to ckpt_<step>.pt, of which the newest `keep` stay."""
-    write_atomic(run / LAST, lambda file: torch.save(state, file))
+    write(run / LAST, state)
     if keep:
-        write_atomic(run / f"ckpt_{step:08d}.pt", lambda file: torch.save(state, file))
+        write(run / f"ckpt_{step:08d}.pt", state)
         for old in numbered(run)[:-keep]:
             old.unlink()
 
 
+def write(path: Path, state: dict) -> None:
+    """Write a checkpoint atomically. Raises InputError naming the key of a value that `read` would refuse."""
+    _refuse_unreadable(state, "the checkpoint's state")
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def _refuse_unreadable(value: object, where: str) -> None:
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, part in value.items():
+            _refuse_unreadable(key, f"a key of {where}")
+            _refuse_unreadable(part, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
+        for index, part in enumerate(value):
+            _refuse_unreadable(part, f"{where}[{index}]")
+    elif kind is torch.Tensor:
+        if value.dtype not in _STORAGES.values() or value.layout != torch.strided:
+            raise InputError(f"{where} is a tensor of {value.dtype}, {value.layout}, which no checkpoint can hold")
+    elif kind not in (str, int, float, bool, type(None)):
+        raise InputError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which no checkpoint can hold: make it a number, a string, a "
+            "tensor, a list or a dict; nothing was written"
+        )
+
+
 def gathered(value, keep: bool = True):
-    """A sharded tensor in one piece, on the CPU; any other value as it is. Dictionaries and lists are walked through.
+    """What a checkpoint can hold of a value: a sharded tensor in one piece on the CPU, and every tensor contiguous with a
+    storage of its own size. Dictionaries and lists are walked through; other values stay as they are.
 
     Every process must call it in the same order. With keep=False a process helps to gather and gets None.
     """
@@ -51,18 +79,27 @@ def _gathered(value, keep: bool, seen: dict):
         return {key: _gathered(part, keep, seen) for key, part in value.items()}
     if isinstance(value, list):
         return [_gathered(part, keep, seen) for part in value]
-    if not hasattr(value, "full_tensor"):
-        return value
-    if id(value) not in seen:
-        full = value.detach().full_tensor()
-        seen[id(value)] = full.cpu() if keep else None
-    return seen[id(value)]
+    if hasattr(value, "full_tensor"):
+        if id(value) not in seen:
+            full = value.detach().full_tensor()
+            seen[id(value)] = _compact(full.cpu()) if keep else None
+        return seen[id(value)]
+    return _compact(value.detach()) if isinstance(value, torch.Tensor) else value
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it if its strides are not contiguous or its storage holds more than its own numbers."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return tensor  # to be refused by name
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return torch.clone(tensor, memory_format=torch.contiguous_format)
 
 
 def sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The shard that this process has of a value, if the parameter is sharded; else the value."""
+    """The shard that this process has of a value, if the parameter is sharded; else a copy, as an optimiser changes it."""
     if not hasattr(parameter, "placements"):
-        return value
+        return value.clone()
     from torch.distributed.tensor import distribute_tensor
 
     value = value.to(parameter.device)
@@ -80,23 +117,25 @@ def numbered(run: Path) -> list[Path]:
 def read(path: Path) -> dict:
     """The dictionary that a checkpoint holds, on the CPU.
 
-    Raises InputError naming the file if it is none of minidisp's, or damaged. Only tensors, numbers, strings and
-    containers are read (`weights_only=True`): a file cannot run code. Before anything is allocated, checksums and sizes
-    are compared with what is in the file.
+    Raises InputError naming the file if it is none of minidisp's, or damaged. Only tensors, numbers, strings, lists, tuples
+    and dictionaries are read: a file cannot run code. Checksums are compared, no tensor is larger than its bytes in the
+    file, and every tensor is contiguous.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
     try:
-        _inspect(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if not path.is_file():
+            raise InputError(f"{path} is not a file")
+        with open(path, "rb") as file:
+            state = _unpickled(file)
+    except InputError:
+        raise
     except Exception as error:  # a hostile file can make the parser raise any exception
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         reason = " ".join((str(error) or type(error).__name__).split())
-        raise InputError(f"{path} is not a minidisp checkpoint, or it is damaged: {ascii(reason)[1:-1]:.200}") from None
+        raise InputError(f"{path} is not a minidisp checkpoint, or it is damaged: {printable(reason, 200)}") from None
     required = {"model": dict, "config": dict, "step": int}
     if not _has(state, required) or not 0 <= state["step"] < 1 << 31:
         raise InputError(f"{path} is not a minidisp checkpoint: it lacks {', '.join(required)} of the right types")
@@ -113,65 +152,159 @@ def _has(values: object, required: dict[str, type]) -> bool:
     return all(isinstance(values.get(name), kind) and values[name] is not True for name, kind in required.items())
 
 
-def _inspect(path: Path) -> None:
-    """Raise an exception unless the file is whole and its pickle describes nothing but tensors that are in it.
+def _unpickled(file: BinaryIO) -> object:
+    """What a file of torch.save holds. Raises any exception if it is damaged or asks for what no checkpoint needs.
 
-    torch.load checks less: it reads no checksums, trusts the shapes, and unpacks compressed entries.
+    torch.load is not asked: it may take another part of the file than the one that was inspected (a pickle with a zip file
+    behind it, two directories in one zip file), reads no checksums, trusts shapes and strides, and unpacks compressed entries.
     """
-    with zipfile.ZipFile(path) as archive:
+    if file.read(4) != b"PK\3\4":
+        raise ValueError("it does not begin as a zip file")
+    with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         if len(records) < len(archive.infolist()):
             raise ValueError("a name occurs twice in it")
+        if min((record.header_offset for record in records.values()), default=0):
+            raise ValueError("its first part is not at its beginning")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
             raise ValueError("it is compressed")
-        if sum(record.file_size for record in records.values()) > path.stat().st_size:
+        if sum(record.file_size for record in records.values()) > file.seek(0, io.SEEK_END):
             raise ValueError("its parts are larger than the file")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
         prefix = next(iter(records), "").split("/")[0]
-        sizes = {name: record.file_size for name, record in records.items()}
-        _Outline(io.BytesIO(archive.read(f"{prefix}/data.pkl")), prefix, sizes).load()
+        byteorder = f"{prefix}/byteorder"
+        if byteorder in records and archive.read(byteorder) != sys.byteorder.encode():
+            raise ValueError("it was saved on a machine of another byte order")
+        return _Reader(archive, prefix).load()
 
 
-class _Outline(pickle._Unpickler):  # the one in Python: that in C allocates gigabytes if the file asks for it
-    """Reads what a checkpoint's pickle describes and checks each tensor instead of making it."""
+class _Storage:
+    """The numbers of one storage, and the tensors that are parts of it, by (offset, shape)."""
 
-    def __init__(self, file: BinaryIO, prefix: str, sizes: dict[str, int]):
-        super().__init__(file)
-        self._prefix, self._sizes = prefix, sizes
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers, self.parts, self.left = numbers, {}, len(numbers)
+
+
+class _Reader(pickle._Unpickler):  # the one in Python: that in C allocates gigabytes if the file asks for it
+    """Reads the pickle of a checkpoint: the opcodes that torch.save writes, dictionaries, and tensors made from the bytes
+    in the archive. Nothing else can be imported or called."""
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(io.BytesIO(archive.read(f"{prefix}/data.pkl")))
+        self._archive, self._prefix, self._storages = archive, prefix, {}
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _TENSOR
+            return _tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-    def persistent_load(self, reference: object) -> int:
-        """The number of elements of a tensor's storage."""
-        _, itemsize, key, _, elements = reference
-        if self._sizes[f"{self._prefix}/data/{key}"] != itemsize * elements:
+    def persistent_load(self, reference: object) -> _Storage:
+        _, dtype, key, _, elements = reference
+        if key not in self._storages:
+            self._storages[key] = _Storage(self._numbers(key, dtype, elements))
+        storage = self._storages[key]
+        if storage.numbers.dtype != dtype or len(storage.numbers) != elements:
+            raise ValueError("two tensors disagree about what they share")
+        return storage
+
+    def _numbers(self, key: str, dtype: torch.dtype, elements: int) -> torch.Tensor:
+        """Reading an entry to its end compares its checksum."""
+        record = self._archive.getinfo(f"{self._prefix}/data/{key}")
+        if record.file_size != dtype.itemsize * elements:
             raise ValueError("a tensor has not the size that it should have")
-        return elements
+        stored = torch.uint8 if dtype == torch.bool else dtype
+        numbers = torch.empty(elements, dtype=stored)
+        content = memoryview(numbers.view(torch.uint8).numpy())
+        try:
+            with self._archive.open(record) as file:
+                for start in range(0, max(1, len(content)), 1 << 22):
+                    part = content[start : start + (1 << 22)]
+                    part[:] = file.read(len(part))
+        except zipfile.BadZipFile:
+            raise ValueError(f"the checksum of {record.filename} is wrong") from None
+        return numbers != 0 if dtype == torch.bool else numbers
+
+    def load_setitem(self) -> None:
+        key, value = self.stack[-2:]
+        del self.stack[-2:]
+        self._dictionary()[key] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._dictionary().update(zip(items[::2], items[1::2], strict=True))
+
+    def _dictionary(self) -> dict:
+        if type(self.stack[-1]) is not dict:
+            raise pickle.UnpicklingError("it has an item of what is no dictionary")
+        return self.stack[-1]
+
+    def load_build(self) -> None:
+        """What modules note down beside their weights (`_metadata`) is left out."""
+        self.stack.pop()
+
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an opcode that torch.save does not write")
+
+    dispatch = dict.fromkeys(range(256), refuse) | {
+        ord(code): pickle._Unpickler.dispatch[ord(code)]
+        for code in (
+            pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
+            pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT, pickle.BINUNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST,
+            pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS,
+            pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE,
+        )
+    } | {ord(pickle.SETITEM): load_setitem, ord(pickle.SETITEMS): load_setitems, ord(pickle.BUILD): load_build}  # fmt: skip
 
 
-class _Tensor:
-    """Stands for torch's function that makes a tensor, and cannot be changed by what is unpickled."""
+def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *more) -> torch.Tensor:
+    """In the place of torch._utils._rebuild_tensor_v2. Two names of one tensor, as of tied weights, give the same object;
+    all others must not overlap, so that what is read is never larger than the file. The arguments after stride are whether a
+    gradient is required and hooks, which mean nothing here, and metadata, which would change the numbers."""
+    if type(storage) is not _Storage or len(more) > 2 or any(type(n) is not int or n < 0 for n in (offset, *shape)):
+        raise ValueError("a tensor is none that a checkpoint holds")
+    count, expected = math.prod(shape), 1
+    if offset + count > len(storage.numbers):
+        raise ValueError("a tensor is larger than what is there")
+    for n, step in zip(reversed(shape), reversed(stride), strict=True):
+        if count and n != 1 and step != expected:
+            raise ValueError("a tensor is not contiguous")
+        expected *= n
+    if (offset, shape) not in storage.parts:
+        storage.left -= count
+        if storage.left < 0:
+            raise ValueError("its tensors overlap")
+        storage.parts[offset, shape] = storage.numbers[offset : offset + count].view(shape)
+    return storage.parts[offset, shape]
 
-    __slots__ = ()
 
-    def __call__(self, elements: int, offset: int, shape: tuple, stride: tuple, *_) -> None:
-        if math.prod(shape) > elements or offset < 0 or min((*shape, *stride), default=0) < 0:
-            raise ValueError("a tensor is larger than what is there")
-        if math.prod(shape) and offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) >= elements:
-            raise ValueError("a tensor is larger than what is there")
+_STORAGES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
 
 
-_TENSOR = _Tensor()
-_STORAGES = {"FloatStorage": 4, "DoubleStorage": 8, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-             "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1}  # fmt: skip
+def is_generator_state(value: object) -> bool:
+    """Whether torch.set_rng_state can be given this: a Mersenne Twister that stands within its table of 624 numbers.
+
+    torch checks `left` and `next` one by one, and then reads behind the table if they do not belong together. The layout is
+    that of CPUGeneratorImplState (ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, table, normal samples, and whether
+    there is one.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8:
+        return False
+    content = value.numpy().tobytes()
+    if len(content) != _GENERATOR.size:
+        return False
+    _, left, seeded, next_one, has_float_sample = _GENERATOR.unpack(content)
+    within = (left, next_one) == (1, 0) or (left + next_one == 625 and 1 <= left <= 624)
+    return within and seeded == 1 and has_float_sample in (0, 1)
+
+
+_GENERATOR = struct.Struct(f"=QiiQ{624 * 8 + 4 * 8 + 4}xB3x")
 
 
 def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path] | None:
@@ -186,19 +319,21 @@ def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path
             continue
         try:
             state = read(path)
-            if not _has(state, _TO_RESUME) or not _has(state["rng"], {"cpu": torch.Tensor}):
-                raise InputError(
-                    f"{path} is not a checkpoint that training can go on from: it lacks more than the weights"
-                )
-            if not 0 <= state["seconds"] < math.inf or math.isnan(state["best_val_loss"]):
+            if not _has(state, _TO_RESUME):
+                raise InputError(f"{path} holds weights only: training cannot be resumed from it")
+            if not 0 <= state["seconds"] < 1e10 or not state["best_val_loss"] >= 0:
                 raise InputError(f"{path} is damaged: its seconds or its best_val_loss")
-            if not isinstance(state.get("rng_of_others", []), list):
-                raise InputError(f"{path} is damaged: its random numbers of other processes")
+            others = state.get("rng_of_others", [])
+            generators = [state["rng"], *others] if isinstance(others, list) else []
+            if not generators or not all(
+                type(one) is dict and is_generator_state(one.get("cpu")) for one in generators
+            ):
+                raise InputError(f"{path} is damaged: the state of its random number generators")
         except InputError as error:
             damaged = damaged or error
             continue
         if damaged:
-            warn(f"{damaged}; going on from {path.name}, step {state['step']}")
+            warn(f"{damaged}; resuming from {path.name}, step {state['step']}")
         return state, path
     if damaged is None:
         return None
@@ -218,6 +353,19 @@ def load_tensors(tensors: list[torch.Tensor], saved: list[torch.Tensor]) -> None
         if tensor.shape != value.shape:
             raise ValueError("an average of other weights")
         tensor.copy_(sharded_like(tensor, value))
+
+
+def load_scaler(scaler: torch.amp.GradScaler, saved: dict) -> None:
+    """Give a float16 run the gradient scale that a checkpoint holds, if it is of such a run; inside `reading`."""
+    fresh = scaler.state_dict()  # empty where no gradient is scaled
+    if not fresh or not saved:
+        return
+    scale, tracker = saved["scale"], saved["_growth_tracker"]
+    if type(scale) is not float or not 0 < scale <= torch.finfo(torch.float32).max:
+        raise ValueError("its gradient scale")
+    if type(tracker) is not int or not 0 <= tracker <= fresh["growth_interval"]:
+        raise ValueError("its count of steps with this gradient scale")
+    scaler.load_state_dict({**fresh, "scale": scale, "_growth_tracker": tracker})
 
 
 @contextlib.contextmanager
@@ -270,7 +418,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
         raise InputError(f"{path} does not fit: it is not the state of {type(optimizer).__name__} for this model")
     state = {
         index: {
-            name: sharded_like(parameters[index], value) if value.shape == parameters[index].shape else value
+            name: sharded_like(parameters[index], value) if value.shape == parameters[index].shape else value.clone()
             for name, value in values.items()
         }
         for index, values in state.items()
@@ -308,6 +456,19 @@ def find(run: str | Path) -> Path:
     return run
 
 
+def refuse_misfit(state: dict, config: Config, path: Path) -> None:
+    """Raise InputError if the model that the config describes is larger than the weights in the checkpoint, before it takes
+    memory. One tensor with many names counts once; a tied output layer may also have been saved twice."""
+    tensors = {id(t): t for name, t in state["model"].items() if not (config.tied and name == "lm_head.weight")}
+    if sum(tensor.numel() for tensor in tensors.values()) != config.parameter_count:
+        raise InputError(
+            f"{path} does not fit the model that its config describes: {config.parameter_count:,} parameters"
+        )
+    rotations = 2 * config.block_size * config.head_dim if config.arch == "qwen3" else 0
+    if rotations > max(1 << 24, 4 * config.parameter_count):
+        raise InputError(f"{path}: --block-size {config.block_size} would take more memory than its weights")
+
+
 def load_weights(model: GPT, state: dict, path: Path) -> None:
     """Copy a checkpoint's weights into the model. Raises InputError if names or shapes differ."""
     try:
@@ -328,11 +489,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
         config = from_dict(state["config"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    tensors = [tensor for name, tensor in state["model"].items() if not (config.tied and name == "lm_head.weight")]
-    if sum(tensor.numel() for tensor in tensors) != config.parameter_count:  # before the model takes its memory
-        raise InputError(
-            f"{path} does not fit the model that its config describes: {config.parameter_count:,} parameters"
-        )
+    refuse_misfit(state, config, path)
     model = GPT(config)
     load_weights(model, state, path)
     vocabulary = tokenizer.load(path.parent / "tokenizer.model")

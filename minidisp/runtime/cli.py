@@ -1,12 +1,14 @@
-"""What all commands share: hints for misspelt flags, output that any terminal can print, and exit codes."""
+"""What all commands share: hints for misspelt flags, streams and messages that suit any terminal, exit codes, Ctrl-C."""
 
 import argparse
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from minidisp import InputError
+from minidisp import InputError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,14 +32,54 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python {self.prog} --help lists the flags)")
 
 
-def make_printable() -> None:
-    """Let stdout and stderr take any text: what their encoding lacks is written as an escape, such as \\u2014.
+def end_on_interrupt(prog: str) -> None:
+    """Let Ctrl-C end the process with one line and exit code 130 while its modules are imported, which takes seconds.
 
-    Consoles on Windows, pipes and LANG=C know few characters, and a sample or a file name may hold any.
+    Nothing is open by then. `take_over` gives the signal back to Python. An ignored SIGINT stays ignored.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+
+    def leave(number, frame):
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
+    global _at_import
+    _at_import = leave
+
+
+_at_import = None  # the handler of end_on_interrupt
+
+
+def take_over() -> None:
+    """What a command does first: signals act as usual again, and stdout and stderr take any text.
+
+    What their encoding lacks is written as an escape, such as \\u2014: consoles on Windows, pipes and LANG=C know few
+    characters, and a sample or a file name may hold any. Streams that are closed (`>&-`, pythonw, some services) become
+    /dev/null, and so do their descriptors: the next file that is opened would get them, and whatever is printed with it.
+    """
+    if _at_import and signal.getsignal(signal.SIGINT) is _at_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest that is free: this one
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, for as long as the process lives
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # the streams of a notebook take any text
             stream.reconfigure(errors="backslashreplace")
+
+
+MOST_OF_A_MESSAGE = 1200  # characters
+
+
+def complain(prog: str, message: str) -> None:
+    """Print a message on stderr, as one line in which nothing can command a terminal."""
+    print(f"{prog}: {printable(message, MOST_OF_A_MESSAGE)}", file=sys.stderr, flush=True)
 
 
 def exit_code(prog: str, command: Callable[[], object]) -> int:
@@ -45,16 +87,43 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
 
     What went wrong is one line on stderr, without a traceback.
     """
-    make_printable()
+    take_over()
     try:
         command()
+        sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:
+        code, message = 2, "stdout was closed before everything was printed"
     except OSError as error:
         code, message = 2, f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, message = (
+            2,
+            "out of memory: take a smaller model or fewer tokens at a time, or a machine with more memory",
+        )
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     else:
         return 0
-    print(f"{prog}: {message}", file=sys.stderr)
+    flush_or_discard()
+    complain(prog, message)
     return code
+
+
+def flush_or_discard() -> None:
+    """Flush stdout; if that fails, send the rest nowhere, or Python would try again when it ends, and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: CUDA and Python have types for it, torch on a CPU only words."""
+    signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

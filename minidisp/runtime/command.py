@@ -1,6 +1,7 @@
-"""How a training begins and ends: processes join, signals are caught, and whatever goes wrong is one line and an exit code."""
+"""How train.py starts and ends: processes join, signals are caught, and any failure is one line and an exit code."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -10,26 +11,27 @@ from pathlib import Path
 from typing import NoReturn
 
 from minidisp import InputError
-from minidisp.runtime.cli import make_printable
-from minidisp.runtime.guard import Diverged, is_out_of_memory
+from minidisp.runtime.cli import complain, flush_or_discard, is_out_of_memory, take_over
+from minidisp.runtime.guard import Diverged
 from minidisp.runtime.processes import ALONE, World, is_launched, is_lost
 
 
 def warn(text: str) -> None:
-    print(f"train.py: {text}", file=sys.stderr, flush=True)
+    complain("train.py", text)
 
 
 def run_command(command: Callable[[World], object]) -> int:
-    """Call the command in the world that it was started in; returns the exit code.
+    """Call the command in the world that the environment describes; returns the exit code.
 
-    0 done; 2 bad usage or input; 3 the numbers stopped being finite; 128 + the number of a signal; 1 another process was lost.
+    0 done; 2 bad usage or input; 3 diverged (NaN or Inf); 128 + the number of a signal; 1 another process was lost.
     """
-    make_printable()
+    take_over()
     with ExitStack() as at_exit:
         world = ALONE
         try:
             world = World.join(at_exit)
             command(world)
+            sys.stdout.flush()
             return 0
         except SystemExit as end:  # every process has its own
             return end.code
@@ -38,12 +40,12 @@ def run_command(command: Callable[[World], object]) -> int:
         if world.first_to_speak():
             warn(message)
         if world.launched:
-            at_exit.pop_all()  # the others may be gone: no taking leave of them
+            at_exit.pop_all()  # the others may be gone: leave without waiting for them
         return code
 
 
 def explain(error: BaseException, world: World) -> tuple[int, str]:
-    """Exit code and message of what ended a training; what is nobody's fault but the code's is raised again."""
+    """Exit code and message for what ended a training. An error in the code itself is raised again."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, Diverged):
@@ -54,11 +56,11 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
         return 2, "out of memory: lower --batch-size, --block-size or the size of the model"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = " ".join(str(error).split())[:300]
-        return 2, f"torch.compile failed: {reason}; --compile off goes on without"
+        return 2, f"torch.compile failed: {reason}; --compile off trains without it"
     if isinstance(error, BrokenPipeError):
-        return 2, "what read the output has ended, and so the run ends; --resume goes on from the last checkpoint"
+        return 2, "stdout was closed, so the run ends; --resume continues from the last checkpoint"
     if world.size > 1 and is_lost(error):
-        return 1, "another process was lost, and so the run ends; --resume goes on from the last checkpoint"
+        return 1, "another process was lost, so the run ends; --resume continues from the last checkpoint"
     if isinstance(error, OSError):
         where, why = error.filename or "input/output", error.strerror or error
         return 2, f"{where}: {why}; give another --out, or free some space"
@@ -66,36 +68,37 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
 
 
 def stop(number: int, run: Path, step: int, saved_step: int | None, world: World) -> NoReturn:
-    """End a run that a signal has stopped, and say how to go on. Raises SystemExit with 128 + the signal's number."""
-    saved = "" if saved_step == step else f" (the last good one, step {saved_step}, is what is saved)"
+    """End a run that a signal has stopped, and print how to continue it. Raises SystemExit with 128 + the signal's number."""
+    saved = "" if saved_step == step else f" (the last good checkpoint, of step {saved_step}, is kept)"
     if saved_step is None:
-        saved = " (nothing is saved: its numbers are not finite)"
+        saved = " (nothing was saved: its loss or weights are NaN or Inf)"
     if world.main:
         name = signal.Signals(number).name
-        print(
-            f"stopped at step {step}{saved} by {name}; go on with: python train.py --resume --out {run}",
-            file=sys.stderr,
-        )
+        again = shlex.join(["python", "train.py", "--resume", "--out", str(run)])
+        warn(f"stopped at step {step}{saved} by {name}; continue with: {again}")
     raise SystemExit(128 + number)
 
 
 def catch_signals(at_exit: ExitStack, world: World) -> list[signal.Signals]:
     """A list that the first SIGINT or SIGTERM is put into, for the loop to see; a second one ends the process at once.
 
+    A signal that the process was started to ignore stays ignored, as shells do with SIGINT for background jobs of scripts.
     Only the main thread of a program may catch signals: in any other one, the list stays empty.
     """
     caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         return caught
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def handle(number, frame):
         caught.append(signal.Signals(number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in before:
+            signal.signal(other, at_once[other])
         # Not print: the signal may have come in the middle of another one, which cannot be entered twice.
         if world.main:
-            os.write(2, f"{caught[-1].name}: finishing this step, then saving; once more to leave at once\n".encode())
+            os.write(2, f"{caught[-1].name}: finishing this step, then saving; repeat it to stop at once\n".encode())
 
     for number, handler in before.items():
         signal.signal(number, handle)
@@ -105,16 +108,15 @@ def catch_signals(at_exit: ExitStack, world: World) -> list[signal.Signals]:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; one of several, without taking the interpreter down.
+    """End the process; if it is one of several, without the interpreter's clean-up.
 
     DistributedDataParallel and FSDP keep gloo's threads alive beyond destroy_process_group, and one that still has a tensor
     to free when the interpreter is half gone aborts the process, after everything went well.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_or_discard()
     try:
         launched = is_launched()
-    except InputError:  # which has been said
+    except InputError:  # which has been reported
         launched = False
     if launched:
         os._exit(code)

@@ -1,6 +1,8 @@
 """The device that a run computes on: which one, in which dtype, with how much memory, and what to note down about it."""
 
+import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import os
 import platform
@@ -9,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,19 +20,28 @@ import torch
 
 import minidisp
 from minidisp import InputError
-from minidisp.config import Config
+from minidisp.config import Config, kebab, to_dict
 from minidisp.data import Dataset
 from minidisp.ops import attention
 from minidisp.runtime.processes import World
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def set_up(config: Config, world: World) -> tuple[torch.device, torch.dtype, torch.autocast | nullcontext]:
-    """What a run shall use: the device, the dtype of matrix products, and the context in which they have it.
+    """What a run uses: the device, the compute dtype, and the context in which matrix products have it.
 
-    The context can be entered again and again. Sets torch's threads and its precision, too.
+    The context can be entered again and again. Also sets torch's threads and precision. Raises InputError if the processes of
+    a run were started with different settings or code.
     """
+    if world.size > 1:
+        settings = {f"--{kebab(name)}": value for name, value in to_dict(config).items()}
+        world.agree({**settings, "torch": torch.__version__, "the code of minidisp": code_hash()})
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device, world.local_rank)
@@ -159,13 +171,41 @@ def fetched(values: dict) -> dict:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Memory of the device, or None where it cannot be told."""
+    """Memory that the device has for this process, or None where it cannot be told: of a CPU, what the machine has, or less
+    if a container (cgroup) or `ulimit -v` limits it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    limits = [*cgroup_limits(Path("/"))]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows; unknown to this system
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if resource and (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(soft)
+    return min(limits, default=None)
+
+
+def cgroup_limits(root: Path) -> Iterator[int]:
+    """The memory limits of the control groups that this process is in and of those above them, versions 1 and 2, in bytes.
+
+    root: of the file system. Inside a container, the group's path may be the host's: then the mount point is its own group.
+    """
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows; unknown to this system
-        return None
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        below = [part for part in group.split("/") if part not in ("", "..")]
+        for depth in range(len(below) + 1):
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                limit = int(top.joinpath(*below[:depth], name).read_text())
+                if limit < 1 << 60:  # version 1 writes a huge number for none
+                    yield limit
 
 
 def get_rng_state(device: torch.device) -> dict:
@@ -213,12 +253,31 @@ def describe_environment(dataset: Dataset, device: torch.device, processes: int)
     }
 
 
+def code_hash() -> str:
+    """sha256 of the sources that a run is made by."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "train.py", *sorted(Path(minidisp.__file__).parent.rglob("*.py"))):
+        if path.is_file():  # an installed minidisp has no train.py beside it
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def git(*arguments: str) -> str | None:
-    """What git says about the code, or None where there is no git or no repository."""
+    """What git says about the code, or None where there is no git, or no repository of minidisp's own: one that the code
+    was copied into, or installed in, knows nothing of it."""
     if not shutil.which("git"):
         return None
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    # Set inside a hook, for example: they would name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def run(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
+        return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+    below_top = run("rev-parse", "--show-prefix")  # empty at the top of a repository
+    return None if below_top != "" else run(*arguments)
 
 
 def resident_peak_kib() -> int:

@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all, and the log that one process at a time may write."""
+"""Files that are written atomically, and the log that one process at a time may write."""
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -19,14 +21,16 @@ except ImportError:  # Windows
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(temporary file), flush it to disk, then rename it: the file is there as a whole or not at all.
+    """Call write(temporary file), flush it to disk, then rename it: the file appears complete, or not at all.
 
+    A link in the place of the temporary file or of the file itself is replaced, and what it points to stays as it is.
     Raises OSError naming `path` if the disk is full or cannot be written; then the file that was there before is intact.
     """
     temporary = path.with_name(path.name + ".tmp")
     file = None
     try:
-        with open(temporary, "wb") as raw:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb", opener=_open_new) as raw:
             file = _Writer(raw)
             write(file)
             raw.flush()
@@ -42,6 +46,11 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # what went wrong before is the error to report
             temporary.unlink(missing_ok=True)
+
+
+def _open_new(name: str, flags: int) -> int:
+    """O_EXCL alone refuses a link; O_NOFOLLOW says so once more, for file systems that know only one of the two."""
+    return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class _Writer(io.RawIOBase):
@@ -61,23 +70,36 @@ class _Writer(io.RawIOBase):
             raise
 
 
+# What file systems answer that can flush files and not folders: CIFS, VirtualBox shares, some of FUSE.
+_CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk: only then does a rename survive a power cut. Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flush a folder to disk: only then does a rename survive a power cut. Windows has no such call, nor have some file
+    systems; the file itself is on the disk by then."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
     """metrics.jsonl, open for appending without a buffer, and locked until it is closed or the process is gone.
 
-    Raises InputError if another process holds the lock. Where the file system has no locks, that is said with `warn`.
+    Raises InputError if another process holds the lock, or if the path is a link or no file. Where the file system has no
+    locks, `warn` is told.
     """
-    file = open(path, "ab+", buffering=0)  # noqa: SIM115, outlives the call
+    file = open(path, "ab+", buffering=0, opener=_open_log)  # noqa: SIM115, outlives the call
     try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is not a regular file: move it away, or give another --out")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
@@ -94,7 +116,30 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
     except BaseException:
         file.close()
         raise
+    if found.st_nlink > 1:  # it has a name elsewhere, too, as in backups by hard links: that one stays as it is
+        with file:
+            content = path.read_bytes()
+            write_atomic(path, lambda copy: copy.write(content))
+        return open_log(path, warn)
     return file
+
+
+def _open_log(name: str, flags: int) -> int:
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its other end
+    try:
+        return os.open(name, flags, 0o666)
+    except OSError as error:
+        if os.path.islink(name):
+            raise InputError(f"{name} is a link: a run writes only files of its own; remove the link") from None
+        raise error from None
+
+
+def is_still(file: BinaryIO) -> bool:
+    """Whether an open file is still the one that its name leads to: neither removed nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
+    except OSError:
+        return False
 
 
 def append_line(file: BinaryIO, text: str) -> None:
@@ -108,10 +153,14 @@ def append_line(file: BinaryIO, text: str) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what a process that was killed has left half-written in a run folder; nobody else may be writing there."""
-    for name in ("ckpt_*.pt", "*.json", "tokenizer.model"):
+    """Remove what a process that was killed has left half-written in a run folder; nobody else may be writing there.
+
+    config.json.tmp stays until config.json is written: it shows that the folder belongs to a run.
+    """
+    for name in ("ckpt_*.pt", "*.json", "tokenizer.model", "wandb_id", "figures/*.png"):
         for stale in run.glob(name + ".tmp"):
-            stale.unlink()
+            if stale.name != "config.json.tmp":
+                stale.unlink()
 
 
 def write_json(path: Path, values) -> None:

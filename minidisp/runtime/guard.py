@@ -12,6 +12,7 @@ from minidisp.flags import MOST
 from minidisp.model import GPT
 from minidisp.objective import Forward, Objective
 from minidisp.runtime.checkpoint import gathered
+from minidisp.runtime.cli import is_out_of_memory
 from minidisp.runtime.device import memory_bytes
 from minidisp.runtime.processes import World
 
@@ -101,12 +102,6 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
         if p.grad is not None and not is_finite(p.grad):
             return f"the gradient of {name} went bad first"
     return "no tensor is bad when the step is taken again"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own for it; elsewhere, there is only the message."""
-    signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def half_of(batch: int, error: BaseException, where: str, world: World) -> int:

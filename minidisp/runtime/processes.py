@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidisp import InputError
+from minidisp import InputError, printable
 from minidisp.model import GPT
 
 PATIENCE = timedelta(minutes=10)  # of a process with another one that does not answer
@@ -157,6 +157,23 @@ class World:
         values = [None] * self.size if self.main else None
         dist.gather_object(value, values)
         return values or []
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """Raise InputError in every process unless all have the same values, naming the first that differs."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        everyone: list[dict] = [None] * self.size
+        dist.all_gather_object(everyone, values)
+        main = everyone[0]
+        for rank, other in enumerate(everyone):
+            for name in [*main, *(other.keys() - main.keys())]:
+                if main.get(name) != other.get(name):
+                    raise InputError(
+                        f"the processes differ in {name}: {printable(repr(main.get(name)), 80)} in process 0, "
+                        f"{printable(repr(other.get(name)), 80)} in process {rank}; start all with the same command, code and files"
+                    )
 
     def main_first(self, what: str, work: Callable[[], Any]) -> Any:
         """work() in the main process, then in the others, which find done what it left on the disk; however long it takes."""

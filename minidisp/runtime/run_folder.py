@@ -1,4 +1,4 @@
-"""The folder of a run: who may write in it, what it begins or goes on with, and what is written there.
+"""The folder of a run: who may write to it, what a run starts or resumes from, and what is written there.
 
 config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt, ckpt_ema.pt (with
 --ema), tokenizer.model, summary.json, figures/. One process writes; of several that train together, the main one.
@@ -26,6 +26,8 @@ from minidisp.runtime.processes import World
 # What lies in a run folder beside config.json and checkpoints.
 FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
 OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", *FIGURES)
+OWN_FOLDERS = ("figures", "tensorboard", "wandb")
+REPLACED = "config.json.tmp"  # where config.json is while a run is replaced; writing the new one removes it
 
 
 class RunFolder:
@@ -38,6 +40,7 @@ class RunFolder:
         self.path, self._config, self._world, self._at_exit = config.run_dir, config, world, at_exit
         self._say = warn if world.main else lambda text: None
         self._metrics: BinaryIO | None = None
+        self._logged = -1  # step of the last line of metrics.jsonl
         self._later_best = False  # ckpt_best.pt is of a step that --resume takes again
         self._loggers = loggers if world.main else ()
         if world.main:
@@ -46,23 +49,34 @@ class RunFolder:
     def read_checkpoint(
         self, config: Config, dataset: Dataset, teacher_hash: str | None
     ) -> tuple[dict, Path, list[str]] | None:
-        """What --resume goes on from: the state, its file, and in words what is changed on purpose; None if there is none yet.
+        """What --resume continues from: the state, its file, and in words what is changed on purpose; None if there is none yet.
 
-        Locks the folder. Raises InputError if the run was another one, or its checkpoints are gone or damaged.
+        Locks the folder. Raises InputError if the run was another one, if its checkpoints are gone or damaged, or if the
+        processes do not have the same data.
         """
+        self._world.agree({"--data": dataset.hash, "tokenizer": dataset.tokenizer.hash, "--distill": teacher_hash})
         if not config.resume:
             return None
         if self._world.main:
             self._open_metrics()
         self._world.barrier()
-        if found := checkpoint.read_to_resume(self.path, self._say):
+        found = checkpoint.read_to_resume(self.path, self._say)
+        logged = read_metrics(self.path / "metrics.jsonl")
+        last = max((line["step"] for line in logged), default=0)
+        if found:
             state, path = found
             changed = changed_settings(state, config, dataset, teacher_hash, path)
-            if self._best_is_later(state["step"]):
+            self._world.agree({"checkpoint": f"{path.name}, step {state['step']}"})
+            before = state.get("logged", 0)  # flushed to disk before the checkpoint was written; not in old checkpoints
+            if type(before) is not int or last < before:
+                raise InputError(
+                    f"--resume: {path} was saved after step {before!a:.20} was logged, but {self.path / 'metrics.jsonl'} ends at "
+                    f"step {last}: they are not of one run, or lines are lost; restore it, or start again with --overwrite"
+                )
+            if self._best_is_later(state["step"], logged):
                 self._later_best, state["best_val_loss"] = True, math.inf
             return state, path, changed
         saved = read_json(self.path / "config.json")
-        last = max((line["step"] for line in read_metrics(self.path / "metrics.jsonl")), default=0)
         if last > saved.get("save_every", config.save_every):
             raise InputError(
                 f"--resume: {self.path} got to step {last}, but its checkpoints are gone, or none was good; --overwrite starts it again"
@@ -70,10 +84,9 @@ class RunFolder:
         self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
         return None
 
-    def _best_is_later(self, step: int) -> bool:
-        """Whether ckpt_best.pt is of an evaluation behind that step, which is made again and may come out otherwise."""
-        lines = read_metrics(self.path / "metrics.jsonl")
-        if not any("val_loss" in line and line["step"] > step for line in lines):
+    def _best_is_later(self, step: int, logged: list[dict]) -> bool:
+        """Whether ckpt_best.pt is of an evaluation after that step, which will be repeated and may come out otherwise."""
+        if not any("val_loss" in line and line["step"] > step for line in logged):
             return False
         try:
             return checkpoint.read(self.path / checkpoint.BEST)["step"] > step
@@ -81,7 +94,7 @@ class RunFolder:
             return False
 
     def begin(self, config: Config, dataset: Dataset, device: torch.device, saved_step: int | None) -> int | None:
-        """Write what stands at the beginning of a run, or cut off what stands behind its checkpoint, at saved_step.
+        """Write the first files of a run, or cut off what was logged after its checkpoint, at saved_step.
 
         Returns the step of the last evaluation that is kept, if any; the same in all processes.
         """
@@ -97,10 +110,9 @@ class RunFolder:
             self._open_loggers(config, saved_step, outside=True)  # which may fail: before anything is lost
             files.remove_unfinished(self.path)
             if config.resume:
-                last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
+                self._logged, last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
             else:
-                self._metrics.truncate(0)
-                remove_run(self.path, but="wandb_id" if config.wandb else "")
+                remove_run(self.path, self._metrics, but="wandb_id" if config.wandb else "")
             if self._later_best:
                 (self.path / checkpoint.BEST).unlink()
             self._open_loggers(config, saved_step, outside=False)
@@ -119,9 +131,11 @@ class RunFolder:
         self._metrics = self._at_exit.enter_context(files.open_log(self.path / "metrics.jsonl", warn))
 
     def log(self, line: dict) -> None:
-        """A line of metrics.jsonl, which the other loggers get, too."""
+        """Append a line to metrics.jsonl and hand it to the other loggers."""
         if self._world.main:
+            self._refuse_replaced()
             files.append_line(self._metrics, files.to_json(line))
+            self._logged = line["step"]
             for logger in self._loggers:
                 logger.log(line)
 
@@ -129,15 +143,24 @@ class RunFolder:
         """Write ckpt_last.pt, and with --keep a numbered one. Every process calls it, since each has a share of the state."""
         state = checkpoint.gathered(state, self._world.main)
         if self._world.main:
+            self._refuse_replaced()
             os.fsync(self._metrics.fileno())  # a checkpoint never knows of more steps than metrics.jsonl
-            checkpoint.save(self.path, state, state["step"], self._config.keep)
+            checkpoint.save(self.path, {**state, "logged": self._logged}, state["step"], self._config.keep)
 
     def save_weights(self, name: str, weights: dict, step: int, **scores: float) -> None:
-        """Write ckpt_best.pt or ckpt_ema.pt, from which nothing is resumed; likewise."""
+        """Write ckpt_best.pt or ckpt_ema.pt, which hold weights only. Every process calls it."""
         weights = checkpoint.gathered(weights, self._world.main)
         if self._world.main:
+            self._refuse_replaced()
             state = {"model": weights, "config": to_dict(self._config), "step": step, **scores}
-            files.write_atomic(self.path / name, lambda file: torch.save(state, file))
+            checkpoint.write(self.path / name, state)
+
+    def _refuse_replaced(self) -> None:
+        """Raise InputError if the folder was removed or replaced while this process trained: it may be another run's by now."""
+        if not files.is_still(self._metrics):
+            raise InputError(
+                f"{self.path} was removed or replaced while this process trained into it: nothing more is written there"
+            )
 
     def close_loggers(self) -> None:
         for logger in self._loggers:
@@ -145,19 +168,26 @@ class RunFolder:
 
 
 def refuse_occupied(run: Path, config: Config) -> None:
-    """Raise InputError if the folder holds a run that would be lost, or lacks one to go on with."""
+    """Raise InputError if the folder holds a run that would be lost, lacks one to resume, or leads elsewhere by links."""
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is not a folder: give another --out")
     if (run / "meta.json").exists() or any(run.glob("*.safetensors")):
         raise InputError(f"{run} is a prepared corpus or a Hugging Face model: give another --out")
-    occupied = (run / "config.json").exists() or any(run.glob("ckpt_*.pt"))
+    if link := next((run / name for name in OWN_FOLDERS if (run / name).is_symlink()), None):
+        raise InputError(f"{link} is a link: a run writes only into folders of its own; remove the link")
+    occupied = (run / "config.json").exists() or (run / REPLACED).exists() or any(run.glob("ckpt_*.pt"))
     if not occupied and (foreign := next((name for name in OWN_FILES if _has(run / name)), None)):
         raise InputError(f"{run} is no run, but holds {foreign}, which would be lost: give another --out")
     if config.resume and not occupied:
-        raise InputError(f"--resume: {run} holds no run to go on with; leave --resume out, or name the run with --out")
+        raise InputError(f"--resume: {run} holds no run; leave out --resume, or name the run's folder with --out")
+    if occupied and not config.overwrite and not (run / "config.json").exists():
+        raise InputError(
+            f"{run} has no config.json: it was being replaced when the process was stopped, or a file was removed; add "
+            "--overwrite to start the run again, or give another --out"
+        )
     if occupied and not config.resume and not config.overwrite:
         raise InputError(
-            f"{run} holds a run already: add --resume to go on, --overwrite to replace it, or another --out"
+            f"{run} already holds a run: add --resume to continue it, --overwrite to replace it, or another --out"
         )
 
 
@@ -166,16 +196,22 @@ def _has(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def remove_run(run: Path, but: str) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie in the folder; what makes it one goes last.
+def remove_run(run: Path, metrics: BinaryIO, but: str) -> None:
+    """Remove the files of an earlier run, and nothing else that may be in the folder.
 
-    but: the name of a file that is new already.
+    Its config.json goes first, so that --resume cannot continue a run that was being replaced. Under its other name it
+    shows, until the new one is written, that the folder belongs to a run, so that --overwrite can be repeated.
+
+    metrics: the open metrics.jsonl. but: the name of a file that is new already.
     """
+    if (run / "config.json").exists():
+        os.replace(run / "config.json", run / REPLACED)
+    metrics.truncate(0)
+    for name in (*OWN_FILES, "measured.json", "wandb_id"):
+        if name not in (but, "metrics.jsonl") and os.path.lexists(run / name):
+            (run / name).unlink()
     for old in (*run.glob("ckpt_*.pt"), *run.glob("tensorboard/events.out.tfevents.*")):
         old.unlink()
-    for name in (*OWN_FILES, "measured.json", "wandb_id", "config.json"):
-        if name not in (but, "metrics.jsonl") and (run / name).exists():  # the latter is open, and empty by now
-            (run / name).unlink()
 
 
 def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
@@ -217,19 +253,21 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
         stretched = field.name == "max_steps" and config.schedule != "constant"
         words = f" (its {config.schedule} schedule, too)" if stretched else ""
         changed.append(f"{field.name} {now} instead of {before}{words}")
+    checkpoint.refuse_misfit(state, config, path)
     return changed
 
 
-def rewind_metrics(file: BinaryIO, step: int) -> int | None:
-    """Cut off the lines behind `step`, which will be run again, and a torn one; returns the step of the last evaluation.
+def rewind_metrics(file: BinaryIO, step: int) -> tuple[int, int | None]:
+    """Cut off the lines after `step`, which will be run again, and a torn one; returns the steps of the last line and of the
+    last evaluation that stay (-1 and None if there is none).
 
-    In place: were the cut to be interrupted, the next one would do it.
+    In place: if the cut is interrupted, the next --resume repeats it.
     """
     path = Path(file.name)
-    last_eval, keep = None, 0
+    last, last_eval, keep = -1, None, 0
     for line, end in metrics_lines(read_bytes(path), path):
         if line["step"] > step:
             break
-        last_eval, keep = line["step"] if "val_loss" in line else last_eval, end
+        last, last_eval, keep = line["step"], line["step"] if "val_loss" in line else last_eval, end
     file.truncate(keep)
-    return last_eval
+    return last, last_eval
