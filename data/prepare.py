@@ -46,8 +46,9 @@ from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, surve
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, printable, read_bytes
 from minidisp.data import Dataset
+from minidisp.runtime import files
 from minidisp.runtime.cli import Parser, exit_code
-from minidisp.shards import FORMAT, SPLITS
+from minidisp.shards import FORMAT, SPLITS, is_resumable, read_meta
 from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepiece
 
 try:
@@ -59,7 +60,10 @@ DATA = Path(__file__).resolve().parent
 VOCAB_SIZE, MAX_VOCAB_SIZE = 4096, 1 << 20
 SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
 INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
-OWN_FILES = re.compile(r"meta\.json|tokenizer\.model|inputs\.jsonl|(train|val|test)_\d+\.bin")  # of a corpus
+# Of a corpus: what --overwrite may remove.
+OWN_FILES = re.compile(
+    r"meta\.json|tokenizer\.model|inputs\.jsonl|progress\.json|(train|val|test)_\d+\.bin|\.lock|\.building|\.download|lost\+found"
+)
 
 
 # --- a corpus, whole or not at all ------------------------------------------------------------------------------------
@@ -132,18 +136,22 @@ def prepare_corpus(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            files.recover(out)
             if _is_there(out, source, options, overwrite):
                 return out
-            copy = out.with_name(f".{out.name}.download")
+            build = files.build_folder(out)
+            copy = build.with_name(build.name.replace("building", "download"))
             reading = source.fetch(copy, limit, skip_bad_rows) if source.fetch else source
-            with _built_aside(out, lambda build: _left_off(build, meta, reading)) as build:
-                finished = _build(build, reading, meta, tokenizer, bool(vocab_size), workers)
+            left_off = _left_off(build, meta, reading)
+            if build.exists() and not left_off:
+                shutil.rmtree(build)
+            with _built(build, out):
+                finished = _build(build, reading, meta, left_off, tokenizer, bool(vocab_size), workers)
                 if source.inputs:
                     lines = (json.dumps(file.record()) + "\n" for file in source.inputs)
                     (build / INPUTS).write_text("".join(lines), encoding="utf-8")
-                (build / "meta.json").write_text(json.dumps(finished, indent=2) + "\n", encoding="utf-8")
+                files.write_json(build / "meta.json", finished)
                 Dataset(build)
-                (build / PROGRESS).unlink(missing_ok=True)
             copy.unlink(missing_ok=True)
     except BadRow as bad:
         raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
@@ -155,8 +163,13 @@ def prepare_corpus(
     return out
 
 
-def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer, exact: bool, workers: int) -> dict:
-    """Write tokenizer and shards, or what is missing of them; returns meta.json. exact: the size of the vocabulary is."""
+def _build(
+    folder: Path, source: Source, meta: dict, left_off: dict, tokenizer: str | Tokenizer, exact: bool, workers: int
+) -> dict:
+    """Write tokenizer and shards, or what is missing of them; returns the content of meta.json.
+
+    left_off: see `_left_off`. exact: the vocabulary must have the size that is asked for.
+    """
     options, skipped, started = meta["options"], Counter(), time.monotonic()
 
     def documents() -> Iterator[Document]:
@@ -166,7 +179,7 @@ def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer,
     def pieces() -> Iterator[Piece]:
         return by_position(joined(documents()), known["cut_chars"]) if known["cut_chars"] else by_hash(documents())
 
-    if left_off := _left_off(folder, meta, source):
+    if left_off:
         known, encoded = left_off["known"], left_off["encoded"]
         for file, record in zip(source.inputs, left_off["inputs"], strict=True):
             file.sha256 = record["sha256"]  # so that another content is noticed
@@ -192,9 +205,8 @@ def _build(folder: Path, source: Source, meta: dict, tokenizer: str | Tokenizer,
         if source.inputs is None:
             return  # there would be nothing to tell by whether it is the same text
         inputs = [file.record() for file in source.inputs]
-        state = json.dumps({"meta": meta, "inputs": inputs, "known": known, "encoded": encoded})
-        (folder / f"{PROGRESS}.tmp").write_text(state, encoding="utf-8")
-        (folder / f"{PROGRESS}.tmp").replace(folder / PROGRESS)
+        state = {"meta": meta, "inputs": inputs, "known": known, "vocab_size": tokenizer.vocab_size, "encoded": encoded}
+        files.write_json(folder / PROGRESS, state)
 
     if time.monotonic() - started >= SAVE_EVERY_S and not encoded:
         save({"pieces": 0})
@@ -243,13 +255,16 @@ def _left_off(folder: Path, meta: dict, source: Source) -> dict:
         state = parse_json(read_bytes(folder / PROGRESS), PROGRESS)
     except InputError:  # it did not get so far
         return {}
-    same = isinstance(state, dict) and state.get("meta") == meta and source.inputs is not None
-    return state if same and not changed(state["inputs"], source.inputs) else {}
+    if not isinstance(state, dict) or state.get("meta") != meta or source.inputs is None:
+        return {}
+    shards = state["encoded"].get("shards", {})
+    intact = all(is_resumable(folder, split, state["vocab_size"], written) for split, written in shards.items())
+    return state if intact and not changed(state["inputs"], source.inputs) else {}
 
 
 def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool:
     """Whether `out` holds this very corpus, intact. InputError if it holds anything else that is not to be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if files.is_free(out):
         return False
     if not (out / "meta.json").is_file():
         raise InputError(f"{out} is there and is no corpus: choose another --out")
@@ -292,7 +307,7 @@ def _locked(out: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    path = out.with_name(f".{out.name}.lock")
+    path = out.with_name(f".{out.name}.lock") if os.access(out.parent, os.W_OK) or not out.is_dir() else out / ".lock"
     while True:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(path, "w"))
@@ -321,32 +336,28 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _built_aside(out: Path, left_off: Callable[[Path], dict]) -> Iterator[Path]:
-    """A folder next to `out` that takes its place when the block ends, and vanishes if the block fails.
+def _built(build: Path, out: Path) -> Iterator[None]:
+    """Make a folder `build`, unless it is there, and put it in place of `out` when the block ends.
 
-    If it is interrupted, by Ctrl-C or a signal, the folder stays as far as the next process can go on with it.
+    Whatever ends the block early, work that has been saved stays, so that the same command resumes it.
     """
-    build, old = out.with_name(f".{out.name}.building"), out.with_name(f".{out.name}.old")
-    if old.exists():  # of a process that was killed: we hold the lock
-        shutil.rmtree(old) if out.exists() else old.rename(out)
-    if build.exists() and not left_off(build):
-        shutil.rmtree(build)
     try:
         build.mkdir(exist_ok=True)
-        yield build
-        if out.exists():
-            out.rename(old)
-        build.rename(out)
-    except BaseException as error:
-        if old.exists() and not out.exists():  # between the two
-            old.rename(out)
-        if isinstance(error, Exception) or not (build / PROGRESS).exists():
-            shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+        yield
+        if not (build / INPUTS).exists():
+            (out / INPUTS).unlink(missing_ok=True)  # of the corpus that is replaced
+        files.put_in_place(build, out, "meta.json")
+    except BaseException:
+        if (build / PROGRESS).exists():
+            say("interrupted; type the same command again to resume")
         else:
-            say("interrupted; type the same command again to go on from here")
+            shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
         raise
-    if old.exists():
-        shutil.rmtree(old)
+    (out / PROGRESS).unlink(missing_ok=True)
+    shards = {shard["file"] for split in read_meta(out / "meta.json")["splits"].values() for shard in split["shards"]}
+    for path in out.glob("*.bin"):
+        if OWN_FILES.fullmatch(path.name) and path.name not in shards:  # of a longer corpus that was replaced
+            path.unlink()
 
 
 def _print_table(out: Path, meta: dict) -> None:
@@ -477,7 +488,8 @@ def command(argv: list[str] | None) -> None:
     name = args.name or args.corpus or (printable(out.name) if args.input or args.hf else "pystdlib")
     if not out.name:
         raise InputError(f"--out {out}: that is no folder for a corpus alone")
-    skip, folder = args.bad_rows == "skip", out.parent if out.parent.is_dir() else None
+    skip = args.bad_rows == "skip"
+    folder = next((path for path in (out, out.parent) if path.is_dir() and os.access(path, os.W_OK)), None)
     if args.input:
         source = input_files(args.input, args.field, args.format or "", skip, folder)
     elif args.hf:

@@ -30,8 +30,8 @@ class ShardWriter:
     """Streams the tokens of one split into files of at most shard_tokens tokens each.
 
     Use as a context manager. `shards` lists the finished files as meta.json does: file, tokens, sha256. A file has its
-    final name only when it is complete and on the disk; after an exception the unfinished one is removed, unless `state`
-    was asked for: a writer that is given this state goes on there.
+    final name only when it is complete and on the disk. After an exception the unfinished file is removed, unless `state`
+    was called or given: a writer that is given a state continues from there.
     """
 
     def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int, state: dict | None = None):
@@ -40,7 +40,7 @@ class ShardWriter:
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._file = None
         self._tokens = 0  # in the current file
-        self._keep = False
+        self._keep = bool(state)
         if state:
             self.shards = state["shards"]
             if state["tokens"]:
@@ -61,9 +61,6 @@ class ShardWriter:
             os.replace(finished, path)
         self._file, self._tokens = open(path, "r+b", buffering=1 << 20), tokens  # noqa: SIM115 (outlives the call)
         end = HEADER.size + tokens * self._dtype.itemsize
-        if os.fstat(self._file.fileno()).st_size < end:
-            self._file.close()
-            raise InputError(f"{path} is not as it was left: run this again to start over")
         self._file.truncate(end)
         self._file.seek(end)
 
@@ -109,6 +106,16 @@ class ShardWriter:
         path = Path(file.name).with_suffix("")
         os.replace(file.name, path)
         self.shards.append({"file": path.name, "tokens": self._tokens, "sha256": sha256_of(path)})
+
+
+def is_resumable(folder: Path, split: str, vocab_size: int, state: dict) -> bool:
+    """Whether the files that a ShardWriter's `state` speaks of are in the folder, and as long as it says."""
+    written = [(folder / shard["file"], shard["tokens"]) for shard in state["shards"]]
+    if state["tokens"]:
+        unfinished = folder / f"{split}_{len(written):03d}.bin.tmp"
+        written.append((unfinished if unfinished.exists() else unfinished.with_suffix(""), state["tokens"]))
+    itemsize = token_dtype(vocab_size).itemsize
+    return all(path.is_file() and path.stat().st_size >= HEADER.size + itemsize * tokens for path, tokens in written)
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Text as people have it: files of every kind, folders, links, pipes, bad rows, inputs that change, names of all sorts."""
 
+import errno
 import gzip
 import io
 import json
@@ -587,6 +588,150 @@ def test_what_was_interrupted_is_forgotten_when_the_input_is_another(run, small_
     assert "going on" not in err
     assert all_documents_of(Path("out")) == sorted(make_texts(150, seed=1))
     assert_nothing_left(Path(), but=("out",))
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_finished_work_outlives_any_number_of_failures(run, small_steps, monkeypatch, failure):
+    """Also one that comes before the resumed preparation has saved anything."""
+    write_jsonl(Path("a.jsonl"), make_texts(150))
+    write, calls = pieces.ShardWriter.write, []
+
+    def write_some(self, ids):
+        calls.append(len(ids))
+        if len(calls) == limit:
+            raise failure
+        write(self, ids)
+
+    monkeypatch.setattr(pieces.ShardWriter, "write", write_some)
+    for stop in (80, 3, 1):
+        limit = stop
+        assert run("--input", "a.jsonl", *BYTES)[0] in (2, 130)
+        calls.clear()
+        monkeypatch.setattr(pieces, "SAVE_EVERY_S", 1000)  # after the first failure, nothing is saved any more
+    limit = 0
+    code, _, err = run("--input", "a.jsonl", *BYTES)
+    assert code == 0
+    assert "going on where it was interrupted" in err
+    assert len(calls) < 80
+    assert all_documents_of(Path("out")) == sorted(make_texts(150))
+    Dataset("out").verify()
+    assert_nothing_left(Path(), but=("out",))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)])
+@pytest.mark.parametrize(("name", "tokens"), [("train_000.bin", 700), ("train_000.bin.tmp", 1_000_000)])
+def test_unfinished_work_that_is_damaged_is_done_again(run, small_steps, monkeypatch, damage, name, tokens):
+    monkeypatch.setattr(pieces, "SHARD_TOKENS", tokens)
+    write_jsonl(Path("a.jsonl"), make_texts(150))
+    write, calls = pieces.ShardWriter.write, []
+
+    def write_some(self, ids):
+        calls.append(len(ids))
+        if len(calls) == 80:
+            raise KeyboardInterrupt
+        write(self, ids)
+
+    monkeypatch.setattr(pieces.ShardWriter, "write", write_some)
+    assert run("--input", "a.jsonl", *BYTES)[0] == 130
+    damage(Path(".out.building", name))
+    code, _, err = run("--input", "a.jsonl", *BYTES)
+    assert (code, "going on" in err) == (0, False)
+    assert all_documents_of(Path("out")) == sorted(make_texts(150))
+
+
+@pytest.fixture(params=["empty folder", "link", "volume", "volume that cannot be told from a folder"])
+def place(request, tmp_path, monkeypatch):
+    """A folder for a corpus that has to stay where it is; the path by which it is given."""
+    real = tmp_path / "out"
+    real.mkdir()
+    if request.param == "link":
+        real.rename(tmp_path / "elsewhere")
+        real.symlink_to(tmp_path / "elsewhere")
+    elif request.param == "volume":
+        (real / "lost+found").mkdir()
+    if request.param.startswith("volume"):
+        rename = os.rename
+
+        def busy(source, target):
+            if real in (Path(source), Path(target)):
+                raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+            rename(source, target)
+
+        for module, name in ((os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")):
+            monkeypatch.setattr(module, name, busy)
+    return real
+
+
+def corpus_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lost+found"}
+
+
+def test_an_existing_folder_is_filled_in_place(run, place, small_steps):
+    inode = place.stat().st_ino
+    write_jsonl(Path("a.jsonl"), make_texts(150))
+    argv = ["--input", "a.jsonl", *BYTES]
+    assert run(*argv)[0] == 0
+    assert place.stat().st_ino == inode
+    assert "intact" in run(*argv)[2]
+    write_jsonl(Path("a.jsonl"), make_texts(100))
+    assert run(*argv, "--overwrite")[0] == 0
+    Dataset("out").verify()
+    assert all_documents_of(place) == sorted(make_texts(100))
+    expected = {shard["file"] for split in Dataset("out").meta["splits"].values() for shard in split["shards"]}
+    assert {*corpus_in(place)} == {*expected, "meta.json", "tokenizer.model", "inputs.jsonl"}
+    assert_nothing_left(Path(), but=("out",))
+
+
+@pytest.mark.parametrize("place", ["volume"], indirect=True)
+@pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
+def test_a_folder_is_filled_in_place_though_interrupted(run, place, small_steps, monkeypatch, moved):
+    """Killed in the middle: there is no half corpus, and the next command completes it."""
+    write_jsonl(Path("a.jsonl"), make_texts(150))
+    assert run("--input", "a.jsonl", *BYTES)[0] == 0
+    write_jsonl(Path("a.jsonl"), make_texts(100, seed=1))
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        if Path(source).parent.name == ".ready":
+            calls.append(source)
+            if len(calls) > moved:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert run("--input", "a.jsonl", *BYTES, "--overwrite")[0] == 130
+    assert not (place / "meta.json").exists()
+    refused(run("--input", "nowhere.txt", *BYTES), "no such file")
+    code, _, err = run("--input", "a.jsonl", *BYTES)
+    assert (code, "intact" in err, "encoding" in err) == (0, True, False)
+    assert all_documents_of(place) == sorted(make_texts(100, seed=1))
+    assert not any(path.name.startswith(".") for path in place.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_ones_own_folder_below_another_s(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(150))
+    for folder in [tmp_path / "theirs" / "out", *tmp_path.parents[:3], tmp_path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o777)
+    (tmp_path / "theirs").chmod(0o555)
+    code = (  # imports first, as the packages may be readable for root alone, which may write everywhere
+        "import mmap, os, sys; sys.path.insert(0, sys.argv.pop(1)); from data import prepare\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        "sys.exit(prepare.main())"
+    )
+    for flags in (["a.jsonl"], ["a.jsonl", "--overwrite"], ["-", "--format", "jsonl", "--overwrite"]):
+        with open(tmp_path / "a.jsonl") as text:
+            result = python(
+                "-c", code, ROOT, "--input", *flags, *BYTES, "--out", "theirs/out", cwd=tmp_path, stdin=text
+            )
+        assert result.returncode == 0, result.stderr
+        assert all_documents_of(tmp_path / "theirs" / "out") == sorted(make_texts(150))
+    (tmp_path / "theirs" / "out").chmod(0o555)
+    other = python("-c", code, ROOT, "--input", "a.jsonl", *BYTES, "--out", "theirs/new", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "encoding" not in other.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

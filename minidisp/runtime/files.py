@@ -1,4 +1,4 @@
-"""Files that are written atomically, and the log that one process at a time may write."""
+"""Files and folders that are written atomically, and the log that one process at a time may write."""
 
 import contextlib
 import errno
@@ -6,8 +6,9 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,6 +88,100 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+# A folder is built beside its final place and then renamed, so that it appears at once. Where that is impossible (a mount
+# point, a link to a folder, a parent that is not writable), and in an empty folder that the user made, it is built inside.
+_BUILDING, _READY = ".building", ".ready"
+_UNIMPORTANT = {_BUILDING, _READY, ".lock", ".download", "lost+found"}  # the last is in the root of every ext4 volume
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is at this path but an empty folder, or one that holds unfinished work of ours alone."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return all(path.name in _UNIMPORTANT for path in folder.iterdir())
+
+
+def build_folder(folder: Path) -> Path:
+    """The path of the folder in which the new content of `folder` is built until `put_in_place`: inside it or beside it."""
+    beside, inside, old = folder.with_name(f".{folder.name}.building"), folder / _BUILDING, _old(folder)
+    if not folder.exists():
+        return beside
+    if is_free(folder):
+        return inside
+    try:  # the only sure way to know is to do it
+        os.rename(folder, old)
+        os.rename(old, folder)
+    except OSError:
+        return inside
+    return beside
+
+
+def put_in_place(build: Path, folder: Path, last: str) -> None:
+    """Make what was built the content of `folder`.
+
+    last: the file by which a reader recognises a complete folder. Inside a folder that cannot be renamed, files replace
+    those of the same name one by one: `last` is removed first and arrives last. If the process is killed meanwhile,
+    `recover` completes it.
+    """
+    if build.parent == folder:
+        (build / last).rename(build / f"{last}.last")
+        build.rename(folder / _READY)
+        _move_in(folder)
+        return
+    old = _old(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        build.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():  # between the two
+            old.rename(folder)
+        raise
+    _sync_folder(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def recover(folder: Path) -> None:
+    """Complete, or undo, a `put_in_place` in which the process was killed. No other process may be in it."""
+    old = _old(folder)
+    if old.exists():
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
+    if (folder / _READY).exists():
+        _move_in(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _move_in(folder: Path) -> None:
+    ready = folder / _READY
+    for path in ready.glob("*.last"):  # there until everything else has been moved
+        (folder / path.stem).unlink(missing_ok=True)
+    for path in sorted(ready.iterdir(), key=lambda path: path.suffix == ".last"):
+        os.replace(path, folder / path.name.removesuffix(".last"))
+    _sync_folder(folder)
+    ready.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write files to; when the block ends, they are those of `folder`, which must be free (`is_free`).
+
+    Checks first that files can be made there: OSError. If the block fails, nothing is left. last: see `put_in_place`.
+    """
+    build = build_folder(folder)
+    shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
+    build.mkdir(parents=True)
+    try:
+        yield build
+        put_in_place(build, folder, last)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+        raise
 
 
 def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
