@@ -1,32 +1,26 @@
-"""What a person sees of runs: tables, figures (matplotlib), one HTML page, and the trackers of other projects.
+"""What a user sees of runs: tables, figures (matplotlib), one HTML page, progress, and loggers of other tools.
 
 `scores` is always what eval.py writes with --json, one dictionary per model; `metrics` the lines of a metrics.jsonl.
+Names load on first use: `python -m minidisp.report` draws curves without importing torch.
 """
 
-from minidisp.report.figures import CYCLE, cannot_draw, draw_comparison, draw_differences, draw_run, draw_study
-from minidisp.report.page import html_page
-from minidisp.report.progress import Progress
-from minidisp.report.summary import introduction, summarise, summary_table
-from minidisp.report.tables import (
-    FURTHER,
-    Table,
-    condensation_table,
-    further_table,
-    layer_table,
-    number,
-    pairs_table,
-    score_table,
-    seeds_table,
-    settings_table,
-    table,
-    writing_table,
-)
-from minidisp.report.trackers import loggers
-from minidisp.runtime.metrics_log import metrics_lines, read_metrics
+import importlib
 
-__all__ = [
-    "CYCLE", "FURTHER", "Progress", "Table", "cannot_draw", "condensation_table", "draw_comparison",
-    "draw_differences", "draw_run", "draw_study", "further_table", "html_page", "introduction", "layer_table",
-    "loggers", "metrics_lines", "number", "pairs_table", "read_metrics", "score_table", "seeds_table", "settings_table", "summarise",
-    "summary_table", "table", "writing_table",
-]  # fmt: skip
+_HOME = {
+    "figures": ("CYCLE", "cannot_draw", "draw_comparison", "draw_curves", "draw_differences", "draw_run", "draw_study"),
+    "page": ("html_page",),
+    "progress": ("Progress",),
+    "summary": ("introduction", "summarise", "summary_table"),
+    "tables": ("FURTHER", "Table", "condensation_table", "further_table", "layer_table", "number", "pairs_table",
+               "score_table", "seeds_table", "settings_table", "table", "writing_table"),
+    "trackers": ("loggers",),
+}  # fmt: skip
+_MODULES = {name: f"minidisp.report.{module}" for module, names in _HOME.items() for name in names}
+_MODULES |= dict.fromkeys(("metrics_lines", "read_metrics"), "minidisp.runtime.metrics_log")
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minidisp.report' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULES[name]), name)

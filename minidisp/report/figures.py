@@ -1,4 +1,4 @@
-"""Figures, drawn with matplotlib into files: of one training, of runs side by side, of a study."""
+"""Figures, drawn with matplotlib into files: training curves of any number of runs, comparisons of models, studies."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ import numpy as np
 
 from minidisp.runtime.files import write_atomic
 
-# Okabe-Ito, told apart by colour-blind readers and in print.
+# Okabe-Ito: distinguishable in print and with colour blindness.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"
 CYCLE = [BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-# Also told apart without any colour.
+# Distinguishable without colour.
 DASHES = [
     "-",
     (0, (6, 2)),
@@ -30,24 +30,24 @@ DASHES = [
     (0, (1, 1)),
 ]
 MARKERS = "osv^D<>Xp*"
-PAIR_DENSITY = 4  # top of the colour scale for individual pairs, whose histograms are wider than the paper's
+X_AXES = {"step": "step", "tokens": "training tokens", "seconds": "training time (s)"}  # keys of metrics.jsonl
+VISIBLE = 0.02  # densities below are left white in heat maps
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150, "pdf.fonttype": 42,
          "text.parse_math": False}  # fmt: skip
 
 
 def cannot_draw() -> str | None:
-    """One line that says why no figure can be drawn here and what to do, or None. It takes no time."""
+    """One line that says why no figures can be drawn and what to do, or None. Does not import matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "no figures: matplotlib is not there: pip install matplotlib, or the extra minidisp[figures]"
+        return "no figures: matplotlib is not installed: pip install matplotlib, or the extra minidisp[figures]"
     return None
 
 
 def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
-    """Decorator: the function draws with our style, whatever the environment says, and never fails.
+    """Decorator: the function draws with our style, independent of the environment, and never raises.
 
-    It returns the paths of its figures. If drawing goes wrong, it returns none, and the reason is one line on stderr: a
-    run that is finished is worth more than its figures. Where cannot_draw has a reason, commands say it before they
-    begin.
+    It returns the paths of its figures. If drawing fails it returns none and prints the reason as one line on stderr: a
+    finished run matters more than its figures. Where cannot_draw has a reason, commands print it before they start.
     """
 
     @functools.wraps(draw)
@@ -67,13 +67,13 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
 
 @contextlib.contextmanager
 def _our_style() -> Iterator[None]:
-    """Import matplotlib late, since it takes half a second, and draw as it does by default but for STYLE.
+    """Import matplotlib late, since that takes half a second, and use its default settings plus STYLE.
 
-    MPLBACKEND names a way to show windows, which Jupyter sets for all commands. Figures here are only written to files,
-    so no backend is chosen; but importing matplotlib alone fails where the one named is not installed. The user's
-    matplotlibrc counts no more: it may ask for LaTeX, for example.
+    MPLBACKEND names a way to show windows; Jupyter sets it for all commands. Figures here are only written to files, so
+    no backend is chosen, but importing matplotlib fails if the named one is not installed. The user's matplotlibrc is
+    ignored as well: it may ask for LaTeX, for example.
     """
-    log = logging.getLogger("matplotlib")  # that it keeps its fonts elsewhere, since HOME cannot be written, is no news
+    log = logging.getLogger("matplotlib")  # silences the notice that fonts are cached elsewhere if HOME is read-only
     level, backend = log.level, os.environ.pop("MPLBACKEND", None)
     log.setLevel(logging.ERROR)
     try:
@@ -91,16 +91,21 @@ def _our_style() -> Iterator[None]:
             os.environ["MPLBACKEND"] = backend
 
 
-def _subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options):
-    """(figure, axes) as pyplot.subplots gives them, without pyplot: nothing is kept, and no window is thought of."""
+def new_figure(size: tuple[float, float]):
+    """An empty figure of this size in inches, without pyplot, which would keep it and look for a display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options):
+    """(figure, axes) as pyplot.subplots returns them."""
+    figure = new_figure(size)
     return figure, figure.subplots(rows, columns, **options)
 
 
-def _save(figure, path: Path) -> Path:
-    """Write the figure as the kind of file that its name says, whole or not at all, the same bytes each time."""
+def save(figure, path: Path) -> Path:
+    """Write the figure atomically in the format that the suffix names; the same figure gives the same bytes."""
     content = io.BytesIO()
     metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
     figure.savefig(content, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
@@ -119,21 +124,12 @@ def draw_run(metrics: list[dict], title: str, folder: Path) -> list[Path]:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    train = [line for line in metrics if "loss" in line]
+    loss = save(_curves({title: metrics}), folder / "loss.png")
+
     evals = [line for line in metrics if "val_loss" in line]
     steps = [line["step"] for line in evals]
     n_layer = len(evals[0]["mean_cosine_by_layer"]) - 1
-    figure, axes = _subplots(size=(7, 4.2))
-    if train:
-        axes.plot([r["step"] for r in train], [r["ce"] for r in train], color=GREY, lw=1, label="training batch")
-    axes.plot(steps, [r["val_loss"] for r in evals], color=BLUE, marker="o", ms=3.5, label="validation")
-    axes.annotate(f"{evals[-1]['val_loss']:.3f}", (steps[-1], evals[-1]["val_loss"]), xytext=(0, 8),
-                  textcoords="offset points", ha="right", color=BLUE)  # fmt: skip
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
-    axes.legend(frameon=False)
-    loss = _save(figure, folder / "loss.png")
-
-    figure, axes = _subplots(size=(7, 4.2))
+    figure, axes = subplots(size=(7, 4.2))
     by_layer = np.array([r["mean_cosine_by_layer"] for r in evals], dtype=float)  # (evaluations, n_layer + 1)
     colours = matplotlib.colormaps["viridis"]
     for layer in range(n_layer + 1):
@@ -141,19 +137,139 @@ def draw_run(metrics: list[dict], title: str, folder: Path) -> list[Path]:
     bar = figure.colorbar(ScalarMappable(Normalize(0, n_layer), colours), ax=axes)
     bar.set_label(f"layer (0 = embeddings, {n_layer} = after the final norm)")
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="step", ylabel="mean cosine between tokens", title=f"Condensation while training: {title}")
-    cosine = _save(figure, folder / "cosine.png")
+    axes.set(xlabel="step", ylabel="mean pairwise cosine similarity", title=f"Mean cosine during training: {title}")
+    cosine = save(figure, folder / "cosine.png")
 
-    figure, panels = _subplots(1, 2, size=(10, 4.2), sharey=True)
+    figure, panels = subplots(1, 2, size=(10, 4.2), sharey=True)
+    cosines = _cosine_range([line["histogram_by_layer"] for line in (evals[0], evals[-1])])
     for axes, line in zip(panels, (evals[0], evals[-1]), strict=True):
-        image = draw_heatmap(axes, line["histogram_by_layer"], line["mean_cosine_by_layer"])
-        axes.set_title(f"step {line['step']:,}: validation loss {line['val_loss']:.3f}")
-        axes.set_xlabel("layer / n_layer  (0 = embeddings)")
-    panels[0].set_ylabel("cosine between tokens")
-    panels[0].legend(frameon=False, loc="lower left", labelcolor="white")
-    figure.colorbar(image, ax=panels, label="density (clipped at 10)")
+        image = draw_heatmap(axes, line["histogram_by_layer"], line["mean_cosine_by_layer"], cosines)
+        axes.set_title(f"step {line['step']:,}: validation loss {line['val_loss']:.3f}", fontsize=11)
+        axes.set_xlabel("layer (0 = embeddings)")
+    panels[0].set_ylabel("pairwise cosine similarity")
+    panels[0].legend(frameon=False, loc="upper left")
+    figure.colorbar(image, ax=panels, label=f"density (clipped at {image.norm.vmax:g})")
     figure.suptitle(title)
-    return [loss, cosine, _save(figure, folder / "heatmap.png")]
+    return [loss, cosine, save(figure, folder / "heatmap.png")]
+
+
+def draw_curves(
+    runs: dict[str, list[dict]], path: Path, x: str = "step", log: bool = False, smooth: int | None = None
+) -> None:
+    """Draw the training curves of any number of runs into one file; see _curves. Unlike the others, it raises."""
+    with _our_style():
+        save(_curves(runs, x, log, smooth), path)
+
+
+def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smooth: int | None = None):
+    """A figure with the loss of every run and, below it, gradient norm, learning rate and throughput where logged.
+
+    runs: name -> lines of metrics.jsonl. x: a key of X_AXES. log: logarithmic loss axis over the whole range; without it
+    the axis is scaled to what follows the warm-up. smooth: logged steps in the moving average of the training loss (default:
+    about a twentieth of those there are); with one run the raw values are drawn faintly behind it.
+    """
+    alone = len(runs) == 1
+    panels = {
+        "grad_norm": ("gradient norm", "log"),
+        "lr": ("learning rate", "linear"),
+        "tokens_per_second": ("tokens per second", "linear"),
+    }
+    logged = {key for lines in runs.values() for line in lines for key in panels if line.get(key) is not None}
+    shown = [key for key in panels if key in logged]
+    figure = new_figure((9, 7 if shown else 4.6))
+    layout = [["loss"] * max(1, len(shown))] + ([shown] if shown else [])
+    axes = figure.subplot_mosaic(layout, height_ratios=[2.2, 1][: len(layout)])
+    times = [line["seconds"] for lines in runs.values() for line in lines if line.get("seconds") is not None]
+    scale, label = (60, "training time (minutes)") if x == "seconds" and times and max(times) > 300 else (1, X_AXES[x])
+
+    heights = []  # of the loss, from where its axis is scaled on
+    for (name, lines), style in zip(runs.items(), line_styles(len(runs)), strict=True):
+        start = 0 if log else _after_warm_up(lines, x)
+        train, val = _points(lines, x, "ce"), _points(lines, x, "val_loss")
+        window = smooth or 2 * (len(train[0]) // 40) + 1
+        smoothed = (train[0], moving_average(train[1], window))
+        if alone:
+            axes["loss"].plot(train[0] / scale, train[1], color=GREY, lw=0.6, alpha=0.5)
+        over = f" (moving average over {window} logged steps)" if window > 1 else ""
+        colour = GREY if alone else style["color"]
+        last = f" (last {val[1][-1]:.3f})" if len(val[1]) else ""
+        axes["loss"].plot(
+            smoothed[0] / scale, smoothed[1], color=colour, lw=1.2, alpha=1 if alone else 0.45,
+            label=f"training{over}" if alone else None,
+        )  # fmt: skip
+        axes["loss"].plot(
+            val[0] / scale, val[1], label=f"validation{last}" if alone else _label(name), ms=3.5, color=style["color"],
+            marker=style["marker"], ls=style["ls"], lw=1.6, markevery=max(1, len(val[0]) // 20),
+        )  # fmt: skip
+        heights += [y[at >= start] for at, y in (smoothed, val)]
+        for key in shown:
+            at, y = _points(lines, x, key)
+            axes[key].plot(at / scale, y, color=style["color"], ls=style["ls"], lw=1.2)
+    heights = np.concatenate(heights)
+    heights = heights[np.isfinite(heights)]
+    if log:
+        _log_scale(axes["loss"])
+    elif len(heights):
+        room = 0.06 * (np.ptp(heights) or abs(heights[0]) or 1)
+        axes["loss"].set_ylim(heights.min() - room, heights.max() + room)
+    title = "Training and validation loss" if alone else "Validation loss (training loss, smoothed, faint)"
+    axes["loss"].set(xlabel=label, ylabel="cross-entropy (nats per token)", title=title)
+    if axes["loss"].get_legend_handles_labels()[0]:
+        axes["loss"].legend(frameon=False)
+    for key in shown:
+        axes[key].set_title(panels[key][0], fontsize=10)
+        axes[key].tick_params(labelsize=9)
+        axes[key].locator_params(axis="x", nbins=4)
+        if panels[key][1] == "log":
+            _log_scale(axes[key])
+        else:
+            axes[key].set_ylim(bottom=0)
+            axes[key].yaxis.set_major_formatter("{x:g}")
+    if x == "tokens":
+        from matplotlib.ticker import EngFormatter
+
+        for panel in axes.values():
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if alone:
+        figure.suptitle(_label(next(iter(runs))))
+    return figure
+
+
+def _log_scale(axes) -> None:
+    """A logarithmic y axis with plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 20 * low:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _points(lines: list[dict], x: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the lines that have both."""
+    pairs = [(line[x], line[key]) for line in lines if line.get(x) is not None and line.get(key) is not None]
+    at, y = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return at, y
+
+
+def _after_warm_up(lines: list[dict], x: str) -> float:
+    """The x from which the loss axis is scaled: the peak of the learning rate, at least 5 % and at most half of the run."""
+    at, lr = _points(lines, x, "lr")
+    if len(at) < 2:
+        return 0.0
+    end = at[-1]
+    return float(np.clip(at[lr.argmax()], 0.05 * end, 0.5 * end))
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and its neighbours, `window` in all, of fewer at either end: (N,) -> (N,)."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    here = np.arange(len(values))
+    starts, ends = np.maximum(0, here - (window - 1) // 2), np.minimum(len(values), here + window // 2 + 1)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 @drawing
@@ -161,65 +277,54 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
     """Draw evaluated models side by side into `folder`; returns the paths. Each figure is a PNG and, for papers, a PDF.
 
     heatmap: a row per model, the paper's averaged matrices on the left and the individual pairs on the right.
-    cosine_by_layer: mean cosine against layer fraction. loss_by_step: for the models with metrics (a list each, which
-    may be empty), if there is one.
+    cosine_by_layer: mean cosine against layer fraction. loss_by_step: the training curves of the models with metrics (a
+    list each, which may be empty), if there are any.
     """
     paths = []
 
-    def save(figure, name: str) -> None:
-        paths.extend(_save(figure, folder / (name + suffix)) for suffix in (".png", ".pdf"))
+    def both(figure, name: str) -> None:
+        paths.extend(save(figure, folder / (name + suffix)) for suffix in (".png", ".pdf"))
 
-    figure, rows = _subplots(len(scores), 2, size=(8.6, 1.5 + 2.7 * len(scores)), sharey=True, squeeze=False)
-    for (left, right), s in zip(rows, scores, strict=True):
-        measured = s["condensation"]
-        images = (
-            draw_heatmap(left, measured["histogram_by_layer"], measured["mean_cosine_by_layer"]),
-            draw_heatmap(
-                right, measured["pair_histogram_by_layer"], measured["off_diagonal_mean_by_layer"], PAIR_DENSITY
-            ),
-        )
-        left.set_ylabel("cosine between tokens")
-        left.annotate(
-            _shorten(s["name"]), (-0.27, 0.5), xycoords="axes fraction", rotation=90, va="center", weight="bold"
-        )
-    titles = "average over sequences, i = j included", "pairs i != j of single sequences"
-    for axes, column, image, title in zip(rows[0], rows.T, images, titles, strict=True):
-        axes.set_title(title, fontsize=11)
-        axes.set_yticks(np.linspace(-1, 1, 5))
-        column[-1].set_xlabel("layer / n_layer  (0 = embeddings)")
-        bar = figure.colorbar(image, ax=column, location="bottom", shrink=0.8, aspect=30)
-        bar.set_label(f"density (clipped at {image.norm.vmax:g})")
-    rows[0][0].legend(frameon=False, loc="lower left", labelcolor="white")
-    save(figure, "heatmap")
+    measured = [s["condensation"] for s in scores]
+    kinds = (
+        ("average over sequences, i = j included", "histogram_by_layer", "mean_cosine_by_layer", 10),
+        ("pairs i != j of single sequences", "pair_histogram_by_layer", "off_diagonal_mean_by_layer",
+         pair_density([m["pair_histogram_by_layer"] for m in measured])),
+    )  # fmt: skip
+    figure, rows = subplots(len(scores), 2, size=(9, 1.6 + 2.6 * len(scores)), sharey="col", squeeze=False)
+    for column, (title, histogram, mean, density) in zip(rows.T, kinds, strict=True):
+        cosines = _cosine_range([m[histogram] for m in measured])
+        for axes, m in zip(column, measured, strict=True):
+            image = draw_heatmap(axes, m[histogram], m[mean], cosines, density)
+        column[0].set_title(title, fontsize=11)
+        column[-1].set_xlabel("layer (0 = embeddings)")
+        bar = figure.colorbar(image, ax=list(column), location="bottom", shrink=0.8, aspect=30)
+        bar.set_label(f"density (clipped at {density:g})")
+    for left, s in zip(rows[:, 0], scores, strict=True):
+        left.set_ylabel(f"{_shorten(s['name'])}\ncosine similarity", fontsize=10)
+    rows[0][0].legend(frameon=False, loc="upper left")
+    both(figure, "heatmap")
 
-    figure, axes = _subplots(size=(7, 4.2))
+    figure, axes = subplots(size=(7, 4.2))
     for s, style in zip(scores, line_styles(len(scores)), strict=True):
         mu = s["condensation"]["mean_cosine_by_layer"]
         axes.plot(np.arange(len(mu)) / (len(mu) - 1), mu, label=_label(s["name"]), **style)
     axes.axhline(0, color=GREY, lw=0.8, zorder=0)
     axes.set(
-        xlabel="layer / n_layer  (0 = embeddings, 1 = after the final norm)",
-        ylabel="mean cosine between tokens (1: all alike)",
+        xlabel="layer / n_layer (0 = embeddings, 1 = after the final norm)", ylabel="mean pairwise cosine similarity"
     )
     axes.legend(frameon=False)
-    save(figure, "cosine_by_layer")
+    both(figure, "cosine_by_layer")
 
     if any(metrics):
-        figure, axes = _subplots(size=(7, 4.2))
-        for s, lines, style in zip(scores, metrics, line_styles(len(scores)), strict=True):
-            train = [(line["step"], line["ce"]) for line in lines if "ce" in line]
-            evals = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-            if train:
-                axes.plot(*zip(*train, strict=True), color=style["color"], ls=style["ls"], lw=0.8, alpha=0.35)
-            if evals:
-                every = -(-len(evals) // 20)
-                axes.plot(*zip(*evals, strict=True), label=_label(s["name"]), markevery=every, **style)
-        axes.set(
-            xlabel="step", ylabel="cross-entropy (nats per token)", title="validation, and faint the training batches"
-        )
-        axes.legend(frameon=False)
-        save(figure, "loss_by_step")
+        names = _unique([s["name"] for s in scores])
+        both(_curves({name: lines for name, lines in zip(names, metrics, strict=True) if lines}), "loss_by_step")
     return paths
+
+
+def _unique(names: list[str]) -> list[str]:
+    """The names, those that occur again with a number."""
+    return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
 def line_styles(n: int) -> list[dict]:
@@ -235,80 +340,131 @@ def _shorten(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    """A legend entry; matplotlib leaves out those that begin with an underscore."""
+    """A legend entry; matplotlib omits those that begin with an underscore."""
     return _shorten(f" {name}" if name.startswith("_") else name)
 
 
-def draw_heatmap(axes, histogram_by_layer: list[list[float]], mean_cosine_by_layer: list[float], density: float = 10):
+def _cosine_range(histograms: list[list[list[float]]]) -> tuple[float, float]:
+    """The cosines between which heat maps have anything to show, with some room; within -1 to 1.
+
+    histograms: of each heat map, per layer, densities over equal bins from -1 to 1. The last bin, which holds the pairs
+    i = j of averaged matrices, does not count.
+    """
+    low, high = 1.0, -1.0
+    for histogram in histograms:
+        density = np.nan_to_num(np.array(histogram, dtype=float))  # (layers, bins)
+        edges = np.linspace(-1, 1, density.shape[1] + 1)
+        visible = np.flatnonzero((density[:, :-1] > VISIBLE).any(axis=0))
+        if len(visible):
+            low, high = min(low, edges[visible[0]]), max(high, edges[visible[-1] + 1])
+    return (max(-1.0, low - 0.05), min(1.0, high + 0.05)) if low < high else (-1.0, 1.0)
+
+
+def pair_density(histograms: list[list[list[float]]]) -> float:
+    """Top of the colour scale for individual pairs, whose histograms are wider than the paper's: their maximum, up to 10.
+
+    Rounded up to a half. The last bin does not count: equal tokens fill it.
+    """
+    top = max(np.nan_to_num(np.array(histogram, dtype=float))[:, :-1].max(initial=0.5) for histogram in histograms)
+    return float(min(10, np.ceil(2 * top) / 2))
+
+
+def draw_heatmap(
+    axes,
+    histogram_by_layer: list[list[float]],
+    mean_cosine_by_layer: list[float],
+    cosines: tuple[float, float] = (-1, 1),
+    density: float = 10,
+):
     """The paper's heat map on matplotlib axes: a column per layer, cosine upwards, density as colour (its: 0..10).
 
-    A line through it shows the mean cosine. Returns the image, for a colour bar.
+    A line shows the mean cosine; cells that are next to empty stay white. cosines: the range to show. Returns the image, for a
+    colour bar.
     """
-    n_layer = len(mean_cosine_by_layer) - 1
-    half = 0.5 / n_layer  # columns are centred on their layer
+    layers = len(mean_cosine_by_layer)
+    histogram = np.array(histogram_by_layer, dtype=float).T
     image = axes.imshow(
-        np.array(histogram_by_layer, dtype=float).T, origin="lower", aspect="auto", interpolation="nearest",
-        extent=(-half, 1 + half, -1, 1), cmap="viridis", vmin=0, vmax=density,
+        np.ma.masked_where(~(histogram > VISIBLE), histogram), origin="lower", aspect="auto", interpolation="nearest",
+        extent=(-0.5, layers - 0.5, -1, 1), cmap="Blues", vmin=0, vmax=density,
     )  # fmt: skip
-    x = np.arange(n_layer + 1) / n_layer
-    axes.plot(x, mean_cosine_by_layer, color="white", marker="o", ms=4, mec=ORANGE, mfc=ORANGE, lw=1.2, label="mean")
-    axes.set(ylim=(-1, 1))
+    axes.plot(range(layers), mean_cosine_by_layer, color=ORANGE, marker="o", ms=4, lw=1.4, label="mean")
+    axes.set(ylim=cosines, xlim=(-0.5, layers - 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return image
 
 
 @drawing
 def draw_study(evaluations: dict[str, list[list[dict]]], title: str, path: Path) -> list[Path]:
-    """Draw what several arms of a study do, over seeds, into one PNG: cosine by layer, cosine and loss while training.
+    """Draw the conditions of a study over seeds into one PNG: cosine by layer, cosine and loss during training.
 
-    evaluations: arm -> for each seed the evaluations of its run in metrics.jsonl. Lines are means over the seeds, bands
+    evaluations: condition -> for each seed the evaluations of its run in metrics.jsonl. Lines are means over the seeds, bands
     reach from the lowest seed to the highest.
     """
-    figure, (by_layer, while_training, loss) = _subplots(1, 3, size=(14, 4.4))
+    figure, (by_layer, while_training, loss) = subplots(1, 3, size=(14, 4.4))
 
     def line(axes, x, over_seeds, label, marker) -> None:
         y = np.array(over_seeds, dtype=float)  # (seeds, points)
         (drawn,) = axes.plot(x, y.mean(axis=0), marker=marker, ms=4, lw=1.5, label=label)
         axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=drawn.get_color(), alpha=0.2, lw=0)
 
-    for (arm, runs), marker in zip(evaluations.items(), itertools.cycle("osv^D<>")):
+    for (condition, runs), marker in zip(evaluations.items(), itertools.cycle("osv^D<>")):
         final = [run[-1]["mean_cosine_by_layer"] for run in runs]
         steps = [e["step"] for e in runs[0]]
-        line(by_layer, np.linspace(0, 1, len(final[0])), final, arm, marker)
-        line(while_training, steps, [[e["last_half_mean"] for e in run] for run in runs], arm, marker)
-        line(loss, steps, [[e["bits_per_byte"] for e in run] for run in runs], arm, marker)
+        line(by_layer, np.linspace(0, 1, len(final[0])), final, condition, marker)
+        line(while_training, steps, [[e["last_half_mean"] for e in run] for run in runs], condition, marker)
+        after = range(1 if len(steps) > 2 else 0, len(steps))  # step 0 would take most of the axis
+        line(
+            loss,
+            [steps[k] for k in after],
+            [[run[k]["bits_per_byte"] for k in after] for run in runs],
+            condition,
+            marker,
+        )
     by_layer.set(
-        xlabel="layer / n_layer  (0 = embeddings)", ylabel="mean cosine between tokens", title="after training"
+        xlabel="layer / n_layer (0 = embeddings)",
+        ylabel="mean pairwise cosine similarity",
+        title="Mean cosine by layer, after training",
     )
-    while_training.set(xlabel="step", ylabel="mean cosine, last half of the layers", title="while training")
-    loss.set(xlabel="step", ylabel="validation bits per byte", title="prediction")
+    while_training.set(
+        xlabel="step",
+        ylabel="mean cosine, last half of the layers",
+        title="Mean cosine during training",
+    )
+    loss.set(xlabel="step", ylabel="validation bits per byte", title="Validation bits per byte")
     loss.legend(frameon=False)
     seeds = len(next(iter(evaluations.values())))
     figure.suptitle(f"{title} (mean and range of {seeds} seeds)")
-    return [_save(figure, path)]
+    return [save(figure, path)]
 
 
 @drawing
 def draw_differences(
-    compared: dict[str, dict[str, dict]], measures: dict[str, str], title: str, path: Path
+    compared: dict[str, dict[str, dict]], measures: dict[str, tuple[str, tuple[str, str]]], title: str, path: Path
 ) -> list[Path]:
-    """Draw paired differences to a baseline with their intervals into one PNG: a panel per measure, a row per arm.
+    """Draw paired differences to a baseline with their intervals into one PNG: a panel per measure, a row per condition.
 
-    compared: measure -> arm -> difference, low, high; the first arm is the baseline. measures: those to draw -> label.
-    Intervals that leave out 0 are blue, the others grey.
+    compared: measure -> condition -> difference, low, high; the first condition is the baseline. measures: those to draw ->
+    label and the words for less and for more of it. An interval that excludes 0 has the colour of its side, others are grey.
     """
-    base, *arms = next(iter(compared.values()))
-    size = 5.5 * len(measures) + 1.5, 1.6 + 0.32 * len(arms)
-    figure, panels = _subplots(1, len(measures), size=size, sharey=True, squeeze=False)
-    for axes, (key, label) in zip(panels[0], measures.items(), strict=True):
-        for y, arm in enumerate(arms):
-            c = compared[key][arm]
-            clear = c["low"] > 0 or c["high"] < 0
-            axes.plot([c["low"], c["high"]], [y, y], color=BLUE if clear else GREY, lw=2.5, solid_capstyle="butt")
-            axes.plot(c["difference"], y, "o", color=BLUE if clear else GREY, ms=6)
+    base, *conditions = next(iter(compared.values()))
+    size = 5.5 * len(measures) + 1.5, 2.0 + 0.32 * len(conditions)
+    figure, panels = subplots(1, len(measures), size=size, sharey=True, squeeze=False)
+    for axes, (key, (label, words)) in zip(panels[0], measures.items(), strict=True):
+        colours = (ORANGE, BLUE) if words[0] == "worse" else (BLUE, ORANGE)
+        for y, condition in enumerate(conditions):
+            c = compared[key][condition]
+            colour = colours[0] if c["high"] < 0 else colours[1] if c["low"] > 0 else GREY
+            axes.plot([c["low"], c["high"]], [y, y], color=colour, lw=2.5, solid_capstyle="butt")
+            axes.plot(c["difference"], y, "o", color=colour, ms=6)
         axes.axvline(0, color="black", lw=1)
         axes.set(xlabel=f"{label}:\ndifference to {base}, 95 % interval")
         axes.locator_params(axis="x", nbins=6)  # more of them would touch
-    panels[0][0].set_yticks(range(len(arms)), arms)
-    panels[0][0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.suptitle(f"{title} (grey: no difference that these seeds can show)")
-    return [_save(figure, path)]
+        for word, colour, side, text in zip(
+            words, colours, (0, 1), ("\N{LEFTWARDS ARROW} {}", "{} \N{RIGHTWARDS ARROW}"), strict=True
+        ):
+            axes.annotate(text.format(word), (side, 1), xytext=(0, 4), xycoords="axes fraction", color=colour,
+                          textcoords="offset points", ha=("left", "right")[side], weight="bold")  # fmt: skip
+    panels[0][0].set_yticks(range(len(conditions)), conditions)
+    panels[0][0].set_ylim(len(conditions) - 0.5, -0.5)
+    figure.suptitle(f"{title} (grey: not significant)")
+    return [save(figure, path)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minidisp.report.figures import PAIR_DENSITY, line_styles
+from minidisp.report.figures import line_styles, pair_density
 from minidisp.report.tables import FURTHER, Table
 from minidisp.runtime.files import to_json
 
@@ -49,7 +49,7 @@ def html_page(
         "runs": runs,
         "layer_metrics": list(_LAYER_METRICS.items()),
         "step_metrics": list(_STEP_METRICS.items()),
-        "pair_density": PAIR_DENSITY,
+        "pair_density": pair_density([s["condensation"]["pair_histogram_by_layer"] for s in scores]),
     }
     parts = {
         "SUBTITLE": html.escape(subtitle),

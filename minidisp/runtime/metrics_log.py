@@ -7,6 +7,7 @@ from minidisp import InputError, parse_json, read_bytes
 
 # What is drawn from a line of metrics.jsonl, and how many lists deep its numbers are.
 _DRAWN = {"ce": 0, "val_loss": 0, "mean_cosine_by_layer": 1, "histogram_by_layer": 2}
+_CURVES = dict.fromkeys(("tokens", "seconds", "lr", "grad_norm", "tokens_per_second"), 0)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -34,12 +35,12 @@ def metrics_lines(content: bytes, path: Path) -> Iterator[tuple[dict, int]]:
 
 def _wrong_value(line: dict) -> str | None:
     """The first value of a line of metrics.jsonl that a table or a figure could not use."""
-    depths = dict(_DRAWN)
+    depths = _DRAWN | _CURVES
     if "loss" in line:
         depths |= {"loss": 0}
     if "val_loss" in line:
         depths |= dict.fromkeys(("perplexity", "bits_per_byte", "spearman", "kendall", "last_half_mean"), 0)
-    required = {"loss": ("loss", "ce"), "val_loss": depths.keys() - {"loss", "ce"}}
+    required = {"loss": ("loss", "ce"), "val_loss": depths.keys() - {"loss", "ce", *_CURVES}}
     needed = {name for key, names in required.items() if key in line for name in names}
     for name, depth in depths.items():
         if name in line and not _is_numbers(line[name], depth):
