@@ -1,11 +1,11 @@
-"""What the studies of this folder share: train every arm over the seeds, then compare the arms with the first one.
+"""What the studies of this folder share: train every condition over the seeds, then compare them with the first one.
 
-A study is a table of scales and a function that names its arms; cli() does the rest. A study that was stopped goes on when
-the same command is given again: finished runs are not run again, and an interrupted one is resumed. Runs with one seed
-share data order and dropout, and initialisation where the shapes agree, so differences are taken seed by seed.
+A study is a table of scales and a function that names its conditions; cli() does the rest. The same command continues a
+study that was interrupted: finished runs are kept, and an unfinished one is resumed. Runs with the same seed share data
+order and dropout, and initialisation where the shapes agree, so differences are paired by seed.
 
-The folder of a study holds a run folder per arm and seed, with what the run printed in output.txt, and in the end
-table.txt, results.json, differences.png, and, where there are few arms, condensation.png.
+The folder of a study holds a run folder per condition and seed, with what the run printed in output.txt, and at the end
+table.txt, results.json, differences.png and, if there are few conditions, condensation.png.
 """
 
 import os
@@ -37,17 +37,18 @@ from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
-# What most studies train at each scale, as flags of train.py by their names in Config; a study says where it differs.
-SMOKE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
+# What most studies train at each scale, as flags of train.py by their names in Config. They name the gpt2 recipe and its
+# warm-up, so that their numbers do not change with the defaults of train.py.
+SMOKE = {"recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
          "eval_every": 2, "eval_tokens": 512, "device": "cpu"}  # fmt: skip
-LAPTOP = {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400, "warmup_steps": 40,
+LAPTOP = {"recipe": "gpt2", "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400, "warmup_steps": 40,
           "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"}  # fmt: skip
-GPU = {"preset": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4, "max_steps": 7600,
+GPU = {"preset": "gpt2", "recipe": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4, "max_steps": 7600,
        "eval_every": 400, "eval_tokens": 102_400}  # fmt: skip
 PAIR = {
     "cross-entropy": {},
     "with dispersion": {"dispersion": 0.1},
-}  # arms without and with the loss, at the paper's weight
+}  # conditions without and with the loss, at the paper's weight
 
 # What is compared: its key in metrics.jsonl, label, digits, and the words for less and for more of it.
 MEASURES = (
@@ -61,23 +62,24 @@ Evaluations = list[dict]  # of one run in order, or of one moment, one per seed
 
 
 class RunOf(str):
-    """As the value of a flag: the folder of the run that the arm of this name has with the same seed."""
+    """As the value of a flag: the folder of the run that the condition of this name has with the same seed."""
 
 
 def at_the_end(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluations]:
-    """What most studies compare: the last evaluation of every arm, one per seed."""
-    return {arm: [of_seed[-1] for of_seed in over_seeds] for arm, over_seeds in evaluations.items()}
+    """What most studies compare: the last evaluation of every condition, one per seed."""
+    return {condition: [of_seed[-1] for of_seed in over_seeds] for condition, over_seeds in evaluations.items()}
 
 
 def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dict[str, dict]],
         views: tuple[Callable, ...] = (at_the_end,), argv: list[str] | None = None) -> int:  # fmt: skip
-    """Run a study, or what is left of it, print its tables and draw its figures; returns the exit code.
+    """Run a study, or the rest of it, print its tables and draw its figures; returns the exit code.
 
     file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the figures.
-    scales: per name a dictionary with `seeds` (how many, from `first_seed` or 0 on), `train` (flags of train.py, by their names in Config), and what
-    `arms` wants to know. arms(scale): label -> what this arm changes in `train`, in the order they run; the first is the baseline.
-    views: what is compared; each goes from arm -> evaluations of each seed to label -> one evaluation per seed, the first the
-        baseline. differences.png shows the first view.
+    scales: name -> dictionary with `seeds` (how many, from `first_seed` or 0 on), `train` (flags of train.py, by their names
+        in Config), and what `arms` needs.
+    arms(scale): label -> what this condition changes in `train`, in the order they run; the first is the baseline.
+    views: what is compared; each goes from condition -> evaluations of each seed to label -> one evaluation per seed, the
+        first the baseline. differences.png shows the first view.
     """
     name = Path(file).stem
 
@@ -90,7 +92,7 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
         train_all(plan)
         conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out, args.other)
 
-    # A Ctrl-C between two runs ends here; within one, the trainer saves and ends with SystemExit.
+    # Ctrl-C between two runs ends here; during one, the trainer saves and raises SystemExit.
     return exit_code(f"{name}.py", command)
 
 
@@ -100,9 +102,12 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
     add = parser.add_argument
     add("--scale", choices=tuple(scales), required=True, help="smoke: seconds; laptop: minutes; gpu: hours")
     add("--out", metavar="DIR", help=f"folder of the study (default runs/{name}-SCALE)")
-    add("--data", metavar="TEXT", help="another corpus than the scale's, as for train.py")
+    add("--data", metavar="TEXT", help="corpus, as for train.py (default: the scale's)")
     add(
-        "--seeds", type=int, metavar="N", help="another number of seeds than the scale's; more show smaller differences"
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="number of seeds (default: the scale's); more resolve smaller differences",
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add_measures(parser)
@@ -110,15 +115,19 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
 
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
-    """Flags that every study has: what is compared beside tokens and validation."""
+    """Flags that every study has for further comparisons."""
     add = parser.add_argument
-    add("--other", metavar="TEXT", help="also bits per byte of this corpus's test split, which no run is trained on")
+    add(
+        "--other",
+        metavar="TEXT",
+        help="also report bits per byte on the test split of this corpus, on which no run is trained",
+    )
     add(
         "--time-ratio",
         type=float,
         metavar="R",
-        help="one more arm: the first one, for R times the steps; R is how much longer a step with the loss takes on an "
-        "idle machine (bench/train.py: the row minidisp against minidisp + dispersion)",
+        help="add a condition: the baseline trained for R times the steps. R is how much longer a step with the loss takes "
+        "on an idle machine (bench/train.py: minidisp + dispersion against minidisp)",
     )
 
 
@@ -134,18 +143,18 @@ def check_counts(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def at_equal_time(arms: dict[str, dict], flags: dict, ratio: float | None) -> dict[str, dict]:
-    """The arms, and with a ratio the first one once more, for as many steps as it takes in the time of a slower arm."""
+    """The conditions, and with a ratio the first one again, for as many steps as fit into the time of a slower one."""
     if ratio is None:
         return arms
     first, changes = next(iter(arms.items()))
     steps = {**flags, **changes}["max_steps"]
-    return {**arms, f"{ratio:g} x the steps of {first}": {**changes, "max_steps": round(ratio * steps)}}
+    return {**arms, f"{first}, {ratio:g} x the steps": {**changes, "max_steps": round(ratio * steps)}}
 
 
 def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Namespace) -> dict:
-    """(arm, seed) -> Config and command line of every run; what is wrong with them shows before the first one.
+    """(condition, seed) -> Config and command line of every run; bad settings are reported before the first one starts.
 
-    Seed by seed, so that a study stopped half-way has its arms side by side.
+    Ordered by seed, so that a study stopped half-way has complete pairs.
     """
     plan, first = {}, scale.get("first_seed", 0)
     for seed in range(first, first + (args.seeds or scale["seeds"])):
@@ -161,7 +170,7 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
 
 
 def train_all(plan: dict) -> None:
-    """Train every run of the plan, or what is left of it; a line for each."""
+    """Train every run of the plan that is not finished, and print a line for each."""
     for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
         how = finish(config, flags)
         summary = read_json(config.run_dir / "summary.json")
@@ -171,7 +180,7 @@ def train_all(plan: dict) -> None:
 
 
 def finish(config: Config, flags: list[str]) -> str:
-    """Train a run, or what is left of it; returns a remark on what there was already.
+    """Train a run, or the rest of it; returns a remark if some of it existed already.
 
     Raises InputError if its folder holds a run with other settings, and SystemExit if it was stopped or failed.
     """
@@ -182,10 +191,10 @@ def finish(config: Config, flags: list[str]) -> str:
             may_differ = ("out", "resume", "overwrite", "vocab_size", "threads")
             if field not in may_differ and saved.get(field, wanted) != wanted:
                 raise InputError(
-                    f"{run} holds a run with {field} {saved[field]}, not {wanted}: give another --out, or remove it"
+                    f"{run} holds a run with {field} {saved[field]}, not {wanted}: pass another --out, or remove it"
                 )
         if (run / "summary.json").exists():
-            return ", was there"
+            return ", already finished"
         if (run / checkpoint.LAST).exists():
             flags, remark = ["--resume", "--out", str(run)], ", resumed"
         else:
@@ -196,22 +205,22 @@ def finish(config: Config, flags: list[str]) -> str:
         with open(run / "output.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             code = train.cli(flags)
     except SystemExit:
-        print("or go on with the whole study by the command that began it", file=sys.stderr)
+        print("or continue the whole study with the command that started it", file=sys.stderr)
         raise
     finally:
-        for number, handler in before.items():  # the trainer has put its own in place
+        for number, handler in before.items():  # the trainer installed its own
             signal.signal(number, handler)
     if code:
         print(f"the run in {run} failed", file=sys.stderr)
         raise SystemExit(code)
-    if torch.cuda.is_available():  # give back what the run compiled and held
+    if torch.cuda.is_available():  # free what the run compiled and allocated
         torch.compiler.reset()
         gc.collect()
     return remark
 
 
 def evaluated(config: Config, name: str, flags: list[str]) -> dict:
-    """What eval.py finds of a finished run with these flags. Kept under this name in its measured.json, and so found once."""
+    """What eval.py reports on a finished run with these flags, cached under this name in its measured.json."""
     path = config.run_dir / "measured.json"
     kept = read_json(path) if path.exists() else {}
     if name not in kept:
@@ -222,19 +231,19 @@ def evaluated(config: Config, name: str, flags: list[str]) -> dict:
 
 
 def bits_elsewhere(config: Config, corpus: str) -> float:
-    """Bits per byte of a finished run on the test split of a corpus that it was not trained on."""
+    """Bits per byte of a finished run on the test split of a corpus on which it was not trained."""
     flags = ["--split", "test", "--stride", str(config.block_size), "--data", corpus]
     return evaluated(config, f"other {corpus}", flags)["bits_per_byte"]
 
 
 def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out: Path, other: str | None) -> None:
-    """Tables on the screen and in table.txt, results.json, figures. other: a corpus that no run is trained on."""
+    """Print and save the tables, results.json and the figures. other: a corpus on which no run is trained."""
     evaluations: dict[str, list[Evaluations]] = {}
     cost: dict[str, list[dict]] = {}
     for (arm, _), (config, _) in plan.items():
         metrics = report.read_metrics(config.run_dir / "metrics.jsonl")
         evaluations.setdefault(arm, []).append([line for line in metrics if "val_loss" in line])
-        if other:  # of the last evaluation, as nothing else is left of the earlier ones
+        if other:  # only of the last evaluation: the earlier weights are gone
             evaluations[arm][-1][-1]["other"] = bits_elsewhere(config, other)
         cost.setdefault(arm, []).append(read_json(config.run_dir / "summary.json"))
     seeds = len({seed for _, seed in plan})
@@ -260,12 +269,12 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         tables += shown
         base, *others = rows
         tables.append(
-            f"{seeds} seeds. Differences to {base!r}, taken seed by seed, with Student's 95 % interval: of the "
-            f"{len(others) * len(shown)} here, about one in twenty leaves out 0 by chance."
+            f"{seeds} seeds. Differences to {base!r}, paired by seed, with Student's 95 % interval: of the "
+            f"{len(others) * len(shown)} here, about one in twenty excludes 0 by chance."
         )
     show("\n\n".join(tables), out / "table.txt")
     files.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
-    labels = {key: label for key, label, *_ in MEASURES[:2]}
+    labels = {key: (label, words) for key, label, _, words in MEASURES[:2]}
     figures = report.draw_differences(compared[views[0].__name__], labels, title, out / "differences.png")
     if len(evaluations) <= len(report.CYCLE):
         figures += report.draw_study(evaluations, title, out / "condensation.png")
@@ -274,13 +283,13 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
 
 
 def show(text: str, path: Path) -> None:
-    """Print a text, and keep it."""
+    """Print a text and save it."""
     print("\n" + text)
     files.write_atomic(path, lambda file: file.write((text + "\n").encode()))
 
 
 def compare_all(rows: dict[str, Evaluations], measures: tuple) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """key -> what `compare` says, and the tables of it, for each of the measures that all evaluations have."""
+    """key -> what `compare` returns, and the tables of it, for each of the measures that all evaluations have."""
     known = [m for m in measures if all(m[0] in e for over_seeds in rows.values() for e in over_seeds)]
     compared = {key: compare(rows, key, words) for key, _, _, words in known}
     return compared, [comparison_table(label, digits, compared[key]) for key, label, digits, _ in known]
@@ -297,9 +306,9 @@ def compare(rows: dict[str, Evaluations], key: str, words: tuple[str, str]) -> d
         if math.isnan(difference):
             verdict = "undefined"
         elif math.isnan(low):
-            verdict = "one seed can show no difference"
+            verdict = "one seed: no interval"
         else:
-            verdict = words[0] if high < 0 else words[1] if low > 0 else "no difference that these seeds can show"
+            verdict = words[0] if high < 0 else words[1] if low > 0 else "not significant"
         compared[label] = {"values": own, "mean": float(np.mean(own)), "sd": sd, "difference": difference,
                            "difference_sd": difference_sd, "low": low, "high": high, "verdict": verdict}  # fmt: skip
     return compared

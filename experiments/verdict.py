@@ -1,25 +1,27 @@
-"""Does the dispersion loss help, under a plain and under a good recipe, with every arm tuned?
+"""Does the dispersion loss help, with the gpt2 and the fast recipe, when every condition is tuned?
 
-    python data/prepare.py --input books10m.jsonl.gz --name books       # 142 English books: docs/verdict.md says where they are
+    python data/prepare.py --input books10m.jsonl.gz --name books       # 142 English books, see docs/verdict.md
     python experiments/verdict.py --recipe gpt2 --stage choice          # and the same with --recipe fast
     python experiments/verdict.py --recipe gpt2 --stage small --pairs "blimp/*.jsonl"
     python experiments/verdict.py --stage report
+    python experiments/verdict.py --stage figures --out results         # from results/verdict.json
 
-The protocol was fixed before the first run; docs/verdict.md has it in words, and what was run of it. In short:
+The protocol was fixed before the first run; docs/verdict.md describes it, and what was run of it. In short:
 
-choice           each arm's learning rate, then its weight decay at that rate; seeds 100 and 101, validation books
-small            8 x 64, 3.1M tokens, six seeds;            off, lambda 0.1 as published, the same with tau 0.1
-default          8 x 192, 6.1M tokens, four seeds;          the same arms
-rates            8 x 192, 2.0M tokens, seeds 100 and 101: a quarter, a half and the whole of the rate chosen at 8 x 64
-half             default at half the rates of the choice, four seeds
-large            8 x 320 (11M parameters), at half those rates, too, 4.1M tokens, three seeds
+choice           learning rate of each condition, then its weight decay at that rate; seeds 100 and 101, validation books
+small            8 x 64, 3.1M tokens, six seeds: baseline, lambda 0.1 as published, the same with tau 0.1
+default          8 x 192, 6.1M tokens, four seeds: the same conditions
+rates            8 x 192, 2.0M tokens, seeds 100 and 101: a quarter, half and all of the learning rate selected at 8 x 64
+half             default at half the selected learning rates, four seeds
+large            8 x 320 (11M parameters), at half those rates, 4.1M tokens, three seeds
 mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
-limited-choice   8 x 192 on three books, six times over: weight decay and dropout, at the rate of the choice
-limited          the same with four seeds, the best and the last evaluation
-124m             GPT-2's body, 12 x 768, context 1,024, 4.1M tokens, two seeds; for a GPU
+limited-choice   8 x 192 on three books, six epochs: weight decay and dropout, at the selected learning rate
+limited          the same with four seeds, best and last evaluation
+124m             a GPT-2-small-sized model, 12 x 768, context 1,024, 4.1M tokens, two seeds; needs a GPU
 
-All arms of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per byte of
-the test books, which no choice has seen; a stage that was stopped goes on. "report" puts together what is there.
+All conditions of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per
+byte of the test books, which take no part in hyperparameter selection. The same command continues an interrupted stage.
+"report" compares the stages that have finished.
 """
 
 import study  # isort: split
@@ -35,19 +37,21 @@ from study import files, read_json, report, show
 
 from minidisp import InputError
 from minidisp.comparison import holm, paired_p, sign_test_p
+from minidisp.report import figures
 from minidisp.runtime.cli import Parser, exit_code
 
-ARMS = {  # how the loss is used; the first three are the protocol's
-    "off": {},
+ARMS = {  # the conditions: how the loss is used; the first three are the protocol's
+    "baseline": {},
     "lambda 0.1": {"dispersion": 0.1},
     "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
     "l2_repel": {"dispersion": 0.1, "dispersion_variant": "l2_repel"},
     "mean cosine": {"dispersion": 0.1, "dispersion_variant": "mean_cosine"},
 }
-GRID = {  # what is tried, the recipe's own value in the middle
+GRID = {  # values that are tried, the recipe's own in the middle
     "gpt2": {"lr": (1e-3, 2e-3, 4e-3), "weight_decay": (0.0, 0.1, 0.5)},
     "fast": {"lr": (3e-3, 6e-3, 1.2e-2), "weight_decay": (0.0, 0.1, 0.5)},
 }
+WARMUP = {"gpt2": 40, "fast": 10}  # steps, of all runs of the study, whatever the recipes' defaults are today
 SIZES = {
     "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8},
     "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8},
@@ -55,8 +59,8 @@ SIZES = {
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 16},
 }
 LIMITED = {"size": "default", "max_steps": 1000, "evaluations": 8, "data": "books3"}
-# tunes: what is chosen per arm, one after the other, from start. settings_of: the stage that chose before.
-# times: choose among these multiples of what it chose. rate: times the learning rate that it chose. flags: what no stage chooses.
+# tunes: what is selected per condition, one after the other, from start. settings_of: the stage whose selection is used.
+# times: select among these multiples of it. rate: multiplies the selected learning rate. flags: what no stage selects.
 STAGES = {
     "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "start": {"weight_decay": 0.1},
                "tunes": ("lr", "weight_decay")},
@@ -73,13 +77,13 @@ STAGES = {
     "124m": {"size": "124m", "max_steps": 250, "evaluations": 2, "seeds": 2,
              "flags": {"lr": 6e-4, "beta2": 0.95, "warmup_steps": 40}},
 }  # fmt: skip
-INGREDIENTS = {  # of the fast recipe, each added to the plain one by itself
+INGREDIENTS = {  # of the fast recipe, each added to the gpt2 recipe by itself
     "gpt2": {"lr": 2e-3},
     "linear to 0": {"lr": 2e-3, "schedule": "linear", "min_lr": 0.0},
-    "embeddings apart": {"lr": 2e-3, "tied": False, "embedding_lr": 5.0},
-    "qwen3 block, ReLU^2": {"lr": 2e-3, "arch": "qwen3", "mlp": "relu2"},
-    "projections from 0": {"lr": 2e-3, "zero_init": True},
-    "muon": {"lr": 6e-3, "optimizer": "muon", "momentum": 0.9},
+    "untied embeddings": {"lr": 2e-3, "tied": False, "embedding_lr": 5.0},
+    "Qwen3 block, ReLU^2": {"lr": 2e-3, "arch": "qwen3", "mlp": "relu2"},
+    "zero-initialised projections": {"lr": 2e-3, "zero_init": True},
+    "Muon": {"lr": 6e-3, "optimizer": "muon", "momentum": 0.9},
 }
 SCALES = ("laptop", "smoke")
 DIVERGED = 3  # exit code of train.py
@@ -107,6 +111,8 @@ def command(args: argparse.Namespace) -> None:
     out = args.out / f"{args.recipe}-{args.stage}"
     if args.stage == "report":
         conclude(args)
+    elif args.stage == "figures":
+        draw(args.out)
     elif "tunes" in STAGES[args.stage]:
         choose(STAGES[args.stage], args, out)
     else:
@@ -117,16 +123,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="experiments/verdict.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--stage", choices=(*STAGES, "report"), required=True, help="which part of the study")
-    add("--recipe", choices=tuple(GRID), default="gpt2", help="how to train (default gpt2)")
-    add("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it runs (default laptop)")
+    add("--stage", choices=(*STAGES, "report", "figures"), required=True, help="which part of the study")
+    add("--recipe", choices=tuple(GRID), default="gpt2", help="recipe of train.py (default gpt2)")
+    add("--scale", choices=SCALES, default="laptop", help="smoke: takes seconds, checks that it runs (default laptop)")
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
     add("--data", metavar="TEXT", help="corpus (default: books, books3 for the limited stages)")
-    add("--pairs", metavar="GLOB", help="minimal pairs, as for eval.py; without it there is no such row")
+    add("--pairs", metavar="GLOB", help="also report accuracy on minimal pairs, as eval.py does")
     add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS)[:3], metavar="ARM",
-        help='these arms, the first one compared with (default "off" "lambda 0.1" "tau 0.1"; also "l2_repel" "mean cosine")')  # fmt: skip
-    add("--seeds", type=int, metavar="N", help="another number of seeds than the protocol's")
-    add("--first-seed", type=int, metavar="N", help="and another first one: so two processes can share a stage")
+        help='conditions, the first is the baseline (default "baseline" "lambda 0.1" "tau 0.1"; also "l2_repel" "mean cosine")')  # fmt: skip
+    add("--seeds", type=int, metavar="N", help="number of seeds (default: the protocol's)")
+    add(
+        "--first-seed",
+        type=int,
+        metavar="N",
+        help="first seed (default: the protocol's), so that two processes can share a stage",
+    )
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (default cpu)")
     study.add_measures(parser)
@@ -134,34 +145,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = study.check_counts(parser.parse_args(argv))
     stage = STAGES.get(args.stage, {})
     if args.time_ratio is not None and ("settings_of" not in stage or "tunes" in stage):
-        raise InputError(f"--time-ratio adds an arm to a confirmation, and --stage {args.stage} is none: leave it out")
+        raise InputError(
+            f"--time-ratio adds a condition to a final comparison, and --stage {args.stage} is none: omit it"
+        )
     return args
 
 
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
-    """(arm, seed) -> Config and command line of the stage's runs."""
-    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe,
+    """(condition, seed) -> Config and command line of the stage's runs."""
+    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe, "warmup_steps": WARMUP[args.recipe],
              "dtype": "bfloat16", "device": args.device, "max_steps": stage["max_steps"],
              "eval_every": stage["max_steps"] // stage.get("evaluations", 4), "eval_tokens": EVAL_TOKENS,
              **stage.get("flags", {})}  # fmt: skip
     if args.device == "cuda" and stage["size"] != "124m":
-        flags["compile"] = "off"  # it would take longer than these runs
+        flags["compile"] = "off"  # compilation takes longer than these runs
     if args.scale == "smoke":
         flags |= study.SMOKE
     if args.stage == "mechanism":
-        del flags["recipe"]  # its ingredients are named one by one
+        flags |= {"recipe": "gpt2", "warmup_steps": WARMUP["gpt2"]}  # to which the ingredients are added
     arms = study.at_equal_time(arms, flags, args.time_ratio)
     first = stage.get("first_seed", 0) if args.first_seed is None else args.first_seed
     return study.make_plan({**stage, "first_seed": first, "train": flags}, arms, out, args)
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- hyperparameter selection -----------------------------------------------------------------------------------------
 
 
 def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
-    """Find every arm's settings one after the other, each at the best of those before; choice.json has all that was tried.
+    """Select the settings of every condition one after the other, each at the best of those before it.
 
-    The best is what has the fewest validation bits per byte in the mean over the seeds; null stands for a run that diverged.
+    The best has the fewest validation bits per byte, averaged over the seeds. choice.json has all that was tried; null stands
+    for a run that diverged.
     """
     grid = stage.get("grid", GRID[args.recipe])
     before = settings_before(stage, args) if "settings_of" in stage else {}
@@ -181,13 +195,13 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
         seeds = sorted({seed for _, seed in runs})
         chosen[arm] = {"settings": best, "bits_per_byte": tried[winner], "tried": tried, "seeds": seeds}
     path = out / "choice.json"
-    kept = read_json(path)["arms"] if path.exists() else {}  # arms that were chosen for by an earlier command
+    kept = read_json(path)["arms"] if path.exists() else {}  # conditions of an earlier command
     files.write_json(path, {"arms": {**kept, **chosen}})
     rows = [
         [arm, *(f"{c['settings'][field]:g}" for field in stage["tunes"]), f"{c['bits_per_byte']:.4f}"]
         for arm, c in chosen.items()
     ]
-    show(report.table([f"{args.recipe}, chosen", *stage["tunes"], "bits per byte"], rows), out / "table.txt")
+    show(report.table([f"{args.recipe}, selected", *stage["tunes"], "bits per byte"], rows), out / "table.txt")
 
 
 def name_of(arm: str, settings: dict) -> str:
@@ -195,7 +209,7 @@ def name_of(arm: str, settings: dict) -> str:
 
 
 def final_bits(name: tuple[str, int], run: tuple) -> float:
-    """Train a run, or what is left of it; its validation bits per byte at the end, infinite if it diverged."""
+    """Train a run, or the rest of it; its final validation bits per byte, infinite if it diverged."""
     try:
         study.train_all({name: run})
     except SystemExit as failed:
@@ -205,22 +219,22 @@ def final_bits(name: tuple[str, int], run: tuple) -> float:
     return read_json(run[0].run_dir / "summary.json")["last"]["bits_per_byte"]
 
 
-# --- confirming -------------------------------------------------------------------------------------------------------
+# --- final comparison -------------------------------------------------------------------------------------------------
 
 
 def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """arm -> the settings that an earlier stage has chosen for it."""
+    """condition -> the settings that an earlier stage selected for it."""
     path = args.out / f"{args.recipe}-{stage['settings_of']}" / "choice.json"
     if not path.exists():
-        raise InputError(f"{path} is not there: run --stage {stage['settings_of']} --recipe {args.recipe} first")
+        raise InputError(f"{path} does not exist: run --stage {stage['settings_of']} --recipe {args.recipe} first")
     chosen = read_json(path)["arms"]
     if missing := [arm for arm in args.arms if arm not in chosen]:
-        raise InputError(f"{path} has no settings for {', '.join(missing)}: name other --arms, or run that stage again")
+        raise InputError(f"{path} has no settings for {', '.join(missing)}: pass other --arms, or run that stage again")
     return {arm: chosen[arm]["settings"] for arm in args.arms}
 
 
 def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """label -> flags: every arm with the settings that were chosen for it."""
+    """label -> flags: every condition with the settings that were selected for it."""
     before = settings_before(stage, args) if "settings_of" in stage else {arm: {} for arm in args.arms}
     arms = {arm: {**ARMS[arm], **settings} for arm, settings in before.items()}
     if "rate" in stage:
@@ -233,7 +247,7 @@ def mechanism_arms(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
-    """Train the arms over the seeds, measure each run, compare; results.json, table.txt, differences.png."""
+    """Train the conditions over the seeds, evaluate each run, compare; results.json, table.txt, differences.png."""
     arms = mechanism_arms(args) if args.stage == "mechanism" else confirmed_arms(stage, args)
     runs = plan(stage, arms, args, out)
     study.train_all(runs)
@@ -252,14 +266,14 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
                                             "seconds": {arm: [f["seconds"] for f in of] for arm, of in found.items()},
                                             "compared": results})  # fmt: skip
     show("\n\n".join(tables), out / "table.txt")
-    labels = {key: label for key, label, *_ in MEASURES if key in ("test", "other", "last_half_mean")}
-    title = f"{args.recipe}, {args.stage}: does the dispersion loss help?"
+    labels = {key: (label, words) for key, label, _, words in MEASURES if key in ("test", "other", "last_half_mean")}
+    title = f"Effect of the dispersion loss: {args.recipe} recipe, stage {args.stage}"
     for path in report.draw_differences(results[0], labels, title, out / "differences.png"):
         print(f"figure  {path}")
 
 
 def measured(config: study.Config, args: argparse.Namespace) -> dict:
-    """The numbers of a finished run."""
+    """The measures of a finished run, by their keys in MEASURES."""
     torch.set_num_threads(args.threads)
     text = ["--split", "test", "--stride", str(config.block_size), "--texts", str(TEXTS)]
     test = study.evaluated(config, "test", text)
@@ -281,48 +295,128 @@ def measured(config: study.Config, args: argparse.Namespace) -> dict:
     return found
 
 
-# --- what it comes to -------------------------------------------------------------------------------------------------
+# --- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def conclude(args: argparse.Namespace) -> None:
-    """One row per comparison that has been run, p-values corrected for their number; verdict.txt and verdict.png."""
+    """One row per comparison that was run, p-values corrected for their number; verdict.txt, verdict.json and figures."""
     results = [with_nan(read_json(path)) for path in sorted(args.out.glob("*/results.json"))]
     if not results:
         raise InputError(f"{args.out} has no finished stage: run one with --stage first")
-    rows, drawn, p_values = [], {"test": {"off": None}, "other": {"off": None}}, []
+    rows, comparisons, p_values = [], [], []
     for result in results:
         for compared in result["compared"]:
             base, *others = compared["test"]
             for arm in others:
-                off, own = compared["test"][base]["values"], compared["test"][arm]
-                label = f"{result['recipe']}, {result['stage']}: {arm}"
-                p_values.append(paired_p(off, own["values"]))
-                better = sum(b < a for a, b in zip(off, own["values"], strict=True))
+                baseline, own = compared["test"][base]["values"], compared["test"][arm]
+                p_values.append(paired_p(baseline, own["values"]))
+                better = sum(b < a for a, b in zip(baseline, own["values"], strict=True))
                 difference, low, high = (report.number(own[key], 4, "+") for key in ("difference", "low", "high"))
-                rows.append([label, report.number(np.mean(off)), difference, f"{low} to {high}", f"{better} of {len(off)}",
-                             report.number(sign_test_p(off, own["values"]), 3)])  # fmt: skip
-                for key in drawn:
-                    drawn[key][label] = compared[key][arm]
+                rows.append([f"{result['recipe']}, {result['stage']}: {arm}", report.number(np.mean(baseline)), difference,
+                             f"{low} to {high}", f"{better} of {len(baseline)}",
+                             report.number(sign_test_p(baseline, own["values"]), 3)])  # fmt: skip
+                comparisons.append({
+                    "recipe": result["recipe"], "stage": result["stage"], "condition": arm, "books": "test",
+                    "seeds": len(baseline), "baseline": float(np.mean(baseline)),
+                    **{key: own[key] for key in ("difference", "low", "high")},
+                    "baseline_by_seed": baseline, "by_seed": own["values"],
+                })  # fmt: skip
     for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
         row += [report.number(p), report.number(corrected)]
-    head = [
-        "bits per byte of the test books",
-        "off",
-        "difference",
-        "95 % interval",
-        "better",
-        "sign p",
-        "p",
-        "Holm's p",
-    ]
+    head = ["bits per byte of the test books", "baseline", "difference", "95 % interval", "better", "sign p", "p",
+            "Holm's p"]  # fmt: skip
     show(report.table(head, rows), args.out / "verdict.txt")
-    labels = {key: label for key, label, *_ in MEASURES if key in drawn}
-    for path in report.draw_differences(drawn, labels, "Does the dispersion loss help?", args.out / "verdict.png"):
-        print(f"figure  {path}")
+    files.write_json(args.out / "verdict.json", {"comparisons": comparisons})
+    draw(args.out)
+
+
+LABELS = {  # of the stages in the figures, in their order there: layers x channels, and what distinguishes it
+    "small": "8 x 64", "default": "8 x 192", "half": "8 x 192, half LR", "large": "8 x 320, half LR", "124m": "12 x 768",
+    "limited": "8 x 192, three books, six epochs", "mechanism": "8 x 64, 700 steps",
+}  # fmt: skip
+MARKS = {  # of the conditions in figures/recipes.png: colour, marker, offset
+    "baseline": (figures.BLUE, "o", -0.2),
+    "lambda 0.1": (figures.ORANGE, "D", 0.0),
+    "tau 0.1": (figures.CYCLE[3], "s", 0.2),
+}
+
+
+def draw(out: Path) -> None:
+    """Draw figures/verdict.png, every comparison of verdict.json, and figures/recipes.png, recipes with and without the loss."""
+    path = out / "verdict.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run --stage report first")
+    comparisons = with_nan(read_json(path))["comparisons"]
+    for drawn in (draw_comparisons(comparisons, out / "figures" / "verdict.png"),
+                  draw_recipes(comparisons, out / "figures" / "recipes.png")):  # fmt: skip
+        for figure in drawn:
+            print(f"figure  {figure}")
+
+
+def in_order(comparisons: list[dict]) -> list[dict]:
+    return sorted(comparisons, key=lambda c: (list(LABELS).index(c["stage"]), c["recipe"] == "fast"))
+
+
+def draw_comparisons(comparisons: list[dict], path: Path) -> list[Path]:
+    """Every comparison as a row: the paired difference to the baseline and its interval."""
+    rows = {}
+    for c in in_order(comparisons):
+        books = " (validation books)" if c["books"] == "validation" else ""
+        recipe, condition = f"{c['recipe']} recipe", c["condition"]
+        if c["stage"] == "mechanism":
+            ingredient, condition = condition.rsplit(", ", 1)
+            recipe += f" + {ingredient}" * (ingredient != "gpt2")
+        rows[f"{LABELS[c['stage']]}, {recipe}: {condition}{books}"] = c
+    measures = {"test": ("bits per byte of held-out books", ("better", "worse"))}
+    title = "Effect of the dispersion loss on held-out bits per byte"
+    return report.draw_differences({"test": {"baseline": None, **rows}}, measures, title, path)
+
+
+@figures.drawing
+def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
+    """A row per model and recipe: bits per byte of every seed with and without the loss, and the paired differences."""
+    rows: dict[str, dict[str, dict]] = {}
+    for c in in_order(comparisons):
+        if c["stage"] not in ("mechanism", "limited") and c["condition"] in MARKS:
+            books = " *" if c["books"] == "validation" else ""
+            rows.setdefault(f"{LABELS[c['stage']]}, {c['recipe']} recipe{books}", {})[c["condition"]] = c
+    figure, (level, change) = figures.subplots(1, 2, size=(11, 1.9 + 0.42 * len(rows)), sharey=True)
+    for y, conditions in enumerate(rows.values()):
+        any_of_them = next(iter(conditions.values()))
+        for condition, values in (("baseline", any_of_them["baseline_by_seed"]),
+                                  *((name, c["by_seed"]) for name, c in conditions.items())):  # fmt: skip
+            colour, marker, offset = MARKS[condition]
+            level.plot(values, [y + offset] * len(values), marker, color=colour, ms=4, alpha=0.4, mew=0)
+            level.plot(np.mean(values), y + offset, marker, color=colour, ms=6, label=condition)
+        for condition, c in conditions.items():
+            colour, marker, offset = MARKS[condition]
+            change.plot([c["low"], c["high"]], [y + offset] * 2, color=colour, lw=2.2, solid_capstyle="butt")
+            change.plot(c["difference"], y + offset, marker, color=colour, ms=5)
+    for axes in (level, change):
+        for y in range(0, len(rows), 2):
+            axes.axhspan(y - 0.5, y + 0.5, color="black", alpha=0.04, lw=0)
+    level.set_yticks(range(len(rows)), rows)
+    level.set_ylim(len(rows) - 0.5, -0.5)
+    level.set(xlabel="bits per byte of held-out books", title="Mean (large) and every seed (small)")
+    level.annotate("\N{LEFTWARDS ARROW} better", (0.02, 0.02), xycoords="axes fraction", weight="bold")
+    change.axvline(0, color="black", lw=1)
+    change.set(xlabel="bits per byte, 95 % interval over paired seeds", title="Difference to the baseline")
+    change.annotate("\N{LEFTWARDS ARROW} better", (0.02, 0.02), xycoords="axes fraction", weight="bold")
+    change.annotate("worse \N{RIGHTWARDS ARROW}", (0.98, 0.02), xycoords="axes fraction", ha="right", weight="bold")
+    labels = {"baseline": "baseline: cross-entropy alone", "lambda 0.1": "with the dispersion loss as published (lambda 0.1)",
+              "tau 0.1": "the same with tau 0.1"}  # fmt: skip
+    handles, names = level.get_legend_handles_labels()
+    drawn = dict(zip(names, handles, strict=True))
+    figure.legend([drawn[c] for c in labels if c in drawn], [labels[c] for c in labels if c in drawn],
+                  loc="outside lower center", ncols=3, frameon=False)  # fmt: skip
+    if any(name.endswith("*") for name in rows):
+        level.annotate("* validation books", (0, 0), xytext=(-6, -28), xycoords="axes fraction",
+                       textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
+    return [figures.save(figure, path)]
 
 
 def with_nan(values):
-    """What JSON holds, with NaN again in the place of null."""
+    """Values from JSON, with null replaced by NaN."""
     if isinstance(values, dict):
         return {key: with_nan(value) for key, value in values.items()}
     if isinstance(values, list):

@@ -73,11 +73,11 @@ def test_a_study_at_equal_time_and_on_another_corpus(load, corpus, tmp_path, cap
     assert script.main([*flags, "--time-ratio", "1.5"]) == 0
     assert "bits per byte of the other corpus" in capsys.readouterr().out
     first, *_, longer = json.loads((tmp_path / "results.json").read_text())["compared"]["at_the_end"]["other"].items()
-    assert longer[0] == f"1.5 x the steps of {first[0]}"
+    assert longer[0] == f"{first[0]}, 1.5 x the steps"
     assert longer[1]["values"] != first[1]["values"]
     summaries = [
         json.loads((tmp_path / f"{name}-s0" / "summary.json").read_text())
-        for name in ("mlp-4", "1.5-x-the-steps-of-mlp-4")
+        for name in ("mlp-4", "mlp-4-1.5-x-the-steps")
     ]
     assert summaries[1]["tokens"] == 1.5 * summaries[0]["tokens"]
     for ratio in ("0", "nan", "-1"):
@@ -113,7 +113,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tm
     assert command("parts") == 0
     assert len(calls) == 16 - 6
     shown = capsys.readouterr().out
-    assert shown.count("was there") == 1
+    assert shown.count("already finished") == 1
     assert shown.count("resumed") == 1
     results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "parts")]
     assert results[0] == results[1]
@@ -126,7 +126,7 @@ def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus,
     script = load("mlp_width")
     flags = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path), "--seeds", "1"]
     assert script.main(flags) == 0
-    assert "one seed can show no difference" in capsys.readouterr().out
+    assert "one seed: no interval" in capsys.readouterr().out
     config = tmp_path / "mlp-4-s0" / "config.json"
     files.write_json(config, {**json.loads(config.read_text()), "lr": 0.5})
     assert script.main(flags) == 2
@@ -169,7 +169,7 @@ def test_comparisons_agree_with_scipy_and_are_called_what_they_are(load):
         assert compared[label]["sd"] == pytest.approx(np.std(rows[label], ddof=1))
     words = {label: c["verdict"] for label, c in compared.items()}
     assert words == {"base": words["base"], "less": "less", "more": "more", "unknown": "undefined",
-                     "same": "no difference that these seeds can show"}  # fmt: skip
+                     "same": "not significant"}  # fmt: skip
     table = study.comparison_table("x", 3, compared)
     assert "baseline" in table.splitlines()[2]
     assert math.isnan(compared["unknown"]["mean"])
@@ -206,7 +206,7 @@ def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
     study = load("study")
     rows = {label: [{"x": v} for v in values] for label, values in {"a": [1.0, 2.0], "b": [None, 1.0]}.items()}
     (path,) = report.draw_differences(
-        {"x": study.compare(rows, "x", ("less", "more"))}, {"x": "x"}, "?", tmp_path / "x.png"
+        {"x": study.compare(rows, "x", ("less", "more"))}, {"x": ("x", ("less", "more"))}, "?", tmp_path / "x.png"
     )
     assert path.stat().st_size > 1000
 
@@ -233,7 +233,7 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
         assert chosen["bits_per_byte"] == min(chosen["tried"].values())
         assert len(chosen["tried"]) == 3  # two rates, then the other weight decay
         assert set(chosen["settings"]) == {"lr", "weight_decay"}, arm
-    monkeypatch.setitem(verdict.ARMS, "l2_repel", verdict.ARMS["off"])
+    monkeypatch.setitem(verdict.ARMS, "l2_repel", verdict.ARMS["baseline"])
     assert (
         command("--stage", "choice", "--arms", "l2_repel", "--seeds", "1") == 0
     )  # beside those that were chosen before
@@ -242,11 +242,12 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     results = json.loads((out / "gpt2-small" / "results.json").read_text())
     (compared,) = results["compared"]
     assert set(compared) == {key for key, *_ in verdict.MEASURES}
-    assert list(compared["test"]) == ["off", "lambda 0.1", "tau 0.1", "1.5 x the steps of off"]
+    assert list(compared["test"]) == ["baseline", "lambda 0.1", "tau 0.1", "baseline, 1.5 x the steps"]
     assert (
-        json.loads((out / "gpt2-small" / "1.5-x-the-steps-of-off-s0" / "summary.json").read_text())["tokens"] == 6 * 128
+        json.loads((out / "gpt2-small" / "baseline-1.5-x-the-steps-s0" / "summary.json").read_text())["tokens"]
+        == 6 * 128
     )
-    for arm in ("off", "lambda 0.1", "tau 0.1"):
+    for arm in ("baseline", "lambda 0.1", "tau 0.1"):
         assert results["settings"][arm] == {**verdict.ARMS[arm], **choice[arm]["settings"]}
     run = out / "gpt2-small" / "tau-0.1-s1"
     assert compared["train_loss"]["tau 0.1"]["values"][1] == pytest.approx(
@@ -256,27 +257,28 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "report") == 0
     shown = capsys.readouterr().out
     assert shown.count("gpt2, small: ") == 3
-    assert (out / "verdict.png").read_bytes().startswith(b"\x89PNG")
-    assert command("--stage", "small", "--arms", "off", "tau 0.1") == 0  # the runs are there, and measured
+    for name in ("verdict.png", "recipes.png"):
+        assert (out / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert command("--stage", "small", "--arms", "baseline", "tau 0.1") == 0  # the runs are there, and measured
     (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
-    assert list(compared["test"]) == ["off", "tau 0.1"]
+    assert list(compared["test"]) == ["baseline", "tau 0.1"]
     monkeypatch.setitem(verdict.STAGES["rates"], "times", (0.5, 1.0))
-    assert command("--stage", "rates", "--arms", "off", "--seeds", "1") == 0
+    assert command("--stage", "rates", "--arms", "baseline", "--seeds", "1") == 0
     (rates,) = json.loads((out / "gpt2-rates" / "choice.json").read_text())["arms"].values()
     assert len(rates["tried"]) == 2
-    assert rates["settings"]["lr"] / choice["off"]["settings"]["lr"] in (0.5, 1.0)
-    assert rates["settings"]["weight_decay"] == choice["off"]["settings"]["weight_decay"]
-    assert command("--stage", "half", "--arms", "off", "--seeds", "1") == 0
-    half = json.loads((out / "gpt2-half" / "off-s0" / "config.json").read_text())
-    assert half["lr"] == choice["off"]["settings"]["lr"] / 2
-    assert command("--stage", "124m", "--arms", "off", "--seeds", "1") == 0  # needs no choice
-    assert json.loads((out / "gpt2-124m" / "off-s0" / "config.json").read_text())["beta2"] == 0.95
+    assert rates["settings"]["lr"] / choice["baseline"]["settings"]["lr"] in (0.5, 1.0)
+    assert rates["settings"]["weight_decay"] == choice["baseline"]["settings"]["weight_decay"]
+    assert command("--stage", "half", "--arms", "baseline", "--seeds", "1") == 0
+    half = json.loads((out / "gpt2-half" / "baseline-s0" / "config.json").read_text())
+    assert half["lr"] == choice["baseline"]["settings"]["lr"] / 2
+    assert command("--stage", "124m", "--arms", "baseline", "--seeds", "1") == 0  # needs no choice
+    assert json.loads((out / "gpt2-124m" / "baseline-s0" / "config.json").read_text())["beta2"] == 0.95
     monkeypatch.setitem(verdict.STAGES["limited-choice"]["grid"], "weight_decay", (0.5,))
-    assert command("--stage", "limited-choice", "--arms", "off", "--seeds", "1") == 0
+    assert command("--stage", "limited-choice", "--arms", "baseline", "--seeds", "1") == 0
     (limited,) = json.loads((out / "gpt2-limited-choice" / "choice.json").read_text())["arms"].values()
     assert len(limited["tried"]) == 2  # with dropout and without, at the rate of the choice
     assert set(limited["settings"]) == {"lr", "weight_decay", "dropout"}
-    assert limited["settings"]["lr"] == choice["off"]["settings"]["lr"]
+    assert limited["settings"]["lr"] == choice["baseline"]["settings"]["lr"]
     del choice["tau 0.1"]
     (out / "gpt2-choice" / "choice.json").write_text(json.dumps({"arms": choice}))
     assert command("--stage", "small") == 2
@@ -286,9 +288,36 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
 def test_verdict_takes_a_run_that_diverges_for_the_worst(load, corpus, tmp_path, monkeypatch, capsys):
     verdict = load("verdict")
     monkeypatch.setattr(verdict, "GRID", {"gpt2": {"lr": (1e-3, 1e30), "weight_decay": (0.1,)}})
-    monkeypatch.setattr(verdict, "ARMS", {"off": {"grad_clip": 0.0, "warmup_steps": 0, "log_every": 1}})
+    monkeypatch.setattr(verdict, "ARMS", {"baseline": {"grad_clip": 0.0, "warmup_steps": 0, "log_every": 1}})
     flags = ["--scale", "smoke", "--data", str(corpus), "--out", str(tmp_path), "--seeds", "1", "--stage", "choice"]
     assert verdict.main(flags) == 0
-    tried = json.loads((tmp_path / "gpt2-choice" / "choice.json").read_text())["arms"]["off"]["tried"]
-    assert [label for label, bits in tried.items() if bits is None] == ["off, lr 1e+30, weight decay 0.1"]
+    tried = json.loads((tmp_path / "gpt2-choice" / "choice.json").read_text())["arms"]["baseline"]["tried"]
+    assert [label for label, bits in tried.items() if bits is None] == ["baseline, lr 1e+30, weight decay 0.1"]
     assert len(tried) == 2
+
+
+def test_the_committed_verdict_is_consistent_and_draws_its_figures(load, tmp_path, monkeypatch, capsys):
+    """Differences and intervals follow from the numbers per seed, and the printed table has the same ones."""
+    verdict = load("verdict")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    results = FOLDER.parent / "results"
+    table = (results / "verdict_tables.md").read_text()
+    for c in json.loads((results / "verdict.json").read_text())["comparisons"]:
+        assert c["low"] <= c["difference"] <= c["high"]
+        if "by_seed" in c:
+            pairs = np.subtract(c["by_seed"], c["baseline_by_seed"])
+            half = stats.t.ppf(0.975, len(pairs) - 1) * pairs.std(ddof=1) / len(pairs) ** 0.5
+            assert len(pairs) == c["seeds"]
+            rounding = 1e-4 * (
+                1 + stats.t.ppf(0.975, len(pairs) - 1) / len(pairs) ** 0.5
+            )  # the values have four digits
+            found = [pairs.mean(), pairs.mean() - half, pairs.mean() + half]
+            assert found == pytest.approx([c["difference"], c["low"], c["high"]], abs=rounding)
+        if c["books"] == "test":
+            assert f"{c['difference']:+.4f}  {c['low']:+.4f} to {c['high']:+.4f}" in table
+    (tmp_path / "verdict.json").write_bytes((results / "verdict.json").read_bytes())
+    assert verdict.main(["--stage", "figures", "--out", str(tmp_path)]) == 0
+    for name in ("verdict.png", "recipes.png"):
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert verdict.main(["--stage", "figures", "--out", str(tmp_path / "empty")]) == 2
+    assert "run --stage report first" in capsys.readouterr().err

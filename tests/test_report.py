@@ -18,7 +18,8 @@ import pytest
 import eval as evaluation  # not the builtin
 import train
 from minidisp import InputError, report
-from minidisp.report import Table
+from minidisp.report import Table, figures
+from minidisp.report import __main__ as curves
 from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 
@@ -193,7 +194,7 @@ def test_a_finished_run_does_not_fail_for_its_figures(corpus, tmp_path, monkeypa
     shown = capsys.readouterr()
     warnings = [line for line in shown.err.splitlines() if "figures" in line]
     if reason == "no matplotlib":  # said in the first lines, before the first step, and not again
-        assert "no figures: matplotlib is not there" in shown.out[: shown.out.index("step ")]
+        assert "no figures: matplotlib is not installed" in shown.out[: shown.out.index("step ")]
         assert warnings == []
     else:
         assert len(warnings) == 1
@@ -207,6 +208,113 @@ def test_eval_does_not_begin_without_what_its_figures_need(run, tmp_path, monkey
     monkeypatch.setattr("minidisp.model.GPT.forward", None)
     with pytest.raises(InputError, match=r"--figures: .*pip install matplotlib"):
         evaluation.main([str(run), "--figures", str(tmp_path / "figures")])
+
+
+# Curves
+
+
+def test_a_moving_average_is_the_mean_of_the_neighbours():
+    values = np.random.default_rng(0).random(23)
+    for window in (1, 2, 3, 8, 50):
+        expected = [values[max(0, i - (window - 1) // 2) : i + window // 2 + 1].mean() for i in range(len(values))]
+        assert figures.moving_average(values, window) == pytest.approx(expected)
+    assert figures.moving_average(np.array([]), 3).shape == (0,)
+
+
+def test_a_heat_map_shows_the_range_of_its_data():
+    """Bins of the diagonal, at cosine 1, do not count; layers are whole numbers."""
+    histogram = np.zeros((3, 128))
+    histogram[:, 70:90] = 4
+    histogram[:, -1] = 0.5
+    low, high = figures._cosine_range([histogram.tolist()])
+    edges = np.linspace(-1, 1, 129)
+    assert (low, high) == pytest.approx((edges[70] - 0.05, edges[90] + 0.05))
+    assert figures._cosine_range([np.zeros((2, 128)).tolist()]) == (-1, 1)
+    assert figures.pair_density([histogram.tolist()]) == 4
+
+
+def test_the_loss_axis_begins_after_the_warm_up():
+    """Step 0, at 8.3, does not take the whole axis: two runs at 3.0 can be distinguished."""
+    lines = [{"step": 0, "val_loss": 8.3}]
+    for step in range(1, 101):
+        lines.append({"step": step, "ce": 3 + 5 * np.exp(-step / 5), "lr": min(step / 10, 1) * 1e-3, "grad_norm": 1.0})
+    lines.append({"step": 100, "val_loss": 3.1})
+    axes = figures._curves({"a": lines}).axes
+    low, high = axes[0].get_ylim()
+    assert 2.8 < low < 3
+    assert high < 4.5
+    assert [a.get_title() for a in axes[1:]] == ["gradient norm", "learning rate"]
+    low, high = figures._curves({"a": lines, "b": lines}, log=True).axes[0].get_ylim()
+    assert low < 3.1 < 8.3 < high
+
+
+def run_folder(path, steps=(0, 10, 20)):
+    path.mkdir(parents=True)
+    lines = [
+        {**line, "tokens": 8 * line["step"], "seconds": line["step"] / 2, "perplexity": 9.0}
+        for line in made_up_metrics(steps=steps)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_curves_of_runs_from_their_metrics_alone(tmp_path, capsys):
+    runs = [run_folder(tmp_path / name / "run") for name in ("a", "b")]
+    for x, suffix in (("steps", "png"), ("tokens", "pdf"), ("time", "svg")):
+        out = tmp_path / f"{x}.{suffix}"
+        flags = [*map(str, runs), "--x", x, "--out", str(out), "--smooth", "3", "--log"]
+        assert curves.main(flags) == 0
+        assert out.stat().st_size > 1000
+    shown = capsys.readouterr().out
+    for run in runs:  # two folders of one name
+        assert f"{run}: step 20, training loss 2.600, validation loss 2.700" in shown
+
+
+def test_curves_do_not_import_torch(tmp_path):
+    script = "import sys; from minidisp.report.__main__ import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    run, out = run_folder(tmp_path / "run"), tmp_path / "curves.png"
+    subprocess.run([sys.executable, "-c", script, str(run), "--out", str(out)], check=True, timeout=120)
+    assert out.exists()
+
+
+def test_watched_curves_are_drawn_again_when_a_run_has_logged(tmp_path, monkeypatch, capsys):
+    run, drawn = run_folder(tmp_path / "run", (0, 10)), []
+    monkeypatch.setattr(figures, "draw_curves", lambda runs, *_: drawn.append(len(runs["run"])))
+
+    def wait(seconds):
+        assert seconds == 5
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 11, "loss": 2.5, "ce": 2.5}\n')
+
+    monkeypatch.setattr(curves.time, "sleep", wait)
+    assert curves.main([str(run), "--watch", "5"]) == 130
+    assert drawn == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["RUN", "--smooth", "0"], "--smooth is 0"),
+        (["RUN", "--out", "curves.jpg"], "must end with one of .png, .pdf, .svg"),
+        (["RUN", "--watch", "-1"], "--watch is -1"),
+        (["EMPTY"], "no line with 'step' yet"),
+        (["BAD"], "line 1, is damaged: lr"),
+    ],
+)
+def test_curves_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "RUN")
+    for name, text in (("EMPTY", ""), ("BAD", '{"step": 1, "lr": "x"}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert curves.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "curves.png").exists()
 
 
 # The page

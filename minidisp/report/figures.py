@@ -447,7 +447,7 @@ def draw_differences(
     label and the words for less and for more of it. An interval that excludes 0 has the colour of its side, others are grey.
     """
     base, *conditions = next(iter(compared.values()))
-    size = 5.5 * len(measures) + 1.5, 2.0 + 0.32 * len(conditions)
+    size = 4.8 * len(measures) + 0.09 * max(map(len, conditions), default=0), 2.0 + 0.32 * len(conditions)
     figure, panels = subplots(1, len(measures), size=size, sharey=True, squeeze=False)
     for axes, (key, (label, words)) in zip(panels[0], measures.items(), strict=True):
         colours = (ORANGE, BLUE) if words[0] == "worse" else (BLUE, ORANGE)
@@ -465,6 +465,6 @@ def draw_differences(
             axes.annotate(text.format(word), (side, 1), xytext=(0, 4), xycoords="axes fraction", color=colour,
                           textcoords="offset points", ha=("left", "right")[side], weight="bold")  # fmt: skip
     panels[0][0].set_yticks(range(len(conditions)), conditions)
-    panels[0][0].set_ylim(len(conditions) - 0.5, -0.5)
+    panels[0][0].set_ylim(max(len(conditions), 1) - 0.5, -0.5)
     figure.suptitle(f"{title} (grey: not significant)")
     return [save(figure, path)]
