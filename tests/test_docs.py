@@ -276,7 +276,11 @@ def runs_here(words: list[str]) -> bool:
     needs = ("--hf", "--compile", "--wandb", "--gguf", "--device cuda", "--init-from openai", "--tokenizer hf:", "--input -", ".parquet", ".zst")  # fmt: skip
     if any(need in f"{line} " for need in needs):
         return False
-    return words[1] in ("train.py", "eval.py") or words[1:3] in (["-m", "minidisp.hf"], ["-m", "minidisp.report"]) or "--input" in words
+    return (
+        words[1] in ("train.py", "eval.py")
+        or words[1:3] in (["-m", "minidisp.hf"], ["-m", "minidisp.report"])
+        or "--input" in words
+    )
 
 
 def smaller(words: list[str], page: str) -> list[str]:
