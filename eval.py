@@ -13,20 +13,23 @@ model's context, and each one advances by --stride tokens. The first token of th
 token. Exit codes: 0 done; 2 bad usage or input.
 """
 
-import argparse
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    __import__("minidisp").end_on_interrupt()
+
+import argparse
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
-
 import torch
 
 from data.prepare import find_or_prepare
-from minidisp import InputError, hf, report
+from minidisp import InputError, hf, printable, report
 from minidisp.comparison import Comparison, Run
 from minidisp.config import Config, read_json, to_dict
 from minidisp.data import Dataset
@@ -133,9 +136,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if blocks := [*blocks, *found.tables, *layers]:
         print(*blocks, sep="\n\n")
     for path in figures:
-        print(f"figure  {path}")
+        print(f"figure  {printable(path)}")
     if args.html:
-        print(f"page    {args.html}")
+        print(f"page    {printable(args.html)}")
     if args.sampling:
         texts = typed_prompts() if args.sample == "-" else [] if args.sample is None else [args.sample]
         sample_prompts(subjects, scores, texts, prompts, args.sampling)
@@ -443,22 +446,30 @@ def sample_prompts(
     for score in scores:
         score["samples"] = []
 
+    def shown(text: str) -> str:
+        return printable(text, keep="\n\t")
+
     def head(name: str, seed: int) -> str:
         return f"\n--- {name}" + (f", seed {seed}" if sampling.samples > 1 else "")
 
     for prompt in typed:
         for subject, score in zip(subjects, scores, strict=True):
             for seed in range(sampling.seed, sampling.seed + sampling.samples):
-                print(head(subject.name, seed), prompt, sep="\n", end="", flush=True)
+                print(head(subject.name, seed), shown(prompt), sep="\n", end="", flush=True)
                 sample = stream_sample(
-                    subject.model, subject.tokenizer, prompt, sampling, seed, lambda bit: print(bit, end="", flush=True)
+                    subject.model,
+                    subject.tokenizer,
+                    prompt,
+                    sampling,
+                    seed,
+                    lambda bit: print(shown(bit), end="", flush=True),
                 )
                 print()
                 score["samples"].append(sample)
     if prompts:
         for subject, score in zip(subjects, scores, strict=True):
             for sample in sample_all(subject.model, subject.tokenizer, prompts, sampling):
-                print(head(subject.name, sample["seed"]), sample["prompt"] + sample["continuation"], sep="\n")
+                print(head(subject.name, sample["seed"]), shown(sample["prompt"] + sample["continuation"]), sep="\n")
                 score["samples"].append(sample)
     for subject, score in zip(subjects, scores, strict=True):
         if score["samples"]:

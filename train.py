@@ -1,28 +1,27 @@
 """Train a small language model, with or without the dispersion loss: config, data, model, objective, loop, summary.
 
     python train.py --dispersion 0.1                  # the default corpus and model; minutes on two cores
-    python train.py --data shakespeare --seed 1       # see python train.py --help
-    python train.py --resume --out runs/NAME          # go on where a run stopped
-    torchrun --nproc-per-node 8 train.py              # the same run on eight devices
+    python train.py --resume --out runs/NAME          # continue from the last checkpoint; see python train.py --help
 
-Leaves a run folder: config.json, metrics.jsonl, ckpt_last.pt, ckpt_best.pt, tokenizer.model, summary.json, figures/.
-Exit codes: 0 done; 2 bad usage or input; 3 training diverged; 130 or 143 after SIGINT or SIGTERM, with a checkpoint;
-1 another process of a distributed run was lost.
-
-What a person changes is here and in the files beside minidisp/model.py; minidisp/runtime/ keeps a run safe (checkpoints,
-resuming, bad numbers, short memory, several processes), and nobody needs to open it. docs/hacking.md has six examples.
+Writes a run folder: config.json, metrics.jsonl, ckpt_last.pt, ckpt_best.pt, tokenizer.model, summary.json, figures/.
+Exit codes: 0 done; 1 another process was lost; 2 bad usage or input; 3 diverged; 130 and 143 after SIGINT and SIGTERM.
+The parts you will want to edit are here and in the files beside minidisp/model.py: see docs/hacking.md.
 """
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    __import__("minidisp").end_on_interrupt()
 
 import dataclasses
 import math
 import signal
-import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import torch
 from torch import Tensor, nn
@@ -296,8 +295,8 @@ class Trainer:
             scores = self.validation.scores(self.model, self.step, self.average)
         if not math.isfinite(scores["val_loss"]):
             raise self.diverged(f"the validation loss is {scores['val_loss']} at step {self.step}")
-        tokens = self.step * self.config.tokens_per_step
-        self.run.log({"step": self.step, "tokens": tokens, "seconds": self.progress.seconds, **scores})
+        times = {"tokens": self.step * self.config.tokens_per_step, "seconds": self.progress.seconds}
+        self.run.log({"step": self.step, **times, **scores})
         self.progress.show_evaluation(scores)
         self.last_eval = self.step
         if self.world.max(self.step > 0 and scores["val_loss"] < self.best_val_loss):
@@ -380,8 +379,8 @@ class Trainer:
     def summarise(self) -> dict:
         """summary.json, the table and the figures of a finished run."""
         config, path = self.config, self.run.path
-        tokens = config.max_steps * config.tokens_per_step
-        summary = report.summarise(path, self.model.num_params(), tokens, self.progress.seconds, self.guard.total)
+        tokens, size = config.max_steps * config.tokens_per_step, self.model.num_params()
+        summary = report.summarise(path, size, tokens, self.progress.seconds, self.guard.total)
         files.write_json(path / "summary.json", summary)
         print("\n" + report.summary_table(summary))
         title = f"{self.dataset.meta['name']}, {config.n_layer} x {config.n_embd}, dispersion {config.dispersion:g}"

@@ -21,6 +21,8 @@ import sys
 # Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+if __name__ == "__main__":  # Ctrl-C while modules are imported
+    __import__("minidisp").end_on_interrupt()
 
 import argparse
 import contextlib

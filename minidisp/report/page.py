@@ -1,12 +1,11 @@
 """One HTML page that needs nothing but itself; its form and its scripts are report.html beside this file."""
 
-import html
 from pathlib import Path
 
 import numpy as np
 
 from minidisp.report.figures import line_styles, pair_density
-from minidisp.report.tables import FURTHER, Table
+from minidisp.report.tables import FURTHER, Table, escaped
 from minidisp.runtime.files import to_json
 
 PAGE_POINTS = 100  # evaluations of a run, and training steps times ten, that the page shows at most
@@ -52,12 +51,10 @@ def html_page(
         "pair_density": pair_density([s["condensation"]["pair_histogram_by_layer"] for s in scores]),
     }
     parts = {
-        "SUBTITLE": html.escape(subtitle),
-        "SENTENCES": "<ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in sentences) + "</ul>" if sentences else "",
+        "SUBTITLE": escaped(subtitle),
+        "SENTENCES": "<ul>" + "".join(f"<li>{escaped(s)}</li>" for s in sentences) + "</ul>" if sentences else "",
         "TABLES": "".join(t.to_html() for t in tables),
-        "DETAILS": "".join(
-            f"<details><summary>{html.escape(t.caption)}</summary>{t.to_html()}</details>" for t in details
-        ),
+        "DETAILS": "".join(f"<details><summary>{escaped(t.caption)}</summary>{t.to_html()}</details>" for t in details),
         "DATA": to_json(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
     }
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minidisp import printable
 from minidisp.dispersion import select_layers
 
 # Scores per layer that answer what a mean cosine hides: name in the JSON, what it is, decimals.
@@ -39,18 +40,23 @@ class Table(NamedTuple):
         return table([self.caption, *self.headers[1:]], self.rows) + (f"\n{self.note}" if self.note else "")
 
     def to_html(self) -> str:
-        cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.headers)
+        cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in self.headers)
         rows = "".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            f'<tr><th scope="row">{escaped(row[0])}</th>'
+            + "".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])
             + "</tr>\n"
             for row in self.rows
         )
-        note = f'<p class="muted">{html.escape(self.note)}</p>' if self.note else ""
+        note = f'<p class="muted">{escaped(self.note)}</p>' if self.note else ""
         return (
-            f'<div class="scroll"><table><caption>{html.escape(self.caption)}</caption>\n'
+            f'<div class="scroll"><table><caption>{escaped(self.caption)}</caption>\n'
             f"<thead><tr>{cells}</tr></thead>\n<tbody>{rows}</tbody></table>{note}</div>"
         )
+
+
+def escaped(text: str) -> str:
+    """A text for a page: markup and what would change the order or the look of its neighbours are shown as they are written."""
+    return html.escape(printable(text, keep="\n\t"))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

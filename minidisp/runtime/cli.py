@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import minidisp
 from minidisp import InputError, printable
 
 
@@ -32,26 +33,6 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python {self.prog} --help lists the flags)")
 
 
-def end_on_interrupt(prog: str) -> None:
-    """Let Ctrl-C end the process with one line and exit code 130 while its modules are imported, which takes seconds.
-
-    Nothing is open by then. `take_over` gives the signal back to Python. An ignored SIGINT stays ignored.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return
-
-    def leave(number, frame):
-        os.write(2, f"{prog}: interrupted\n".encode())
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
-    global _at_import
-    _at_import = leave
-
-
-_at_import = None  # the handler of end_on_interrupt
-
-
 def take_over() -> None:
     """What a command does first: signals act as usual again, and stdout and stderr take any text.
 
@@ -59,7 +40,7 @@ def take_over() -> None:
     characters, and a sample or a file name may hold any. Streams that are closed (`>&-`, pythonw, some services) become
     /dev/null, and so do their descriptors: the next file that is opened would get them, and whatever is printed with it.
     """
-    if _at_import and signal.getsignal(signal.SIGINT) is _at_import:
+    if signal.getsignal(signal.SIGINT) is minidisp.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor in range(3):
         try:
