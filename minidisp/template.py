@@ -9,6 +9,7 @@ message contains the name of a special token, such as </s>, it is encoded as tex
 """
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -230,7 +231,9 @@ def _compile(source: str, now: datetime.datetime) -> "jinja2.Template":  # noqa:
 
 def _unused(text: str) -> Iterator[str]:
     """Characters that do not occur in a text, those first that stand for nothing in Unicode."""
-    return (chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFE)) if chr(code) not in text)
+    return (
+        chr(code) for code in itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE)) if chr(code) not in text
+    )
 
 
 def _in_short(error: Exception) -> str:
