@@ -5,6 +5,8 @@ shards train_000.bin, train_001.bin, ... Every document is followed by EOS. A sh
 version, bytes per token, number of tokens) and then the tokens as uint16 or uint32, little-endian.
 """
 
+import errno
+import functools
 import hashlib
 import os
 import re
@@ -118,15 +120,91 @@ def is_resumable(folder: Path, split: str, vocab_size: int, state: dict) -> bool
     return all(path.is_file() and path.stat().st_size >= HEADER.size + itemsize * tokens for path, tokens in written)
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, mapped rather than read. InputError naming the file if it is not a whole, sound shard."""
+class Shard:
+    """The tokens of a file, read when they are asked for: shard[start:stop] is an array of `dtype`.
+
+    They are read and not mapped: a mapping takes address space and a descriptor for each file, some file systems have
+    none, and a file that became shorter would end the process without a message. Few files are open at a time.
+    Raises InputError naming the file if it cannot be read or has been replaced since it was opened first.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, tokens: int):
+        self._path, self.dtype, self._tokens = path, dtype, tokens
+        self._identity = _identity(os.stat(path))
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if not isinstance(index, slice):
+            return self[index : index + 1][0]
+        start, stop, _ = index.indices(self._tokens)
+        first, size = HEADER.size + start * self.dtype.itemsize, max(0, stop - start) * self.dtype.itemsize
+        parts = []
+        try:
+            file = _opened(self._path, self._identity)
+            while size:
+                part = _pread(file.descriptor, size, first)
+                if not part:
+                    raise InputError(f"{self._path} has become shorter: restore it, or prepare the corpus again")
+                parts.append(part)
+                first, size = first + len(part), size - len(part)
+        except OSError as error:
+            raise InputError(f"{self._path}: {_reason(error)}") from None
+        return np.frombuffer(b"".join(parts) if len(parts) != 1 else parts[0], dtype=self.dtype)
+
+
+class _File:
+    """An open file, closed when nobody refers to it any more."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=32)
+def _opened(path: Path, identity: tuple) -> _File:
+    file = _File(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+    if _identity(os.fstat(file.descriptor)) != identity:
+        raise InputError(f"{path} has been replaced, or its size has changed, since this process began: start again")
+    return file
+
+
+def _identity(found: os.stat_result) -> tuple:
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows
+    return os.read(descriptor, size)
+
+
+def _reason(error: OSError) -> str:
+    limit = (
+        "; this process has as many open as it may (ulimit -n): raise the limit" if error.errno == errno.EMFILE else ""
+    )
+    return f"{error.strerror or error}{limit}"
+
+
+def files_state(folder: Path) -> str:
+    """sha256 of the names, sizes and modification times of a corpus's shards: the same until somebody writes to them."""
+    found = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.bin"))
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def open_shard(path: Path) -> Shard:
+    """The tokens of a shard file. Raises InputError naming the file if it is not a complete, sound shard."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise InputError(f"{path} is not a token shard")
     try:
         with open(path, "rb") as file:
             header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {_reason(error)}") from error
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise InputError(f"{path} is not a token shard")
     _, version, itemsize, tokens = HEADER.unpack(header)
@@ -134,8 +212,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise InputError(f"{path} is a shard of version {version}, not {FORMAT}; prepare the corpus again")
     if size != HEADER.size + itemsize * tokens or tokens == 0:
         raise InputError(f"{path} is truncated or damaged: {size:,} bytes cannot be its {tokens:,} tokens")
-    # A plain array on top of the map: slicing np.memmap itself costs several times as much.
-    return np.asarray(np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(tokens,)))
+    return Shard(path, np.dtype(f"<u{itemsize}"), tokens)
 
 
 def sha256_of(path: Path) -> str:

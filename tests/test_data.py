@@ -1,8 +1,10 @@
 """Shards, the checks on opening a corpus, and which tokens a training step sees."""
 
 import doctest
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import minidisp.data
 from minidisp import InputError
 from minidisp.data import Batches, Dataset, eval_windows, strided_windows
-from minidisp.shards import FORMAT, HEADER, SPLITS, ShardWriter, open_shard
+from minidisp.shards import FORMAT, HEADER, SPLITS, ShardWriter, files_state, open_shard
 from minidisp.tokenizer import ByteTokenizer
 
 SHARD_TOKENS = 50
@@ -56,7 +58,7 @@ def test_shard_round_trip(tmp_path, vocab_size, itemsize):
     assert [shard["file"] for shard in writer.shards] == ["val_000.bin", "val_001.bin", "val_002.bin"]
     assert [shard["tokens"] for shard in writer.shards] == [50, 50, 20]
     shards = [open_shard(tmp_path / shard["file"]) for shard in writer.shards]
-    assert np.concatenate(shards).tolist() == ids
+    assert np.concatenate([shard[:] for shard in shards]).tolist() == ids
     assert shards[0].dtype.itemsize == itemsize
     for shard in writer.shards:
         content = (tmp_path / shard["file"]).read_bytes()
@@ -109,6 +111,56 @@ def test_bad_shards_are_refused_by_name(tmp_path):
                 open_shard(path)
     with pytest.raises(InputError, match=r"nowhere\.bin: No such file"):
         open_shard(tmp_path / "nowhere.bin")
+
+
+def test_a_shard_that_changes_under_a_reader_is_reported(tmp_path):
+    write_corpus(tmp_path)
+    split = Dataset(tmp_path).split("train")
+    path = tmp_path / "train_002.bin"
+    assert len(split.slice(100, 150)) == 50
+    os.truncate(path, 100)  # a mapped file would end the process with SIGBUS
+    assert len(split.slice(100, 110)) == 10
+    with pytest.raises(InputError, match=r"train_002\.bin has become shorter"):
+        split.slice(60, 150)
+    replaced = tmp_path / "train_003.bin"
+    content = replaced.read_bytes()
+    replaced.rename(tmp_path / "old")
+    with pytest.raises(InputError, match=r"train_003\.bin: No such file"):
+        split.slice(150, 160)
+    (tmp_path / "other").write_bytes(content)
+    os.replace(tmp_path / "other", replaced)
+    with pytest.raises(InputError, match=r"train_003\.bin has been replaced"):
+        split.slice(150, 160)
+
+
+def test_files_are_opened_when_they_are_read_and_only_few_are_open(tmp_path, monkeypatch):
+    write_corpus(tmp_path, tokens=5000)
+    split, descriptors = Dataset(tmp_path).split("train"), Path("/proc/self/fd")
+    if descriptors.exists():
+        before = len([*descriptors.iterdir()])
+    assert len(split.slice(0, 5000)) == 5000
+    if descriptors.exists():
+        assert len([*descriptors.iterdir()]) <= before + 32
+
+    def full(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(InputError, match=r"train_000\.bin: Too many open files; .*ulimit -n"):
+        split.slice(0, 10)
+
+
+def test_writing_to_a_shard_changes_the_state_of_the_files(tmp_path):
+    write_corpus(tmp_path)
+    before = files_state(tmp_path)
+    assert before == files_state(tmp_path)
+    path = tmp_path / "val_001.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:64] + content[:63:-1])
+    os.utime(path, ns=(0, 1))
+    assert files_state(tmp_path) != before
+    with pytest.raises(InputError, match=r"val_001\.bin has changed"):
+        Dataset(tmp_path).verify()
 
 
 # --- corpora ----------------------------------------------------------------------------------------------------------

@@ -554,6 +554,23 @@ def test_resume_refuses_other_data_and_another_tokenizer_by_name(corpus, bpe_cor
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
+def test_resume_reads_a_corpus_that_was_written_to(corpus, tmp_path, capsys):
+    """The sizes, meta.json and the tokenizer are the same, but not the tokens; or only the times have changed."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    train.main(small_config(data, out, max_steps=3))
+    train.main(small_config(data, out, max_steps=4, resume=True))
+    assert "checking the shards" not in capsys.readouterr().err
+    shard = data / "val_000.bin"
+    os.utime(shard)
+    train.main(small_config(data, out, max_steps=5, resume=True))
+    assert "checking the shards" in capsys.readouterr().err
+    content = shard.read_bytes()
+    shard.write_bytes(content[:64] + np.frombuffer(content[64:], "<u2")[::-1].tobytes())
+    with pytest.raises(InputError, match=r"val_000\.bin has changed"):
+        train.main(small_config(data, out, max_steps=6, resume=True))
+
+
 def test_settings_changed_on_resume_are_in_force_and_said(corpus, tmp_path, capsys):
     """load_state_dict would bring the old weight decay back without a word."""
     run = tmp_path / "run"

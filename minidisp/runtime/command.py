@@ -1,5 +1,6 @@
 """How train.py starts and ends: processes join, signals are caught, and any failure is one line and an exit code."""
 
+import errno
 import os
 import shlex
 import signal
@@ -44,6 +45,14 @@ def run_command(command: Callable[[World], object]) -> int:
         return code
 
 
+_ADVICE = {  # what to do where a file of the run cannot be written
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free some space, or give another --out"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "; give another --out"
+    ),
+}
+
+
 def explain(error: BaseException, world: World) -> tuple[int, str]:
     """Exit code and message for what ended a training. An error in the code itself is raised again."""
     if isinstance(error, InputError):
@@ -62,8 +71,8 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
     if world.size > 1 and is_lost(error):
         return 1, "another process was lost, so the run ends; --resume continues from the last checkpoint"
     if isinstance(error, OSError):
-        where, why = error.filename or "input/output", error.strerror or error
-        return 2, f"{where}: {why}; give another --out, or free some space"
+        advice = _ADVICE.get(error.errno, "") if error.filename else ""
+        return 2, f"{error.filename or 'input/output'}: {error.strerror or error}{advice}"
     raise error
 
 

@@ -24,6 +24,7 @@ from minidisp.config import Config, kebab, to_dict
 from minidisp.data import Dataset
 from minidisp.ops import attention
 from minidisp.runtime.processes import World
+from minidisp.shards import files_state
 
 try:
     import resource
@@ -246,6 +247,7 @@ def describe_environment(dataset: Dataset, device: torch.device, processes: int)
         "cores": os.cpu_count(),
         "memory_gib": round((memory or 0) / 2**30, 1),
         "data_hash": dataset.hash,
+        "data_files": files_state(dataset.folder),
         "tokenizer_sha256": dataset.tokenizer.hash,
         "shards_sha256": {
             name: [shard["sha256"] for shard in split["shards"]] for name, split in dataset.meta["splits"].items()

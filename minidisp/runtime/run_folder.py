@@ -22,6 +22,7 @@ from minidisp.runtime.command import warn
 from minidisp.runtime.device import describe_environment
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
+from minidisp.shards import files_state
 
 # What lies in a run folder beside config.json and checkpoints.
 FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
@@ -66,6 +67,8 @@ class RunFolder:
         if found:
             state, path = found
             changed = changed_settings(state, config, dataset, teacher_hash, path)
+            if self._world.main:
+                self._check_shards(dataset)
             self._world.agree({"checkpoint": f"{path.name}, step {state['step']}"})
             before = state.get("logged", 0)  # flushed to disk before the checkpoint was written; not in old checkpoints
             if type(before) is not int or last < before:
@@ -83,6 +86,15 @@ class RunFolder:
             )
         self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
         return None
+
+    def _check_shards(self, dataset: Dataset) -> None:
+        """Read the corpus if its files have been written to since the run began. InputError if a shard has changed."""
+        saved = self.path / "config.json"
+        environment = read_json(saved).get("environment") if saved.exists() else None
+        known = environment.get("data_files") if isinstance(environment, dict) else None
+        if known != files_state(dataset.folder):
+            self._say(f"checking the shards of {dataset.folder}: their times are not those of this run's start")
+            dataset.verify()
 
     def _best_is_later(self, step: int, logged: list[dict]) -> bool:
         """Whether ckpt_best.pt is of an evaluation after that step, which will be repeated and may come out otherwise."""
