@@ -9,10 +9,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from minidisp import printable
 from minidisp.metrics import bits_per_byte
 
 LEAST_PAIRS = 3  # of seeds, for a verdict
@@ -72,6 +74,15 @@ class Measure:
 
     def show(self, value: float, sign: str = "+") -> str:
         return f"{100 * value:{sign}.2f}" if self.percent else f"{value:{sign}.{self.digits}f}"
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The shortest names that differ: the last part of each path, or more parts; printable whatever the path's bytes."""
+    resolved = [Path(path).resolve() for path in paths]
+    parts = 1
+    while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
+        parts += 1
+    return [printable("/".join(path.parts[-parts:])) for path in resolved]
 
 
 class Comparison(NamedTuple):

@@ -1,26 +1,21 @@
-"""Measuring a model: on held-out text, on minimal pairs, and by how it goes on with a text.
+"""Measuring a model on held-out text, and how often the text that it generates repeats itself.
 
 Models are in eval mode and on `device`. Nats are -log p, natural logarithm. What a number means stands in metrics.py.
 """
 
-import glob
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minidisp import InputError, is_plain, parse_json, printable, read_bytes
-from minidisp.comparison import Comparison, Measure, Run, bootstrap_mean, compare, paired_bootstrap
+from minidisp import InputError
+from minidisp.comparison import Comparison, Measure, Run, compare, paired_bootstrap
 from minidisp.data import Dataset, strided_windows
-from minidisp.decoding import PrefixTree
 from minidisp.metrics import (
     FullCondensation,
     bits_per_byte,
     distinct_ngrams,
-    minimal_pair_values,
     perplexity,
     repeated_ngrams,
     word_perplexity,
@@ -31,18 +26,8 @@ from minidisp.runtime.device import to_device
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
 BLOCK_BYTES = 1024  # what the bootstrap resamples
 BATCH_TOKENS = 4096  # per forward pass
-ROW_TOKENS = 96  # of sentences that share their beginnings: more would share more, and cost more attention
 PROMPT_TOKENS, CONTINUATION_TOKENS, TOP_P = 32, 128, 0.95  # of `writing`; the first two as in arXiv 2202.06417
 ROWS = 64  # sequences that are generated at a time
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """The shortest names that differ: the last part of each path, or more parts; printable whatever the path's bytes."""
-    resolved = [Path(path).resolve() for path in paths]
-    parts = 1
-    while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
-        parts += 1
-    return [printable("/".join(path.parts[-parts:])) for path in resolved]
 
 
 # --- held-out text ----------------------------------------------------------------------------------------------------
@@ -219,171 +204,6 @@ def _by_token(first: Result, other: Result) -> dict[str, float]:
     per_token = other.token_nats - first.token_nats
     better = float((per_token < 0).mean() + (per_token == 0).mean() / 2)
     return {"nats_per_token": float(per_token.mean()), "tokens_better": better}
-
-
-# --- minimal pairs ----------------------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """Two sentences that differ in one thing, of which one is right."""
-
-    good: str
-    bad: str
-    file: str  # name of the file it is from
-    term: str | None  # what it is about, and the field of linguistics that this belongs to
-    field: str | None
-
-
-def read_pairs(pattern: str) -> list[Pair]:
-    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv
-    1912.00582).
-
-    A line is a JSON object with sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises
-    InputError naming file and line of one that is not.
-    """
-    pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
-        files = [pattern]
-    elif os.path.isdir(pattern):
-        files = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.jsonl")))
-    else:
-        files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
-    if not files:
-        raise InputError(f"--minimal-pairs {pattern}: there is no such file")
-    pairs = []
-    for file, name in zip(files, short_names(files), strict=True):
-        for number, line in enumerate(read_bytes(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-            if line.strip():
-                pairs.append(_parse_pair(line, f"{file}, line {number},", name.removesuffix(".jsonl")))
-    if not pairs:
-        raise InputError(f"--minimal-pairs {pattern}: no pair is in {', '.join(files[:3])}")
-    return pairs
-
-
-def _parse_pair(line: bytes, where: str, name: str) -> Pair:
-    record = parse_json(line, where)
-    if not isinstance(record, dict):
-        raise InputError(f"{where} is no minimal pair: it must be an object with sentence_good and sentence_bad")
-    for key in ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID"):
-        value = record.get(key)
-        if value is None and not key.startswith("sentence"):
-            continue
-        if not isinstance(value, str) or not value.strip() or not is_plain(value):
-            raise InputError(f"{where} is no minimal pair: its {key} is missing, or no plain text of one line")
-    return Pair(
-        record["sentence_good"], record["sentence_bad"], name, record.get("linguistics_term"), record.get("field")
-    )
-
-
-class Forest(NamedTuple):
-    """Sentences that begin alike, in one row of the model: what they share is there once."""
-
-    tokens: list[int]
-    targets: list[int]  # what is to be predicted behind each token
-    parents: list[int]  # see PrefixTree
-    depth: list[int]
-    sentences: list[tuple[int, list[int]]]  # index of each, and the places of its tokens
-
-
-def plant(texts: list[list[int]], eos_id: int) -> list[Forest]:
-    """Rows of up to ROW_TOKENS tokens, or one longer sentence, that hold all the texts, each of at least one token."""
-    rows, last = [], []
-    for i in sorted(range(len(texts)), key=texts.__getitem__):  # so that neighbours share most
-        ids = texts[i]
-        shared = next((n for n, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
-        if not rows or len(rows[-1].tokens) + len(ids) - shared > ROW_TOKENS:
-            rows.append(Forest([], [], [], [], []))
-            shared, path = 0, []
-        row, new = rows[-1], len(rows[-1].tokens)
-        path = [*path[:shared], *range(new, new + len(ids) - shared)]
-        row.tokens.extend([eos_id, *ids][shared:-1])
-        row.targets.extend(ids[shared:])
-        row.parents.extend(path[max(0, depth - 1)] for depth in range(shared, len(ids)))
-        row.depth.extend(range(shared, len(ids)))
-        row.sentences.append((i, path))
-        last = ids
-    return rows
-
-
-@torch.no_grad()
-def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
-    """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64.
-
-    A sentence that occurs again, or begins like another one, is not computed again. Rows of one length go through the
-    model together, so that nothing is padded. A sentence longer than the context is read in windows that overlap by
-    half.
-    """
-    distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
-    texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
-    block_size, nats = model.config.block_size, np.zeros(len(texts))
-    for i, ids in enumerate(texts):
-        if len(ids) > block_size:
-            nats[i] = token_nats(model, np.array(ids), vocabulary.eos_id, max(1, block_size // 2), device).sum()
-    short = [i for i, ids in enumerate(texts) if len(ids) <= block_size]
-    by_length = {}
-    for row in plant([texts[i] for i in short], vocabulary.eos_id):
-        by_length.setdefault(len(row.tokens), []).append(row)
-    planted, losses = [], []
-    progress = tqdm(total=len(short), unit="sentence", unit_scale=True, leave=False, disable=None)
-    for length, rows in by_length.items():
-        size = max(1, BATCH_TOKENS // length)
-        for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
-            fields = np.array([[row[field] for row in batch] for field in range(4)], dtype=np.int64)
-            idx, targets, parents, depth = to_device(fields, device)
-            losses.append(model(idx, targets, loss_reduction="none", tree=PrefixTree(parents, depth)).loss)
-            planted += batch
-            progress.update(sum(len(row.sentences) for row in batch))
-    progress.close()
-    row_losses = [row for loss in fetched_at_once(losses) for row in loss]
-    for row, row_loss in zip(planted, row_losses, strict=True):
-        for i, path in row.sentences:
-            nats[short[i]] = row_loss[path].sum()
-    return nats[[distinct[sentence] for sentence in sentences]]
-
-
-def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:
-    """What every pair counts, (N,): see minimal_pair_values."""
-    nats = sentence_nats(model, vocabulary, [s for pair in pairs for s in (pair.good, pair.bad)], device)
-    return minimal_pair_values(-nats[0::2], -nats[1::2])
-
-
-def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
-    """Of every model: accuracy and interval over all pairs, and by_field, by_term and by_file of those that have one.
-
-    values: what every pair counts, an array per model. From the second model on, versus_first is the paired difference.
-    """
-
-    def summary(which: np.ndarray, model: int) -> dict:
-        accuracy, low, high = bootstrap_mean(values[model][which])
-        scores = {"pairs": len(which), "accuracy": accuracy, "low": low, "high": high}
-        if model:
-            difference, low, high = bootstrap_mean(values[model][which] - values[0][which])
-            scores["versus_first"] = {"accuracy": difference, "low": low, "high": high}
-        return scores
-
-    summaries = [summary(np.arange(len(pairs)), model) for model in range(len(values))]
-    for key in ("field", "term", "file"):
-        members: dict[str, list[int]] = {}
-        for i, pair in enumerate(pairs):
-            if (name := getattr(pair, key)) is not None:
-                members.setdefault(name, []).append(i)
-        for model, scores in enumerate(summaries):
-            scores[f"by_{key}"] = {name: summary(np.array(which), model) for name, which in sorted(members.items())}
-    return summaries
-
-
-def compare_pairs(runs: list[Run], values: list[np.ndarray], summaries: list[dict]) -> Comparison:
-    """Every run against the first; the verdict goes into the summary, too. values: as for summarise_pairs."""
-
-    def difference(i: int, j: int) -> tuple[float, float, float]:
-        return bootstrap_mean(values[j] - values[i])
-
-    accuracy = [summary["accuracy"] for summary in summaries]
-    measure = Measure("accuracy", accuracy, difference, "pairs", "% of the minimal pairs", percent=True)
-    found = compare(runs, measure)
-    for summary, versus in zip(summaries[1:], found.versus_first, strict=True):
-        summary["versus_first"]["verdict"] = versus["verdict"]
-    return found
 
 
 # --- how it writes ----------------------------------------------------------------------------------------------------

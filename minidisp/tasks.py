@@ -1,0 +1,687 @@
+"""Tasks: minimal pairs, questions with choices, and completions, scored by log-probability or answered.
+
+Files are JSON lines, maybe compressed (.gz); everything is read and checked before a model is needed. Scores of
+continuations are computed as lm-evaluation-harness does. Nats are -log p, natural logarithm.
+"""
+
+import glob
+import gzip
+import math
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minidisp import InputError, is_plain, parse_json
+from minidisp.comparison import Comparison, Measure, Run, bootstrap_mean, compare, short_names
+from minidisp.data import strided_windows
+from minidisp.decoding import PrefixTree
+from minidisp.metrics import minimal_pair_values
+from minidisp.model import GPT
+from minidisp.runtime.device import to_device
+
+BATCH_TOKENS = 4096  # per forward pass
+ROW_TOKENS = 96  # of texts that share their beginnings: more would share more, and cost more attention
+MOST_LINE = 1 << 24  # bytes of a row
+LOGITS = 1 << 24  # at a time
+RESAMPLES = 1000
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of a file of rows."""
+
+    record: dict
+    where: str  # "FILE, line N,"
+    file: str  # short name of the file, without its suffixes
+
+
+def read_rows(flag: str, pattern: str) -> list[Row]:
+    """The JSON objects of all files that a pattern, a folder or a path names, in their order; blank lines are skipped.
+
+    Raises InputError naming file and line of one that is no JSON object.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        files = [pattern]
+    elif os.path.isdir(pattern):
+        inside = os.path.join(glob.escape(pattern), "*.jsonl")
+        files = sorted(glob.glob(inside) + glob.glob(inside + ".gz"))
+    else:
+        files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
+    if not files:
+        raise InputError(f"{flag} {pattern}: no such file")
+    rows = []
+    for file, name in zip(files, short_names(files), strict=True):
+        stem = name.removesuffix(".gz").removesuffix(".jsonl")
+        for number, line in enumerate(_lines(file), start=1):
+            if line.strip():
+                where = f"{file}, line {number},"
+                record = parse_json(line, where)
+                if not isinstance(record, dict):
+                    raise InputError(f"{where} is not a JSON object")
+                rows.append(Row(record, where, name if stem == "overall" else stem))
+    if not rows:
+        raise InputError(f"{flag} {pattern}: there are no rows in {', '.join(files[:3])}")
+    return rows
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: not a regular file")
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            first = True
+            while line := file.readline(MOST_LINE + 1):
+                if len(line) > MOST_LINE:
+                    raise InputError(f"{path}: a line of more than {MOST_LINE:,} bytes is no row")
+                yield line.removeprefix(b"\xef\xbb\xbf") if first else line
+                first = False
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged, or not compressed with gzip: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _text(record: dict, key: str, where: str, empty: bool = False) -> str:
+    """The text in a field. Raises InputError unless it is one, and UTF-8 can represent it."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise InputError(f"{where} has no {key}, or one that is no text")
+    if not value and not empty:
+        raise InputError(f"{where} has an empty {key}")
+    if not _is_utf8(value):
+        raise InputError(f"{where} has a {key} that is not text: half of a surrogate pair is in it")
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class Passage(NamedTuple):
+    """Tokens, of which some are scored given all before them."""
+
+    ids: list[int]
+    counted: list[bool]  # which; never the first
+
+
+class Score(NamedTuple):
+    nats: np.ndarray  # summed over the counted tokens of each passage, (N,) float64
+    greedy: np.ndarray  # whether every counted token is the most likely one, (N,) bool
+
+
+class Forest(NamedTuple):
+    """Sequences that begin alike, in one row of the model: what they share is there once."""
+
+    tokens: list[int]
+    targets: list[int]  # what is predicted behind each token
+    parents: list[int]  # see PrefixTree
+    depth: list[int]
+    counted: list[bool]  # whether the target is scored in one of the passages
+    passages: list[tuple[int, list[int]]]  # index of each, and the nodes that are scored
+
+
+def plant(passages: Sequence[Passage]) -> list[Forest]:
+    """Rows of up to ROW_TOKENS tokens, or of one longer passage with all that begin like it, that hold all passages.
+
+    A node is a token and its target, so passages part one token before the first that differs.
+    """
+    rows, last = [], []
+    for i in sorted(range(len(passages)), key=lambda i: passages[i].ids):  # so that neighbours share most
+        ids, counted = passages[i]
+        same = next((n for n, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
+        shared = max(0, same - 1)  # nodes
+        new = len(ids) - 1 - shared
+        size = len(rows[-1].tokens) + new if rows else math.inf
+        # What shares more than it adds may make a row longer, but not many times as long as a passage.
+        if size > ROW_TOKENS and (new > shared or size > 2 * len(ids)):
+            rows.append(Forest([], [], [], [], [], []))
+            shared, path = 0, []
+        row = rows[-1]
+        first = len(row.tokens)
+        path = [*path[:shared], *range(first, first + len(ids) - 1 - shared)]
+        row.tokens.extend(ids[shared:-1])
+        row.targets.extend(ids[shared + 1 :])
+        row.parents.extend(path[max(0, depth - 1)] for depth in range(shared, len(ids) - 1))
+        row.depth.extend(range(shared, len(ids) - 1))
+        row.counted.extend([False] * (len(ids) - 1 - shared))
+        nodes = [node for node, count in zip(path, counted[1:], strict=True) if count]
+        for node in nodes:
+            row.counted[node] = True
+        row.passages.append((i, nodes))
+        last = ids
+    return rows
+
+
+@torch.no_grad()
+def score(model: GPT, passages: list[Passage], device: torch.device) -> Score:
+    """-log p of the counted tokens of each passage, and whether they are the most likely ones.
+
+    What several passages begin with is computed once. Rows of similar length go through the model together; the output
+    layer is computed where a token is counted. A passage longer than the context is read in windows that overlap by
+    half.
+    """
+    pieces, of = [], []
+    for i, passage in enumerate(passages):
+        for piece in _pieces(passage, model.config.block_size):
+            pieces.append(piece)
+            of.append(i)
+    nats, greedy = np.zeros(len(passages)), np.ones(len(passages), dtype=bool)
+    rows = sorted(plant(pieces), key=lambda row: len(row.tokens))
+    progress = tqdm(total=len(pieces), unit="text", unit_scale=True, leave=False, disable=None)
+    while rows:
+        size = max(1, BATCH_TOKENS // len(rows[-1].tokens))
+        rows, batch = rows[:-size], rows[-size:]
+        losses, hits = _score_rows(model, batch, device)
+        for row, loss, hit in zip(batch, losses, hits, strict=True):
+            for i, nodes in row.passages:
+                nats[of[i]] += loss[nodes].sum()
+                greedy[of[i]] &= bool(hit[nodes].all())
+        progress.update(sum(len(row.passages) for row in batch))
+    progress.close()
+    return Score(nats, greedy)
+
+
+def _pieces(passage: Passage, block_size: int) -> Iterator[Passage]:
+    """The passage, or windows of it in which every counted token is counted once."""
+    ids, counted = passage
+    if len(ids) <= block_size + 1:
+        yield passage
+        return
+    for window in strided_windows(len(ids) - 1, block_size, max(1, block_size // 2)):
+        seen = window.start - window.context_start
+        part = [False] * (seen + 1) + counted[window.start + 1 : window.stop + 1]
+        if any(part):
+            yield Passage(ids[window.context_start : window.stop + 1], part)
+
+
+def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and whether the target is the most likely token, (B, T) each; 0 and True where nothing is counted."""
+    T = max(len(row.tokens) for row in rows)
+    fields = np.zeros((5, len(rows), T), dtype=np.int64)
+    fields[2] = np.arange(T)  # what fills a row up is a root of its own, which nothing sees
+    for b, row in enumerate(rows):
+        fields[:, b, : len(row.tokens)] = row[:5]
+    idx, targets, parents, depth, counted = to_device(fields, device)
+    x, _ = model._backbone(idx, cache=PrefixTree(parents, depth))
+    where = fields[4].astype(bool)
+    x, targets = x[counted.bool()], targets[counted.bool()]
+    losses, hits = [], []
+    step = max(1, LOGITS // model.config.vocab_size)
+    for start in range(0, len(x), step):
+        logits = model.lm_head(x[start : start + step]).float()
+        losses.append(F.cross_entropy(logits, targets[start : start + step], reduction="none"))
+        hits.append(logits.argmax(dim=-1) == targets[start : start + step])
+    nats, hit = np.zeros(where.shape), np.ones(where.shape, dtype=bool)
+    nats[where], hit[where] = torch.cat(losses).double().cpu().numpy(), torch.cat(hits).cpu().numpy()
+    return nats, hit
+
+
+def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]]) -> list[Passage]:
+    """Contexts and what is scored behind them, as lm-evaluation-harness reads them.
+
+    rows: (context, continuation, where). White space at the end of the context goes to the continuation. The tokens of the
+    continuation are those of the whole behind the tokens of the context alone; an empty context is EOS. What is too long
+    loses its beginning. Raises InputError naming the row if no token is left to score.
+    """
+    moved = []
+    for context, continuation, _ in rows:
+        kept = context.rstrip()
+        moved.append((kept, context[len(kept) :] + continuation))
+    threads = torch.get_num_threads()
+    contexts = list(dict.fromkeys(context for context, _ in moved if context))
+    encoded = dict(zip(contexts, vocabulary.encode_batch(contexts, threads=threads), strict=True)) if contexts else {}
+    wholes = vocabulary.encode_batch([context + continuation for context, continuation in moved], threads=threads)
+    passages = []
+    for (context, _), whole, (_, _, where) in zip(moved, wholes, rows, strict=True):
+        size = len(encoded[context]) if context else 1
+        ids = whole if context else [vocabulary.eos_id, *whole]
+        if len(ids) <= size:
+            raise InputError(
+                f"{where}: a continuation has no token of its own behind its context: begin it with a space"
+            )
+        if len(ids) - size <= block_size:
+            cut = max(0, len(ids) - block_size - 1)
+            ids, size = ids[cut:], size - cut
+        passages.append(Passage(ids, [False] * size + [True] * (len(ids) - size)))
+    return passages
+
+
+def _resampled(values: np.ndarray) -> list[float]:
+    """[low, high], the 95 % interval of a mean."""
+    return [*bootstrap_mean(values)[1:]]
+
+
+def _by_file(files: list[str], summary: Callable[[np.ndarray], dict]) -> dict[str, dict]:
+    """The summary of all rows and of those of each file, given their indices."""
+    entries = {"overall": summary(np.arange(len(files)))}
+    for name in dict.fromkeys(files):
+        entries[name] = summary(np.array([i for i, file in enumerate(files) if file == name]))
+    return entries
+
+
+# --- minimal pairs ----------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two sentences that differ in one thing, of which one is acceptable."""
+
+    good: str
+    bad: str
+    file: str  # name of the file it is from
+    term: str | None  # what it is about, and the field of linguistics that this belongs to
+    field: str | None
+
+
+def read_pairs(pattern: str) -> list[Pair]:
+    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv
+    1912.00582).
+
+    A row has sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises InputError naming file and
+    line of one that has not.
+    """
+    return [_parse_pair(row) for row in read_rows("--minimal-pairs", pattern)]
+
+
+def _parse_pair(row: Row) -> Pair:
+    record = row.record
+    for key in ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID"):
+        value = record.get(key)
+        if value is None and not key.startswith("sentence"):
+            continue
+        if not isinstance(value, str) or not value.strip() or not is_plain(value):
+            raise InputError(f"{row.where} is no minimal pair: its {key} is missing, or no plain text of one line")
+    return Pair(
+        record["sentence_good"], record["sentence_bad"], row.file, record.get("linguistics_term"), record.get("field")
+    )
+
+
+def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
+    """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64."""
+    distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
+    texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
+    passages = [Passage([vocabulary.eos_id, *ids], [False] + [True] * len(ids)) for ids in texts]
+    return score(model, passages, device).nats[[distinct[sentence] for sentence in sentences]]
+
+
+def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:
+    """What every pair counts, (N,): see minimal_pair_values."""
+    nats = sentence_nats(model, vocabulary, [s for pair in pairs for s in (pair.good, pair.bad)], device)
+    return minimal_pair_values(-nats[0::2], -nats[1::2])
+
+
+def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
+    """Of every model: accuracy and interval over all pairs, and by_field, by_term and by_file of those that have one.
+
+    values: what every pair counts, an array per model. From the second model on, versus_first is the paired difference.
+    """
+
+    def summary(which: np.ndarray, model: int) -> dict:
+        accuracy, low, high = bootstrap_mean(values[model][which])
+        scores = {"pairs": len(which), "accuracy": accuracy, "low": low, "high": high}
+        if model:
+            difference, low, high = bootstrap_mean(values[model][which] - values[0][which])
+            scores["versus_first"] = {"accuracy": difference, "low": low, "high": high}
+        return scores
+
+    summaries = [summary(np.arange(len(pairs)), model) for model in range(len(values))]
+    for key in ("field", "term", "file"):
+        members: dict[str, list[int]] = {}
+        for i, pair in enumerate(pairs):
+            if (name := getattr(pair, key)) is not None:
+                members.setdefault(name, []).append(i)
+        for model, scores in enumerate(summaries):
+            scores[f"by_{key}"] = {name: summary(np.array(which), model) for name, which in sorted(members.items())}
+    return summaries
+
+
+def compare_pairs(runs: list[Run], values: list[np.ndarray], summaries: list[dict]) -> Comparison:
+    """Every run against the first; the verdict goes into the summary, too. values: as for summarise_pairs."""
+    measure = _mean_measure("accuracy", values, "pairs", "% of the minimal pairs")
+    found = compare(runs, measure)
+    for summary, versus in zip(summaries[1:], found.versus_first, strict=True):
+        summary["versus_first"]["verdict"] = versus["verdict"]
+    return found
+
+
+def _mean_measure(key: str, values: list[np.ndarray], sampled: str, unit: str) -> Measure:
+    """A mean of what every row counts, values[model] (N,), as a share in per cent."""
+
+    def difference(i: int, j: int) -> tuple[float, float, float]:
+        return bootstrap_mean(values[j] - values[i])
+
+    return Measure(key, [float(v.mean()) for v in values], difference, sampled, unit, percent=True)
+
+
+# --- questions with choices -------------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    context: str
+    choices: list[str]  # each as it continues the context, with its leading space
+    answer: int  # index of the right one
+    where: str
+    file: str
+
+
+def read_choices(pattern: str) -> list[Question]:
+    """The questions of all files that the pattern names: rows of context, choices and answer.
+
+    Raises InputError naming file, line and field of one that cannot be used.
+    """
+    questions = []
+    for record, where, file in read_rows("--choices", pattern):
+        context, choices, answer = (
+            _text(record, "context", where, empty=True),
+            record.get("choices"),
+            record.get("answer"),
+        )
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+            raise InputError(f"{where} has no choices, or not a list of at least two texts")
+        if not all(choice.removeprefix(" ") and _is_utf8(choice) for choice in choices):
+            raise InputError(f"{where} has an empty text among its choices, or one with half of a surrogate pair")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise InputError(f"{where} has no answer that is an index of its {len(choices)} choices, from 0 on")
+        questions.append(Question(context, choices, answer, where, file))
+    return questions
+
+
+class Chosen(NamedTuple):
+    """What every question counts, (N,) float64 of 0 and 1."""
+
+    acc: np.ndarray  # by total log-probability
+    acc_norm: np.ndarray  # by log-probability per character
+
+
+def score_choices(model: GPT, vocabulary, questions: list[Question], device: torch.device) -> Chosen:
+    """Which questions are answered correctly: `acc` and `acc_norm` of lm-evaluation-harness.
+
+    The choice with the highest log-probability is taken, the first of equal ones; per character, without one leading space
+    of the choice. A question with a NaN counts 0.
+    """
+    distinct = {(question.context, choice): question.where for question in questions for choice in question.choices}
+    passages = continuations(vocabulary, model.config.block_size, [(*key, where) for key, where in distinct.items()])
+    nats = dict(zip(distinct, score(model, passages, device).nats, strict=True))
+    acc, acc_norm = np.zeros(len(questions)), np.zeros(len(questions))
+    for i, question in enumerate(questions):
+        log_p = -np.array([nats[question.context, choice] for choice in question.choices])
+        if np.isfinite(log_p).all():
+            characters = np.array([float(len(choice.removeprefix(" "))) for choice in question.choices])
+            acc[i] = log_p.argmax() == question.answer
+            acc_norm[i] = (log_p / characters).argmax() == question.answer
+    return Chosen(acc, acc_norm)
+
+
+def summarise_choices(questions: list[Question], chosen: list[Chosen]) -> list[dict]:
+    """Of every model, per file and overall: questions, chance, acc and acc_norm with their intervals.
+
+    From the second model on, versus_first: the paired differences.
+    """
+    chance = np.array([1 / len(question.choices) for question in questions])
+
+    def of(model: int) -> Callable[[np.ndarray], dict]:
+        def summary(which: np.ndarray) -> dict:
+            found = {"questions": len(which), "chance": float(chance[which].mean())}
+            versus = {}
+            for key in Chosen._fields:
+                values = getattr(chosen[model], key)[which]
+                found |= {key: float(values.mean()), f"{key}_interval": _resampled(values)}
+                if model:
+                    difference = values - getattr(chosen[0], key)[which]
+                    versus |= {key: float(difference.mean()), f"{key}_interval": _resampled(difference)}
+            return found | ({"versus_first": versus} if versus else {})
+
+        return summary
+
+    return [_by_file([question.file for question in questions], of(model)) for model in range(len(chosen))]
+
+
+def compare_choices(runs: list[Run], chosen: list[Chosen], summaries: list[dict]) -> dict[str, Comparison]:
+    """Every run against the first, by acc and by acc_norm; the verdicts go into the summaries, too."""
+    return {
+        key: _compare_key(
+            runs, key, [getattr(c, key) for c in chosen], summaries, "questions", f"% of the choices ({key})"
+        )
+        for key in Chosen._fields
+    }
+
+
+def _compare_key(
+    runs: list[Run], key: str, values: list[np.ndarray], summaries: list[dict], sampled: str, unit: str
+) -> Comparison:
+    found = compare(runs, _mean_measure(key, values, sampled, unit))
+    _note_verdicts(key, found, summaries)
+    return found
+
+
+def _note_verdicts(key: str, found: Comparison, summaries: list[dict]) -> None:
+    for summary, versus in zip(summaries[1:], found.versus_first, strict=True):
+        summary["overall"]["versus_first"][f"{key}_verdict"] = versus["verdict"]
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+class Completion(NamedTuple):
+    start: str  # the prompt, or the context
+    completion: str
+    answered: bool  # a prompt that is answered, and not a context whose continuation is scored
+    where: str
+    file: str
+
+
+def read_completions(pattern: str) -> list[Completion]:
+    """Rows of prompt and completion, or of context and completion; a file has one of the two kinds.
+
+    Raises InputError naming file, line and field of one that cannot be used.
+    """
+    rows, kinds = [], {}
+    for record, where, file in read_rows("--completions", pattern):
+        if ("prompt" in record) == ("context" in record):
+            raise InputError(f"{where} must have either a prompt or a context, with a completion")
+        key = "prompt" if "prompt" in record else "context"
+        if kinds.setdefault(file, key) != key:
+            raise InputError(
+                f"{where} has a {key}, but the rows before it have a {kinds[file]}: use a file for each kind"
+            )
+        start = _text(record, key, where, empty=key == "context")
+        completion = _text(record, "completion", where)
+        if key == "prompt" and not completion.strip():
+            raise InputError(f"{where}: its completion is empty")
+        rows.append(Completion(start, completion, key == "prompt", where, file))
+    return rows
+
+
+class Completed(NamedTuple):
+    """What a model made of the rows, in their order; NaN and None where a row is of the other kind."""
+
+    nats: np.ndarray  # (N,) of the completion
+    tokens: np.ndarray  # (N,) of the completion
+    greedy: np.ndarray  # (N,) 1 if every token of the completion is the most likely one
+    answers: list[str | None]
+    exact: np.ndarray  # (N,) 1 if the answer is the completion, both stripped
+    new_tokens: np.ndarray  # (N,) of the answer
+    seconds: float  # of generation
+
+
+def complete(
+    model: GPT,
+    vocabulary,
+    rows: list[Completion],
+    answer: Callable[[list[str]], list[tuple[str, int]]],
+    device: torch.device,
+) -> Completed:
+    """Score the rows with a context, and answer those with a prompt. answer: prompts -> (text, tokens) of each."""
+    N = len(rows)
+    nats, tokens, greedy, exact, new_tokens = (np.full(N, math.nan) for _ in range(5))
+    answers: list[str | None] = [None] * N
+    scored = [i for i, row in enumerate(rows) if not row.answered]
+    if scored:
+        parts = [(rows[i].start, rows[i].completion, rows[i].where) for i in scored]
+        passages = continuations(vocabulary, model.config.block_size, parts)
+        nats[scored], greedy[scored] = score(model, passages, device)
+        tokens[scored] = [sum(passage.counted) for passage in passages]
+        greedy[scored] *= np.isfinite(nats[scored])
+    asked, began = [i for i, row in enumerate(rows) if row.answered], time.perf_counter()
+    if asked:
+        for i, (text, count) in zip(asked, answer([rows[i].start for i in asked]), strict=True):
+            answers[i], new_tokens[i] = text, count
+            exact[i] = text.strip() == rows[i].completion.strip()
+    return Completed(nats, tokens, greedy, answers, exact, new_tokens, time.perf_counter() - began)
+
+
+def no_sacrebleu() -> str:
+    """Why chrF and BLEU cannot be computed, "" if they can."""
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError:
+        return "chrF and BLEU need the package sacrebleu: pip install sacrebleu"
+    return ""
+
+
+class Translated:
+    """chrF and BLEU of a corpus by sacrebleu's defaults, resampled: what each answer adds to them is extracted once."""
+
+    METRICS = ("chrf", "bleu")
+
+    def __init__(self, answers: list[str], references: list[str]):
+        from sacrebleu.metrics import BLEU, CHRF
+
+        answers, references = [a.strip() for a in answers], [r.strip() for r in references]
+        self.N, self._parts = len(answers), {}
+        for key, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+            # Counts per answer, as sacrebleu's own significance tests take them.
+            counts = np.array(metric._extract_corpus_statistics(answers, [references]), dtype=np.float64)
+            self._parts[key] = (metric, counts, metric.corpus_score(answers, [references]).score)
+
+    def score(self, key: str) -> float:
+        return self._parts[key][2]
+
+    def resampled(self, key: str) -> np.ndarray:
+        """The score of RESAMPLES samples of the answers, the same ones for every model, (RESAMPLES,)."""
+        metric, counts, _ = self._parts[key]
+        drawn = np.random.default_rng(0).multinomial(self.N, np.full(self.N, 1 / self.N), size=RESAMPLES)
+        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in drawn @ counts])
+
+    def interval(self, key: str) -> list[float]:
+        if self.N < 2:
+            return [math.nan, math.nan]
+        return np.quantile(self.resampled(key), (0.025, 0.975)).tolist()
+
+    def against(self, first: "Translated", key: str) -> tuple[float, float, float]:
+        """The difference to the first model on the same prompts, and its paired 95 % interval."""
+        difference = self.score(key) - first.score(key)
+        if self.N < 2:
+            return difference, math.nan, math.nan
+        low, high = np.quantile(self.resampled(key) - first.resampled(key), (0.025, 0.975)).tolist()
+        return difference, low, high
+
+
+def summarise_completions(rows: list[Completion], completed: list[Completed]) -> list[dict]:
+    """Of every model, per file and overall: `rows`, and what can be said of its kind.
+
+    context: acc (lm-evaluation-harness's), perplexity of a completion (its `perplexity`), token_perplexity. prompt:
+    exact_match, chrf and bleu where sacrebleu is installed, tokens_per_second overall, and per file the answers. From the
+    second model on, versus_first.
+    """
+    answered = np.array([row.answered for row in rows])
+    files = [row.file for row in rows]
+    translated = not no_sacrebleu()
+
+    def of(model: int) -> Callable[[np.ndarray], dict]:
+        own, first = completed[model], completed[0]
+
+        def summary(which: np.ndarray) -> dict:
+            found, versus = {"rows": len(which)}, {}
+            if len(scored := which[~answered[which]]):
+                nats = own.nats[scored]
+                mean, low, high = bootstrap_mean(nats)
+                found |= {"acc": float(own.greedy[scored].mean()), "acc_interval": _resampled(own.greedy[scored])}
+                found |= {"perplexity": _exp(mean), "perplexity_interval": [_exp(low), _exp(high)]}
+                found |= {"token_perplexity": _exp(float(nats.sum() / own.tokens[scored].sum()))}
+                found |= {"tokens": int(own.tokens[scored].sum())}
+                if model:
+                    difference = own.greedy[scored] - first.greedy[scored]
+                    versus |= {"acc": float(difference.mean()), "acc_interval": _resampled(difference)}
+            if len(asked := which[answered[which]]):
+                found |= {"exact_match": float(own.exact[asked].mean())}
+                found |= {"exact_match_interval": _resampled(own.exact[asked])}
+                if model:
+                    difference = own.exact[asked] - first.exact[asked]
+                    versus |= {"exact_match": float(difference.mean()), "exact_match_interval": _resampled(difference)}
+                if translated:
+                    a, b = (translations(rows, c, asked) for c in (first, own))
+                    for key in Translated.METRICS:
+                        found |= {key: b.score(key), f"{key}_interval": b.interval(key)}
+                        if model:
+                            difference, low, high = b.against(a, key)
+                            versus |= {key: difference, f"{key}_interval": [low, high]}
+                if len(which) < len(rows) or len(set(files)) == 1:
+                    found["answers"] = [
+                        {"prompt": rows[i].start, "completion": rows[i].completion, "answer": own.answers[i]}
+                        for i in asked
+                    ]
+            return found | ({"versus_first": versus} if versus else {})
+
+        return summary
+
+    summaries = []
+    for model, own in enumerate(completed):
+        entries = _by_file(files, of(model))
+        if answered.any():
+            entries["overall"].pop("answers", None)  # they are with their file
+            entries["overall"]["new_tokens"] = int(np.nansum(own.new_tokens))
+            entries["overall"]["tokens_per_second"] = float(np.nansum(own.new_tokens)) / own.seconds
+        summaries.append(entries)
+    return summaries
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf if nats == nats else math.nan
+
+
+def translations(rows: list[Completion], completed: Completed, which: Sequence[int]) -> Translated:
+    return Translated([completed.answers[i] for i in which], [rows[i].completion for i in which])
+
+
+def compare_completions(
+    runs: list[Run], rows: list[Completion], completed: list[Completed], summaries: list[dict]
+) -> dict[str, Comparison]:
+    """Every run against the first, by each score; the verdicts go into the summaries, too."""
+    answered = np.array([row.answered for row in rows])
+    found = {}
+    if not answered.all():
+        values = [c.greedy[~answered] for c in completed]
+        found["acc"] = _compare_key(runs, "acc", values, summaries, "completions", "% of the completions (acc)")
+    if answered.any():
+        values = [c.exact[answered] for c in completed]
+        found["exact_match"] = _compare_key(
+            runs, "exact_match", values, summaries, "prompts", "% of the answers (exact match)"
+        )
+        if not no_sacrebleu():
+            all_of = [translations(rows, c, np.flatnonzero(answered)) for c in completed]
+            for key, name in (("chrf", "chrF"), ("bleu", "BLEU")):
+                measure = Measure(
+                    key,
+                    [t.score(key) for t in all_of],
+                    lambda i, j, key=key: all_of[j].against(all_of[i], key),
+                    "prompts",
+                    name,
+                    digits=2,
+                )
+                found[key] = compare(runs, measure)
+                _note_verdicts(key, found[key], summaries)
+    return found
