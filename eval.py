@@ -30,28 +30,24 @@ import torch
 
 from data.prepare import find_or_prepare
 from minidisp import InputError, hf, printable, report
-from minidisp.comparison import Comparison, Run
+from minidisp.comparison import Comparison, Run, short_names
 from minidisp.config import Config, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
 from minidisp.runtime.device import pick_device
-from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts
+from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts, visible
 from minidisp.scoring import (
     CONTINUATION_TOKENS,
     PROMPT_TOKENS,
     Text,
     choose_texts,
-    compare_pairs,
     compare_texts,
-    read_pairs,
-    score_pairs,
     score_text,
-    short_names,
-    summarise_pairs,
     writing,
 )
+from minidisp.tasks import compare_pairs, read_pairs, score_pairs, summarise_pairs
 
 
 class Subject(NamedTuple):
@@ -446,30 +442,27 @@ def sample_prompts(
     for score in scores:
         score["samples"] = []
 
-    def shown(text: str) -> str:
-        return printable(text, keep="\n\t")
-
     def head(name: str, seed: int) -> str:
         return f"\n--- {name}" + (f", seed {seed}" if sampling.samples > 1 else "")
 
     for prompt in typed:
         for subject, score in zip(subjects, scores, strict=True):
             for seed in range(sampling.seed, sampling.seed + sampling.samples):
-                print(head(subject.name, seed), shown(prompt), sep="\n", end="", flush=True)
+                print(head(subject.name, seed), visible(prompt), sep="\n", end="", flush=True)
                 sample = stream_sample(
                     subject.model,
                     subject.tokenizer,
                     prompt,
                     sampling,
                     seed,
-                    lambda bit: print(shown(bit), end="", flush=True),
+                    lambda bit: print(visible(bit), end="", flush=True),
                 )
                 print()
                 score["samples"].append(sample)
     if prompts:
         for subject, score in zip(subjects, scores, strict=True):
             for sample in sample_all(subject.model, subject.tokenizer, prompts, sampling):
-                print(head(subject.name, sample["seed"]), shown(sample["prompt"] + sample["continuation"]), sep="\n")
+                print(head(subject.name, sample["seed"]), visible(sample["prompt"] + sample["continuation"]), sep="\n")
                 score["samples"].append(sample)
     for subject, score in zip(subjects, scores, strict=True):
         if score["samples"]:

@@ -1,11 +1,12 @@
 """Generating text with a model: caches of keys and values, and sampling."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from minidisp import InputError
 from minidisp.ops.attention import compute_dtype
 
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
@@ -23,6 +24,10 @@ class KVCache:
         shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
         self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.size, self.length = size, 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but those with these indices."""
+        self.blocks = [block[:, rows] for block in self.blocks]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, n_kv_head, T, D) behind what block `layer` has; returns all keys and values so far."""
@@ -54,11 +59,12 @@ class PrefixTree:
         return k, v
 
 
-def generate(model, idx: Tensor, *args, stop_token: int | None = None, **options) -> Tensor:
+def generate(model, idx: Tensor, *args, stop_token: int | Collection[int] | None = None, **options) -> Tensor:
     """Sample a continuation of idx, (B, T) int64; returns (B, T + new). The arguments are those of `stream`."""
     drawn = list(stream(model, idx, *args, stop_token=stop_token, **options))
     if stop_token is not None and drawn:  # stream may have gone on after all had stopped
-        stopped = ((torch.cat(drawn, dim=1) == stop_token).cumsum(dim=1) > 0).all(dim=0)  # (new,)
+        stops = torch.tensor(_several(stop_token), device=idx.device)
+        stopped = (torch.isin(torch.cat(drawn, dim=1), stops).cumsum(dim=1) > 0).all(dim=0)  # (new,)
         del drawn[len(drawn) - int(stopped[:-1].sum()) :]
     return torch.cat((idx, *drawn), dim=1)
 
@@ -71,42 +77,70 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
-    stop_token: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    stop_token: int | Collection[int] | None = None,
 ) -> Iterator[Tensor]:
     """Draw the tokens that continue idx, one per sequence at a time; yields (B, 1) int64, at most max_new_tokens times.
 
     idx: (B, T) int64, T >= 1. temperature: 0 takes the most likely token. top_k: sample among the k most likely only.
     top_p: nucleus sampling (arXiv 1904.09751), among the fewest tokens that hold this much probability. seed: makes the
-    sample repeatable and leaves torch's global generator alone. stop_token: end when every sequence has produced it;
-    where `look_every` is more than 1, a few more tokens may follow, which `generate` cuts off.
-    When the context is full, its older half is dropped. Raises ValueError on a value out of range.
+    sample repeatable and leaves torch's global generator alone; with a seed for every sequence, each draws what it would
+    draw alone. stop_token: one, or several, that end a sequence, behind which it repeats its last token at no cost or
+    draws more; the end comes when every sequence has produced one; where `look_every` is more than 1, a few more tokens
+    may follow, which `generate` cuts off.
+    When the context is full, its older half is dropped. Raises ValueError on a value out of range, and InputError where
+    the logits are NaN or infinite.
     """
     if idx.ndim != 2 or idx.shape[1] < 1:
         raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
     check_sampling(temperature, top_k, top_p)
     was_training = model.training
     model.eval()
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    generators = _generators(seed, len(idx), idx.device)
+    stops = None if stop_token is None else torch.tensor(_several(stop_token), device=idx.device)
     block_size = model.config.block_size
     size = min(block_size, idx.shape[1] + max_new_tokens)
     cache = KVCache(model.config, len(idx), size, idx.device, compute_dtype(model.wte.weight))
     context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    drawn, running = idx[:, -1:].clone(), torch.arange(len(idx), device=idx.device)  # the rows that are still computed
     every = look_every(idx.device)
     try:
         for new in range(1, max_new_tokens + 1):
             if cache.length + unread.shape[1] > block_size:
                 cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
             x, _ = model._backbone(unread, cache=cache)
-            unread = sample(model.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            unread = sample(model.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generators)  # (rows, 1)
             context = torch.cat((context, unread), dim=1)
-            yield unread
-            if stop_token is not None:
-                stopped |= unread[:, 0] == stop_token
-                if new % every == 0 and stopped.all():
-                    break
+            drawn = drawn.index_copy(0, running, unread)
+            yield drawn
+            if stops is not None:
+                stopped |= torch.isin(unread[:, 0], stops)
+                if new % every == 0 and (n := int(stopped.sum())):
+                    if n == len(stopped):
+                        break
+                    if 2 * n >= len(stopped):  # the others alone from here on
+                        rest = (~stopped).nonzero()[:, 0]
+                        cache.keep(rest)
+                        context, unread, running, stopped = context[rest], unread[rest], running[rest], stopped[rest]
+                        if isinstance(generators, list):
+                            generators = [generators[i] for i in rest.tolist()]
     finally:  # also where nobody asks for more
         model.train(was_training)
+
+
+def _several(stop_token: int | Collection[int]) -> list[int]:
+    return [stop_token] if isinstance(stop_token, int) else list(stop_token)
+
+
+Generators = torch.Generator | list[torch.Generator] | None  # one for all sequences, or one for each
+
+
+def _generators(seed: int | Sequence[int] | None, n: int, device: torch.device) -> Generators:
+    if seed is None or isinstance(seed, int):
+        return None if seed is None else torch.Generator(device).manual_seed(seed)
+    if len(seed) != n:
+        raise ValueError(f"{len(seed)} seeds for {n} sequences")
+    return [torch.Generator(device).manual_seed(one) for one in seed]
 
 
 def look_every(device: torch.device) -> int:
@@ -126,10 +160,10 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: Generators) -> Tensor:
     """Draw one token per row of logits (B, V), float32; returns (B, 1) int64. See GPT.generate for the rest."""
+    if logits.device.type == "cpu" and not (logits < math.inf).all():  # another device would be waited for
+        raise InputError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -138,7 +172,11 @@ def sample(
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays if those before it do not reach top_p yet; so the likeliest always stays.
-        before = sorted_probs.cumsum(dim=-1) - sorted_probs
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
+        # A token stays if those before it do not reach top_p yet; the most likely one stays even where float32 has no
+        # number as small as top_p.
+        excluded = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
+        excluded[:, 0] = False
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(excluded, 0.0))
+    if isinstance(generator, list):
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs.split(1), generator, strict=True)])
     return torch.multinomial(probs, 1, generator=generator)

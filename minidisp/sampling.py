@@ -1,18 +1,20 @@
-"""Continue a prompt with a model: shown character by character, or many prompts at a time."""
+"""Text generation: a continuation shown as it is written, many prompts in batches, and a conversation in the terminal."""
 
 import codecs
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from minidisp import InputError, read_bytes
+from minidisp import InputError, printable, read_bytes
 from minidisp.decoding import check_sampling, look_every
 from minidisp.model import GPT
+from minidisp.template import Template
 
 ROWS = 64  # sequences that are generated at a time
 
@@ -69,19 +71,35 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def typed_prompts() -> Iterator[str]:
-    """What a person types, line by line, until an empty line or the end of the input (Ctrl-D)."""
+def visible(text: str) -> str:
+    """A text that any terminal shows and none obeys: control characters but newline and tab are escaped."""
+    return printable(text, keep="\n\t")
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, line by line, until the end of the input (Ctrl-D). Ctrl-C at the terminal only drops a line.
+
+    Raises InputError where a line is not UTF-8.
+    """
     while sys.stdin is not None:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
         except UnicodeDecodeError:
             raise InputError("the prompt is not UTF-8 text") from None
-        if not prompt:
-            return
-        check_text(prompt, "the prompt")
-        yield prompt
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\n(Ctrl-D leaves)")
+            continue
+        check_text(line, "the prompt")
+        yield line
+
+
+def typed_prompts() -> Iterator[str]:
+    """What a person types, line by line, until an empty line or the end of the input (Ctrl-D)."""
+    return itertools.takewhile(bool, typed_lines())
 
 
 def prompt_ids(vocabulary, prompt: str) -> list[int]:
@@ -92,16 +110,35 @@ def prompt_ids(vocabulary, prompt: str) -> list[int]:
 def stream_sample(
     model: GPT, vocabulary, prompt: str, sampling: Sampling, seed: int, write: Callable[[str], object]
 ) -> dict:
-    """Continue one prompt. write(text) is called with every new piece of text, in whole characters.
+    """Continue one prompt; write(text) is called as by `stream_text`. Returns what goes into the JSON file:
 
-    The sample ends with EOS, before sampling.stop, or after max_new_tokens. Returns what goes into the JSON file:
-    prompt, seed, continuation, new_tokens and seconds. Bytes that are no UTF-8 become U+FFFD, as Tokenizer.decode has
-    it.
+    prompt, seed, continuation, new_tokens and seconds.
     """
-    idx = torch.tensor([prompt_ids(vocabulary, prompt)], device=model.wte.weight.device)
+    began, stops, bits = time.perf_counter(), {vocabulary.eos_id}, []
+    ids = prompt_ids(vocabulary, prompt)
+    tokens = stream_text(model, vocabulary, ids, sampling, seed, stops, lambda bit: bits.append(bit) or write(bit))
+    seconds = time.perf_counter() - began
+    return {"prompt": prompt, "seed": seed, "continuation": "".join(bits), "new_tokens": tokens, "seconds": seconds}
+
+
+def stream_text(
+    model: GPT,
+    vocabulary,
+    ids: list[int],
+    sampling: Sampling,
+    seed: int,
+    stops: Collection[int],
+    write: Callable[[str], object],
+) -> int:
+    """Continue a prompt. write(text) is called with every new piece of text, in whole characters. Returns the new tokens.
+
+    The text ends with one of the tokens `stops`, before sampling.stop, or after max_new_tokens. Bytes that are no UTF-8
+    become U+FFFD, as Tokenizer.decode has it.
+    """
+    idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text, shown, new_tokens, began = "", 0, 0, time.perf_counter()
-    for token in _fetched(_stream(model, idx, sampling, seed, vocabulary.eos_id), idx.device, vocabulary.eos_id):
+    text, shown, new_tokens = "", 0, 0
+    for token in _fetched(_stream(model, idx, sampling, seed, stops), idx.device, stops):
         new_tokens += 1
         text += decoder.decode(vocabulary.token_bytes[token])
         if sampling.stop and (found := text.find(sampling.stop, shown)) >= 0:
@@ -113,22 +150,23 @@ def stream_sample(
     else:
         text += decoder.decode(b"", final=True)
     write(text[shown:])
-    seconds = time.perf_counter() - began
-    return {"prompt": prompt, "seed": seed, "continuation": text, "new_tokens": new_tokens, "seconds": seconds}
+    return new_tokens
 
 
-def _stream(model: GPT, idx: torch.Tensor, sampling: Sampling, seed: int, eos_id: int) -> Iterator[torch.Tensor]:
+def _stream(
+    model: GPT, idx: torch.Tensor, sampling: Sampling, seed: int | list[int], stops: Collection[int]
+) -> Iterator[torch.Tensor]:
     return model.stream(
-        idx, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, seed, stop_token=eos_id
+        idx, sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, seed, stop_token=[*stops]
     )
 
 
-def _fetched(tokens: Iterator[torch.Tensor], device: torch.device, last: int) -> Iterator[int]:
-    """The tokens (1, 1) as numbers, up to the first that is `last`; see look_every."""
+def _fetched(tokens: Iterator[torch.Tensor], device: torch.device, stops: Collection[int]) -> Iterator[int]:
+    """The tokens (1, 1) as numbers, up to the first that ends a text; see look_every."""
     while group := list(itertools.islice(tokens, look_every(device))):
         for token in torch.cat(group, dim=1)[0].tolist():
             yield token
-            if token == last:
+            if token in stops:
                 return
 
 
@@ -138,30 +176,88 @@ def _begun(text: str, stop: str) -> int:
 
 
 def sample_all(model: GPT, vocabulary, prompts: list[str], sampling: Sampling) -> list[dict]:
-    """The samples of all prompts, in their order; those of equally many tokens are drawn together.
+    """The samples of all prompts, in their order, drawn in batches; each is the one that its seed gives alone.
 
-    So what is drawn for a prompt depends on the others, but is the same each time. Returns what stream_sample does,
-    with an equal share of the seconds each.
+    Returns what stream_sample does, with an equal share of the seconds each.
     """
-    by_length = {}
-    for i, prompt in enumerate(prompts):
-        ids = prompt_ids(vocabulary, prompt)
-        by_length.setdefault(len(ids), []).append((i, ids))
-    found = {}
-    for group in by_length.values():
-        for start in range(0, len(group), ROWS):
-            rows = group[start : start + ROWS]
-            idx = torch.tensor([ids for _, ids in rows], device=model.wte.weight.device)
-            for seed in range(sampling.seed, sampling.seed + sampling.samples):
-                began = time.perf_counter()
-                drawn = list(_stream(model, idx, sampling, seed, vocabulary.eos_id))
-                new = torch.cat(drawn, dim=1).tolist()
-                seconds = (time.perf_counter() - began) / len(rows)
-                for (i, _), ids in zip(rows, new, strict=True):
-                    if vocabulary.eos_id in ids:
-                        ids = ids[: ids.index(vocabulary.eos_id) + 1]
-                    text = vocabulary.decode(ids)
-                    text = text.split(sampling.stop, 1)[0] if sampling.stop else text
-                    found[i, seed] = {"prompt": prompts[i], "seed": seed, "continuation": text, "new_tokens": len(ids),
-                                      "seconds": seconds}  # fmt: skip
-    return [found[key] for key in sorted(found)]
+    seeds = range(sampling.seed, sampling.seed + sampling.samples)
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    encoded = {prompt: prompt_ids(vocabulary, prompt) for prompt in prompts}
+    began = time.perf_counter()
+    drawn = continue_all(
+        model, [encoded[prompt] for prompt, _ in wanted], sampling, [seed for _, seed in wanted], {vocabulary.eos_id}
+    )
+    seconds = (time.perf_counter() - began) / len(wanted)
+    found = []
+    for (prompt, seed), ids in zip(wanted, drawn, strict=True):
+        text = vocabulary.decode(ids)
+        text = text.split(sampling.stop, 1)[0] if sampling.stop else text
+        sample = {"prompt": prompt, "seed": seed, "continuation": text, "new_tokens": len(ids), "seconds": seconds}
+        found.append(sample)
+    return found
+
+
+def continue_all(
+    model: GPT, prompts: list[list[int]], sampling: Sampling, seeds: list[int], stops: Collection[int]
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to one of the tokens `stops`, which is included.
+
+    Prompts of equal length are continued together, up to ROWS of them.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(prompts[i]))]
+    progress = tqdm(total=len(prompts), unit="text", leave=False, disable=None)
+    for rows in (group[start : start + ROWS] for group in groups for start in range(0, len(group), ROWS)):
+        idx = torch.tensor([prompts[i] for i in rows], device=model.wte.weight.device)
+        drawn = list(_stream(model, idx, sampling, [seeds[i] for i in rows], stops))
+        for i, ids in zip(rows, torch.cat(drawn, dim=1).tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids, start=1) if token in stops), len(ids))
+            found[i] = ids[:end]
+        progress.update(len(rows))
+    progress.close()
+    return found
+
+
+def answer_all(
+    model: GPT, vocabulary, template: Template, prompts: list[str], sampling: Sampling
+) -> list[tuple[str, int]]:
+    """The answer to each prompt as a user's message, greedy unless sampling says otherwise, and its number of tokens."""
+    stops = {template.stop_id, vocabulary.eos_id}
+    rendered = [template.render([{"role": "user", "content": prompt}], True).ids for prompt in prompts]
+    room = model.config.block_size - 1
+    drawn = continue_all(model, [ids[-room:] for ids in rendered], sampling, [sampling.seed] * len(prompts), stops)
+    return [(vocabulary.decode(ids), len(ids)) for ids in drawn]
+
+
+def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampling: Sampling, system: str) -> None:
+    """Answer line after line, each with what was said before it, as far as it fits into the context.
+
+    Ctrl-C stops an answer. system: the system message, "" for none. An empty line is ignored.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    stops = {template.stop_id, vocabulary.eos_id}
+    block_size = model.config.block_size
+    room = block_size - min(sampling.max_new_tokens, block_size // 2)  # for the prompt
+    said: list[dict] = []
+    for turn, line in enumerate(line for line in lines if line.strip()):
+        said.append({"role": "user", "content": line})
+        cut = 0
+        while len(ids := template.render(opening + said, True).ids) > room and len(said) > 1:
+            said, cut = said[2:], cut + 2
+        if cut:
+            print(f"(the context is full: the first {cut} messages are forgotten)")
+        if len(ids) > room:
+            print(f"(this message is longer than the context: only its last {room} tokens are read)")
+        bits: list[str] = []
+
+        def write(bit: str, bits: list[str] = bits) -> None:
+            bits.append(bit)
+            print(visible(bit), end="", flush=True)
+
+        try:
+            stream_text(model, vocabulary, ids[-room:], sampling, (sampling.seed + turn) % (1 << 32), stops, write)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(flush=True)
+        said.append({"role": "assistant", "content": "".join(bits)})

@@ -216,7 +216,7 @@ def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[n
     for b, row in enumerate(rows):
         fields[:, b, : len(row.tokens)] = row[:5]
     idx, targets, parents, depth, counted = to_device(fields, device)
-    x, _ = model._backbone(idx, cache=PrefixTree(parents, depth))
+    x, _ = model._backbone(idx, False, PrefixTree(parents, depth))
     where = fields[4].astype(bool)
     x, targets = x[counted.bool()], targets[counted.bool()]
     losses, hits = [], []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -265,11 +266,14 @@ class Script:
         self.wte = types.SimpleNamespace(weight=torch.zeros(1))
 
     def stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+        seeds = [seed] if isinstance(seed, int) else seed
         self.asked.append((idx.tolist(), seed))
-        for token in self.tokens_by_seed[seed][:max_new_tokens]:
+        for token in itertools.islice(
+            zip(*(self.tokens_by_seed[seed] for seed in seeds), strict=False), max_new_tokens
+        ):
             self.given += 1
-            yield torch.full((len(idx), 1), token)
-            if token == stop_token:
+            yield torch.tensor(token)[:, None]
+            if {*token} <= {*stop_token}:
                 return
 
 
@@ -317,7 +321,7 @@ def test_a_sample_ends_there_also_where_tokens_are_fetched_rarely(monkeypatch, e
         for n in (1, every):
             monkeypatch.setattr(sampling, "look_every", lambda device, n=n: n)
             model, bits = Script(script), []
-            model.stream = lambda *args, stop_token, stream=model.stream: stream(*args, stop_token=-1)
+            model.stream = lambda *args, stop_token, stream=model.stream: stream(*args, stop_token=[-1])
             sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
             found.append((sample["continuation"], sample["new_tokens"], "".join(bits)))
         assert found[0] == found[1]
@@ -325,12 +329,33 @@ def test_a_sample_ends_there_also_where_tokens_are_fetched_rarely(monkeypatch, e
 
 
 def test_prompts_are_answered_together_and_in_their_order():
-    model = Script([*b"x\ny", 256, 7], [*b"zz", 256])
+    model = Script([*b"x\ny", 256, 7], [*b"zz", 256, 256])
     found = sampling.sample_all(model, ByteTokenizer(), ["bb", "a", "cc"], Sampling(samples=2, stop="\n"))
     assert [(s["prompt"], s["seed"], s["continuation"], s["new_tokens"]) for s in found] == [
         (prompt, seed, text, n) for prompt in ("bb", "a", "cc") for seed, text, n in ((0, "x", 4), (1, "zz", 3))
     ]
-    assert sorted(len(idx) for idx, _ in model.asked) == [1, 1, 2, 2]
+    assert sorted(len(idx) for idx, _ in model.asked) == [2, 4]
+
+
+def test_a_batch_draws_what_every_seed_gives_alone(bpe_run):
+    """Also where some end early and leave the batch, and where the context is full."""
+    model, vocabulary = load(bpe_run)
+    prompts = ["abc", "d e f g", "abd"]
+    options = Sampling(samples=9, max_new_tokens=50, temperature=1.5, top_k=20, top_p=0.95, seed=3)
+    stop = vocabulary.eos_id
+    for _ in range(2):
+        stops = {vocabulary.eos_id, stop}
+        wanted = [(vocabulary.encode(prompt), seed) for prompt in prompts for seed in range(3, 12)]
+        together = sampling.continue_all(
+            model, [ids for ids, _ in wanted], options, [seed for _, seed in wanted], stops
+        )
+        for (ids, seed), got in zip(wanted, together, strict=True):
+            alone = model.generate(torch.tensor([ids]), 50, 1.5, 20, 0.95, seed, stop_token=[*stops])
+            assert got == alone[0, len(ids) :].tolist()
+        stop = max(
+            {*together[0]}, key=lambda token: sum(ids.count(token) for ids in together)
+        )  # one that many draw, sooner or later
+    assert len({len(ids) for ids in together}) > 1
 
 
 def test_one_prompt_many_runs_and_seeds(run, tmp_path, capsys):
@@ -458,7 +483,7 @@ def test_a_sample_on_any_stdout(run, tmp_path, monkeypatch, encoding):
         (["--texts", "-1"], "--texts"),
         (["--minimal-pairs", "*.nothing"], "no such file"),
         (["--minimal-pairs", ""], "no such file"),
-        (["--minimal-pairs", "EMPTY"], "no pair"),
+        (["--minimal-pairs", "EMPTY"], "no rows"),
         (["--minimal-pairs", "EMPTY", "b.jsonl"], "in quotes"),
     ],
 )
@@ -597,7 +622,7 @@ def test_minimal_pairs_are_paired_between_runs(run, bpe_run, tmp_path, capsys):
         (b'{"sentence_good": "a", "sentence_bad": "b", "UID": "\\u001b[31m"}', "UID"),
         (b'{"sentence_good": "a", "sentence_bad": "b"', "not JSON"),
         (b'{"sentence_good": "\xe9", "sentence_bad": "b"}', "not JSON"),
-        (b'["a", "b"]', "no minimal pair"),
+        (b'["a", "b"]', "not a JSON object"),
     ],
 )
 def test_a_bad_pair_is_named(run, tmp_path, monkeypatch, line, expected):
