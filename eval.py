@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         sample_prompts(subjects, scores, texts, prompts, args.sampling)
         if args.json:
             write_json(args.json, scores)
+        if args.html:
+            write_page(args.html, measured_on, subjects, scores, found)
     return scores
 
 

@@ -20,6 +20,7 @@ import train
 from minidisp import InputError, report
 from minidisp.report import Table, figures
 from minidisp.report import __main__ as curves
+from minidisp.report.page import _configurations
 from minidisp.runtime import checkpoint
 from tests.conftest import small_config, small_flags
 
@@ -362,18 +363,18 @@ def test_a_long_run_makes_no_long_page():
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert len(data["runs"][0]["evaluations"]) == 100
     assert data["runs"][0]["evaluations"][-1]["step"] == 2999
-    assert len(data["runs"][0]["training"]) == 1000
+    assert {len(values) for values in data["runs"][0]["training"].values()} == {1000}
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def browse(path, tmp_path) -> str:
-    """The page as a browser has made it, its scripts included."""
+def browse(path, tmp_path, width=1000, dark=False) -> str:
+    """The page as a browser has made it, its scripts included; any error of a script fails."""
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-         "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
+         f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert not re.findall(r"CONSOLE.*", done.stderr)  # errors of scripts, and whatever the page was refused
@@ -401,7 +402,7 @@ def test_the_page_in_a_browser(tmp_path):
       const out = document.createElement("pre"); out.id = "log"; out.textContent = JSON.stringify(log); document.body.append(out);
     """
     path = tmp_path / "page.html"
-    path.write_text(page.replace("drawMaps();\n</script>", f"drawMaps();\n{drive}</script>"), encoding="utf-8")
+    path.write_text(page.replace("drawAll();\n</script>", f"drawAll();\n{drive}</script>"), encoding="utf-8")
     dom = browse(path, tmp_path)
     log = json.loads(html.unescape(re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)[1]))
     assert log[:4] == ["0", "10", "20", "40"]
@@ -410,8 +411,76 @@ def test_the_page_in_a_browser(tmp_path):
     assert log[7:9] == [3, True]
     assert log[9:11] == [1 + len(report.FURTHER), 8]
     assert log[11] == EVIL
-    assert "<title>minidisp: condensation report</title>" in dom
+    assert "<title>minidisp: evaluation report</title>" in dom
     assert "<img" not in dom
+
+
+READ = """
+  const shown = [...document.querySelectorAll("svg.chart")].filter((c) => c.clientWidth);
+  const out = document.createElement("pre"); out.id = "log"; document.body.append(out);
+  const over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  for (const o of $("step-x").options) { $("step-x").value = o.value; $("step-x").dispatchEvent(new Event("change")); }
+  $("step-log").click(); $("smooth").value = 20; $("smooth").dispatchEvent(new Event("input"));
+  const chart = $("step-chart"), box = chart.getBoundingClientRect();
+  chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 90 }));
+  out.textContent = JSON.stringify({
+    over, dark: getComputedStyle(document.body).backgroundColor, sizes: shown.map((c) => c.viewBox.baseVal.width / c.clientWidth),
+    readout: [...chart.querySelectorAll("g[visibility=visible] text")].map((t) => t.textContent),
+    sticky: getComputedStyle(document.querySelector("tbody th")).position, winner: $("winner").textContent,
+    legend: document.querySelectorAll("[data-legend] .winner").length, samples: $("samples").textContent,
+  });
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [500, 1000, 1900])  # a window is at least 500 wide
+def test_the_page_at_three_widths_in_both_colour_schemes(tmp_path, width, dark):
+    """No script fails, nothing is wider than the window, text is not scaled, hovering shows values, the winner is marked."""
+    scores = [{**made_up_scores(f"{name}-s{seed}"), "samples": [{"seed": 3, "prompt": "a <b>", "continuation": " &c"}]}
+              for name in ("plain", "better") for seed in (0, 1, 2)]  # fmt: skip
+    groups = [{"name": name, "runs": [f"{name}-s{seed}" for seed in (0, 1, 2)], "seeds": [0, 1, 2], "mean": mean, "sd": 0.1}
+              for name, mean in (("plain", 1.0), ("better", 0.9))]  # fmt: skip
+    groups[1]["versus_first"] = {"pairs": 3, "mean": -0.1, "sd": 0.1, "low": -0.15, "high": -0.05, "verdict": "better"}
+    for i, score in enumerate(scores):
+        score["over_seeds"] = {"bits_per_byte": groups[i // 3]}
+    metrics = [{**line, "tokens": 8 * line["step"], "seconds": line["step"] * 20, "lr": 1e-3, "grad_norm": 1 + line["step"],
+                "tokens_per_second": 5} for line in made_up_metrics()]  # fmt: skip
+    page = report.html_page("text", ["a"], [report.score_table(scores)], [], scores, [metrics] * 6)
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("drawAll();\n</script>", f"drawAll();\n{READ}</script>"), encoding="utf-8")
+    dom = browse(path, tmp_path, width, dark)
+    found = json.loads(html.unescape(re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)[1]))
+    assert found["over"] <= 0
+    assert found["dark"] == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
+    assert found["sizes"] == pytest.approx([1.0] * len(found["sizes"]), abs=0.01)
+    assert len(found["sizes"]) == 6
+    assert found["readout"][0].startswith("training time ")
+    assert len(found["readout"]) == 1 + 12  # validation and training of six runs
+    assert found["sticky"] == "sticky"
+    assert found["winner"].startswith(
+        "\u2605 better has fewer bits per byte than plain: -0.1000, 95 % interval -0.1500 to -0.05"
+    )
+    assert found["legend"] == 2 * 3
+    assert found["samples"].count("a <b> &c") == 6
+
+
+def test_a_winner_needs_a_verdict():
+    def winners(*verdicts):
+        groups = [{"name": "first", "runs": [], "mean": 1.0}]
+        groups += [{"name": f"{i}", "runs": [], "mean": 1.0 + sign * (i + 1) / 10,
+                    "versus_first": {"pairs": 3, "mean": 0.1, "low": 0.0, "high": 0.2, "verdict": verdict}}
+                   for i, (verdict, sign) in enumerate(verdicts)]  # fmt: skip
+        return [
+            c["name"] for c in _configurations([{"over_seeds": {"bits_per_byte": g}} for g in groups]) if c["winner"]
+        ]
+
+    assert winners(("better", -1), ("no difference", 1)) == ["0"]
+    assert winners(("better", -1), ("better", -1)) == ["1"]
+    assert winners(("worse", 1), ("worse", 1)) == ["first"]
+    assert winners(("worse", 1), ("one seed", -1)) == []
+    assert winners() == []
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
@@ -427,7 +496,7 @@ def test_eval_writes_the_page(run, tmp_path, capsys):
     path = tmp_path / "page.html"
     evaluation.main([str(run), "--tokens", "300", "--html", str(path)])
     page = path.read_text(encoding="utf-8")
-    assert "Condensation report" in page
+    assert "Evaluation report" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [e["step"] for e in data["runs"][0]["evaluations"]] == [0, 6, 12]
     assert str(path) in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing but itself; its form and its scripts are report.html beside this file."""
+"""One self-contained HTML page; its layout and scripts are in report.html beside this file."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from minidisp.report.figures import line_styles, pair_density
 from minidisp.report.tables import FURTHER, Table, escaped
 from minidisp.runtime.files import to_json
 
-PAGE_POINTS = 100  # evaluations of a run, and training steps times ten, that the page shows at most
+PAGE_POINTS = 100  # evaluations of a run, and a tenth of the training steps, that the page shows at most
+_TRAINING = ("step", "tokens", "seconds", "ce", "lr", "grad_norm", "tokens_per_second")
 
 
 def html_page(
@@ -19,17 +20,17 @@ def html_page(
     scores: list[dict],
     metrics: list[list[dict]],
 ) -> str:
-    """The text of one HTML page that needs nothing but itself: tables, curves, and heat maps through the training.
+    """The text of one HTML page that needs nothing but itself: comparison, tables, curves, heat maps and samples.
 
     details: tables to fold away. metrics: a list of lines for every model, empty where there are none. All text is
-    escaped, and the page forbids itself to load anything.
+    escaped, and the page's security policy forbids it to load anything.
     """
     runs = []
     styles = line_styles(len(scores))
     for s, lines, style in zip(scores, metrics, styles, strict=True):
         measured = s["condensation"]
         evaluations = [line for line in lines if "val_loss" in line]
-        training = [[line["step"], line["ce"]] for line in lines if "ce" in line]
+        training = _thin([line for line in lines if "ce" in line], 10 * PAGE_POINTS)
         runs.append({
             "name": s["name"],
             "color": style["color"],
@@ -37,15 +38,20 @@ def html_page(
             "by_layer": {key: measured[f"{key}_by_layer"] for key in _LAYER_METRICS},
             "histogram": _coarse(measured["histogram_by_layer"]),
             "pair_histogram": _coarse(measured["pair_histogram_by_layer"]),
-            "training": _thin(training, 10 * PAGE_POINTS),
+            "training": {key: [line.get(key) for line in training] for key in _TRAINING},
             "evaluations": [
-                {"step": line["step"], **{key: line.get(key) for key in (*_STEP_METRICS, "mean_cosine_by_layer")},
+                {**{key: line.get(key) for key in ("step", "tokens", "seconds", *_STEP_METRICS, "mean_cosine_by_layer")},
                  "histogram": _coarse(line["histogram_by_layer"]) if "histogram_by_layer" in line else None}
                 for line in _thin(evaluations, PAGE_POINTS)
+            ],
+            "samples": [
+                {"order": order, **{key: sample[key] for key in ("seed", "prompt", "continuation")}}
+                for order, sample in enumerate(s.get("samples", []))
             ],
         })  # fmt: skip
     data = {
         "runs": runs,
+        "configurations": _configurations(scores),
         "layer_metrics": list(_LAYER_METRICS.items()),
         "step_metrics": list(_STEP_METRICS.items()),
         "pair_density": pair_density([s["condensation"]["pair_histogram_by_layer"] for s in scores]),
@@ -66,21 +72,52 @@ def html_page(
 
 _LAYER_METRICS = {"mean_cosine": "mean cosine (the paper's)", **{key: label for key, label, _ in FURTHER}}
 _STEP_METRICS = {
-    "val_loss": "cross-entropy, nats per token (faint: training batches)",
-    "bits_per_byte": "validation, bits per byte",
-    "last_half_mean": "mean cosine, later half of the layers",
-    "spearman": "Spearman, mean cosine with depth",
-    "kendall": "Kendall, mean cosine with depth",
+    "val_loss": "cross-entropy, nats per token (faint: training)",
+    "bits_per_byte": "validation bits per byte",
+    "last_half_mean": "mean cosine, last half of the layers",
+    "spearman": "Spearman, mean cosine against depth",
+    "kendall": "Kendall, mean cosine against depth",
 }
 
 
+def _configurations(scores: list[dict]) -> list[dict]:
+    """The configurations that were compared in bits per byte, the first one first, and which of them won.
+
+    One wins if it is better than the first and none is ahead of it, or if it is the first and all others are worse.
+    """
+    groups = []
+    for s in scores:
+        group = s.get("over_seeds", {}).get("bits_per_byte")
+        if group and group not in groups:
+            groups.append(group)
+    found = []
+    for group in groups:
+        versus = group.get("versus_first", {})
+        found.append({
+            "name": group["name"], "runs": group["runs"], "mean": group["mean"], "winner": False, "reason": "",
+            "difference": versus.get("mean"), **{key: versus.get(key) for key in ("low", "high", "pairs", "verdict")},
+        })  # fmt: skip
+    if len(found) > 1:
+        first, *others = found
+        best = min(others, key=lambda c: c["mean"])
+        if best["verdict"] == "better":
+            best |= {"winner": True, "reason": f"has fewer bits per byte than {first['name']}: {_interval(best)}"}
+        elif all(c["verdict"] == "worse" for c in others):
+            first |= {"winner": True, "reason": f"has fewer bits per byte; next is {best['name']}: {_interval(best)}"}
+    return found
+
+
+def _interval(c: dict) -> str:
+    return f"{c['difference']:+.4f}, 95 % interval {c['low']:+.4f} to {c['high']:+.4f} over {c['pairs']} pairs of seeds"
+
+
 def _thin(items: list, most: int) -> list:
-    """At most so many of the items, evenly spaced, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def _coarse(histograms: list[list[float]]) -> list[list[float]]:
-    """Two digits are enough for a colour, and most are 0."""
+    """Rounded to two digits: enough for a colour, and most are 0."""
     return [[round(density or 0, 2) or 0 for density in histogram] for histogram in histograms]
