@@ -92,10 +92,14 @@ def printable(text: str | Path, most: int | None = None, keep: str = "") -> str:
 
     most: how many characters may be shown; of a longer text, the middle is left out. keep: characters not to escape.
     """
-    text = str(text)
-    if most is not None and len(text) > most:  # before escaping, which takes its time for megabytes
-        text = f"{text[: most // 2]} [...] {text[-(most // 2) :]}"
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    text = _shortened(str(text), most)  # first, as escaping megabytes takes its time
+    return _shortened(_UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text), most)
+
+
+def _shortened(text: str, most: int | None) -> str:
+    if most is None or len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [...] {text[len(text) - most // 2 + 7 :]}"
 
 
 def _escape(character: str) -> str:

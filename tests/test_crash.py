@@ -20,7 +20,7 @@ import train
 from minidisp import report
 from minidisp.runtime import checkpoint, files
 from tests.conftest import small_config, small_flags
-from tests.test_train import assert_same_state, lines
+from tests.test_train import assert_equal, assert_same_state, lines
 
 ROOT = Path(train.__file__).parent
 KILLS = 50
@@ -133,6 +133,106 @@ def test_fifty_kills_lose_nothing(corpus, tmp_path):
     assert_same_state(whole, killed)
     assert lines(killed) == lines(whole)  # no step torn, doubled or left out
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+# --- killed twice, before any change of a file --------------------------------------------------------------------------
+
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+
+def killed_at(point: int, folder: Path, work) -> bool:
+    """Call work() in a fork that kills itself before its point-th change of a file in the folder; whether it came to that.
+
+    point: counted from 1; 0 lets it finish.
+    """
+    child = os.fork()
+    if not child:
+        left, code = point, 1
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal left
+            if event not in CHANGES or not str(arguments[0]).startswith(str(folder)):
+                return
+            if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                return
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+    return os.WIFSIGNALED(status)
+
+
+def kill_overwriting_twice(corpus: Path, folder: Path, every: int) -> dict:
+    """Replace a run with --overwrite, killed at a point, then again, killed at another one; every: one of so many points.
+
+    In between, --resume never continues the run that was to be replaced; in the end the new one is there, exact.
+    """
+    torch.set_num_threads(1)
+    report.draw_run = lambda *_: []
+    few = {"max_steps": 2, "eval_every": 2, "save_every": 1, "dropout": 0.0}
+    train.main(tiny_config(corpus, folder / "old", **few, keep=1))
+    train.main(tiny_config(corpus, folder / "new", **few, keep=1, seed=5, overwrite=True))
+    out, seen, rng = folder / "run", {"pairs": 0, "refused": 0, "resumed": 0}, random.Random(1)
+
+    def overwrite() -> None:
+        train.main(tiny_config(corpus, out, **few, keep=1, seed=5, overwrite=True))
+
+    def try_to_resume() -> None:
+        copy = folder / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(out, copy)
+        code = train.cli(["--resume", "--out", str(copy)])
+        assert code in (0, 2), code
+        seen["resumed" if code == 0 else "refused"] += 1
+        if code == 0:
+            assert json.loads((copy / "config.json").read_text())["seed"] == 5, "the run that was replaced was resumed"
+            assert_equal(*(checkpoint.read(where / checkpoint.LAST)["model"] for where in (copy, folder / "new")))
+
+    point, there = 1, True
+    while there:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder / "old", out)
+        before_anything = sorted(path.name for path in out.iterdir())
+        there = killed_at(point, out, overwrite)
+        if there and (
+            sorted(path.name for path in out.iterdir()) != before_anything
+            or (out / "metrics.jsonl").stat().st_size == 0
+        ):
+            try_to_resume()
+            killed_at(rng.randint(1, point + 5), out, overwrite)
+            try_to_resume()
+        overwrite()
+        assert_same_state(out, folder / "new")
+        assert lines(out) == lines(folder / "new")
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (folder / "new").iterdir())
+        seen["pairs"] += 1
+        point += every
+    return seen
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_crash", corpus, tmp_path, str(every)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["refused"]
+    assert seen["resumed"]
+    assert seen["pairs"] >= 30 // every
 
 
 # --- disks that do not take it ---------------------------------------------------------------------------------------
@@ -349,6 +449,51 @@ def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
     assert_it_goes_on(half_done)
 
 
+@pytest.mark.parametrize("how", ["removed", "begun again", "moved", "its metrics replaced"])
+@pytest.mark.parametrize("step", [3, 6, 11])
+def test_a_folder_that_is_replaced_gets_no_more_writes(corpus, run, tmp_path, capsys, monkeypatch, how, step):
+    """`rm -rf runs/x` and a new start while the old process lives: the old one must not write into the new run."""
+    folder, rate = tmp_path / "run", train.learning_rate
+
+    def replaced(index, config):
+        if index == step:
+            folder.rename(tmp_path / "moved") if how == "moved" else None
+            if how == "its metrics replaced":
+                (folder / "metrics.jsonl").unlink()
+                (folder / "metrics.jsonl").write_text("")
+            elif how != "moved":
+                shutil.rmtree(folder)
+            if how == "begun again":
+                shutil.copytree(run, folder)
+        return rate(index, config)
+
+    monkeypatch.setattr(train, "learning_rate", replaced)
+    assert train.cli([*small_flags(save_every=2), "--data", str(corpus), "--out", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} was removed or replaced" in error
+    assert error.count("\n") == 1
+    if how == "begun again":
+        there = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert there == {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    elif how in ("removed", "moved"):
+        assert not folder.exists()
+
+
+def test_metrics_that_end_before_the_checkpoint_are_refused(half_done, capsys):
+    path, before = half_done / "metrics.jsonl", (half_done / checkpoint.LAST).read_bytes()
+    kept = path.read_text().splitlines(keepends=True)
+    for content in ("", "".join(kept[:3]), "".join(kept[:-2])):
+        path.write_text(content)
+        assert resume(half_done) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{half_done / checkpoint.LAST} was saved after step 8 was logged, but {path} ends at step" in error
+        assert path.read_text() == content
+        assert (half_done / checkpoint.LAST).read_bytes() == before
+    path.write_text("".join(kept))
+    assert_it_goes_on(half_done)
+
+
 @pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"]])
 def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, flags):
     before = {path.name: path.read_bytes() for path in half_done.iterdir()}
@@ -375,4 +520,6 @@ def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(kill_again_and_again(Path(sys.argv[1]), Path(sys.argv[2]))))
+    where = Path(sys.argv[1]), Path(sys.argv[2])
+    found = kill_overwriting_twice(*where, int(sys.argv[3])) if sys.argv[3:] else kill_again_and_again(*where)
+    print("\n" + json.dumps(found))

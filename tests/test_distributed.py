@@ -221,6 +221,100 @@ def test_out_of_memory_in_one_of_several_says_what_to_lower():
         half_of(1, MemoryError(), "step 3", World(rank=1, size=2))
 
 
+# --- processes that were started differently --------------------------------------------------------------------------
+
+# Each setting is that of the second process alone. The folder `here` is another corpus in each of them.
+DISAGREE = """
+import json, os, sys
+from contextlib import ExitStack
+import train
+from minidisp import InputError
+from minidisp.runtime import device
+from tests.conftest import small_config
+
+corpora, folder, cases = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+with ExitStack() as at_exit:
+    world = train.World.join(at_exit)
+    os.chdir(f"{folder}/{world.rank}")
+    for number, (both, other) in enumerate(cases):
+        changes = {**both, **(other if world.rank else {})}
+        code_hash = device.code_hash
+        if changes.pop("code", False):
+            device.code_hash = lambda: "changed"
+        corpus = changes.pop("data", corpora[0])
+        try:
+            train.main(small_config(corpus, f"{folder}/run{number}", **changes), world)
+            said = "trained"
+        except InputError as error:
+            said = str(error)
+        device.code_hash = code_hash
+        said = world.gather(said)
+        if world.main:
+            print("SAID " + json.dumps(said), flush=True)
+train.leave(0)
+"""
+
+DIFFERENT = {
+    "lr": 1.0, "seed": 7, "optimizer": "muon", "batch_size": 2, "grad_accum": 3, "ema": 0.9, "dispersion": 0.1, "eval_every": 1,
+    "n_embd": 16, "max_steps": 3, "dropout": 0.1, "arch": "qwen3", "device": "cuda", "compile": "on", "save_every": 1, "dtype": "bfloat16",
+    "distill": "elsewhere", "init_from": "elsewhere", "resume": True, "shard": True, "keep": 2, "threads": 2,
+}  # fmt: skip
+
+
+def test_processes_with_other_flags_data_or_code_are_told_which(corpus, bpe_corpus, tmp_path):
+    for rank, source in enumerate((corpus, bpe_corpus)):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "here").symlink_to(source)
+    script = tmp_path / "disagree.py"
+    script.write_text(DISAGREE)
+    cases = [*([{}, {name: value}] for name, value in DIFFERENT.items()), [{}, {"data": str(bpe_corpus)}],
+             [{"data": "here"}, {}], [{}, {"code": True}], [{"max_steps": 1}, {}]]  # fmt: skip
+    process = torchrun(2, json.dumps([str(corpus)]), str(tmp_path), json.dumps(cases), script=str(script))
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    said = [json.loads(line[5:]) for line in printed.splitlines() if line.startswith("SAID ")]
+    assert len(said) == len(cases), printed
+    names = [*(f"--{name.replace('_', '-')}: " for name in DIFFERENT), "--data: ", "--data: ", "the code of minidisp: "]
+    for name, messages in zip(names, said, strict=False):
+        assert messages[0] == messages[1]
+        assert messages[0].startswith(f"the processes differ in {name}"), messages
+        assert "in process 0" in messages[0]
+        assert "in process 1" in messages[0]
+    assert said[-1] == ["trained", "trained"]
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"0", "1", "disagree.py", f"run{len(cases) - 1}"}  # nothing was written before they agreed
+
+
+def test_two_commands_that_differ_end_with_one_line(corpus, tmp_path):
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29631",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "train.py", *small_flags(max_steps=2, data=corpus, out=tmp_path / "run")]
+    started = [
+        subprocess.Popen([*command, "--weight-decay", str(rank)], cwd=ROOT, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=200) for process in started]
+    assert [process.returncode for process in started] == [2, 2], printed
+    said = "".join(err for _, err in printed).splitlines()
+    assert (
+        len(
+            [
+                line
+                for line in said
+                if "the processes differ in --weight-decay: 0.0 in process 0, 1.0 in process 1" in line
+            ]
+        )
+        == 1
+    ), said
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "run").exists()
+
+
 def wait_until(what, process: subprocess.Popen, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():

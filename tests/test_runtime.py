@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
+import minidisp
 import train
 from minidisp import InputError, loss, report
 from minidisp.config import parse
-from minidisp.runtime import checkpoint, device, processes
+from minidisp.runtime import checkpoint, command, device, processes
 from minidisp.runtime.processes import World
 from tests.conftest import small_config, small_flags
 
@@ -483,3 +486,265 @@ def test_damaged_metrics_of_a_run_that_is_replaced_do_not_matter(corpus, tmp_pat
     (tmp_path / "run" / "metrics.jsonl").write_text("no metrics\n" * 3)
     train.main(dataclasses.replace(config, overwrite=True))
     assert metrics(tmp_path / "run")[-1]["step"] == 1
+
+
+# --- signals, streams and what is printed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trap", "stops"), [("trap '' INT;", False), ("", True)])
+def test_a_signal_that_was_inherited_as_ignored_stays_ignored(corpus, tmp_path, trap, stops):
+    """As shells start background jobs of scripts. SIGTERM stops such a training, with a checkpoint."""
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+    flags = small_flags(
+        data=corpus, out=run, max_steps=100_000, save_every=100_000, eval_every=100_000, schedule="constant"
+    )
+    process = subprocess.Popen(
+        ["sh", "-c", f'{trap} exec "$0" "$@"', sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+    def steps() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    try:
+        wait_for(lambda: steps() > 3, process)
+        process.send_signal(signal.SIGINT)
+        if not stops:
+            before = steps()
+            wait_for(lambda: steps() > before + 20, process)
+            process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if stops else 143), error
+    name = "SIGINT" if stops else "SIGTERM"
+    assert f"by {name}; continue with: python train.py --resume" in error
+    assert checkpoint.read(run / checkpoint.LAST)["step"] > 0
+
+
+def wait_for(what, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_an_ignored_signal_is_not_caught(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ExitStack() as at_exit:
+            caught = command.catch_signals(at_exit, World())
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == []
+            os.kill(os.getpid(), signal.SIGINT)
+            assert caught == [signal.SIGINT]
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "data/prepare.py", "-m minidisp.hf"])
+def test_an_interrupt_while_importing_is_one_line(program):
+    """Wherever it comes: a sitecustomize sends it when a module is looked for."""
+    hook = "import os, signal, sys\nclass F:\n  def find_spec(self, name, *_):\n    if name == {!r}: os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, F())\n"
+    module = "numpy" if program == "data/prepare.py" else "torch"
+    start = (
+        "runpy._run_module_as_main(sys.argv.pop(1))"
+        if program.startswith("-m")
+        else "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hook.format(module)}import runpy; sys.argv = {[*program.split(), '--help']!r}; sys.path.insert(0, '.'); {start}"],
+        cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted\n"), done
+
+
+@pytest.mark.parametrize(
+    ("closed", "program"),
+    [("<&- >&- 2>&-", "train.py"), (">&-", "eval.py"), pytest.param("2>&-", "eval.py", marks=pytest.mark.slow)],
+)
+def test_closed_streams_are_no_error(corpus, run, tmp_path, closed, program):
+    """pythonw and some services start programs so. Nothing that is printed may end up in a file of the run."""
+    out, scores = tmp_path / "run", tmp_path / "r.json"
+    if program == "train.py":
+        flags = small_flags(data=corpus, out=out, max_steps=2, eval_every=1, save_every=1)
+    else:
+        flags = [str(run), "--json", str(scores), "--tokens", "200"]
+    for words, code in ((flags, 0), (["--nonsense"], 2)):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, program, *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        assert done.returncode == code, (words, done)
+        assert "Traceback" not in done.stderr
+    if program == "train.py":
+        assert [line["step"] for line in report.read_metrics(out / "metrics.jsonl")][-1] == 2
+        assert checkpoint.read(out / checkpoint.LAST)["step"] == 2
+    else:
+        assert json.loads(scores.read_text())[0]["tokens"] == 200
+
+
+@pytest.mark.parametrize(
+    ("program", "reader"), [("train.py", "| true"), ("eval.py", "> /dev/full"), ("data/prepare.py", "| true")]
+)
+def test_a_stdout_that_takes_nothing_is_one_line(program, reader):
+    shell = f'{{ "$0" "$@"; echo "code $?" >&2; }} {reader}'
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    said = done.stderr.splitlines()
+    assert said[-1] in ("code 2", "code 0"), said
+    assert len(said) <= 2
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\u202eevil\u2066\r\x9b31m\x00\u2028"
+
+
+def test_what_could_command_a_terminal_is_escaped():
+    for text in (HOSTILE, "\x7f", "\ud800", "\U000e0041"):
+        shown = minidisp.printable(text)
+        assert shown.isprintable(), ascii(shown)
+        assert not minidisp.is_plain(text)
+    assert minidisp.printable("naïve 中文 \u200d\u200f é") == "naïve 中文 \u200d\u200f é"
+    assert minidisp.printable("a\n\tb\x1b\r", keep="\n\t") == "a\n\tb\\x1b\\r"
+    long = minidisp.printable("x" * 3_000_000 + "the end", 100)
+    assert len(long) < 120
+    assert long.endswith("the end")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--out", f"runs/{HOSTILE[:-2]}"], ["--data", f"x{HOSTILE[5]}"], [f"--{HOSTILE[:5]}"], ["--config", "\n\x1b[2J" * 2000], ["--preset", "\x1b[1m"],
+     ["--lr", "\x1b[2J\n"], ["--resume", "--out", "\x1b[2J/\u202e"], ["--init-from", "\x9b"], ["--" + "y" * 300_000], ["--seed", "9" * 5000]],
+)  # fmt: skip
+def test_messages_are_one_line_of_what_can_be_printed(words, capsys):
+    assert train.cli([word.replace("\0", "") for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error[:-1].isprintable(), ascii(error)
+    assert len(error) < 2000
+
+
+def test_samples_and_prompts_are_shown_escaped_and_kept_as_they_are(run, tmp_path, capsys, monkeypatch):
+    written = HOSTILE.encode()
+    ids = iter([*written, ord("\n"), ord("\t"), ord("z")] * 3)
+    monkeypatch.setattr(
+        "minidisp.sampling._stream", lambda *_: (torch.tensor([[next(ids)]]) for _ in range(len(written) + 3))
+    )
+    assert (
+        evaluation.cli(
+            [
+                str(run),
+                "--split",
+                "none",
+                "--sample",
+                f"prompt {HOSTILE}".replace("\0", ""),
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.replace("\t", "").split("\n")), ascii(shown)
+    assert "\\x1b]0;title\\x07" in shown
+    assert "\n\tz" in shown
+    (sample,) = json.loads((tmp_path / "r.json").read_text())[0]["samples"]
+    assert sample["continuation"] == HOSTILE + "\n\tz"
+
+
+# --- what a run ran on --------------------------------------------------------------------------------------------------
+
+
+def test_the_limits_of_containers_count(tmp_path, monkeypatch):
+    def put(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    assert list(device.cgroup_limits(tmp_path)) == []  # no Linux
+    put("proc/self/cgroup", "0::/a/b/c\n")
+    put("sys/fs/cgroup/a/memory.max", "5000000000\n")  # of a group above
+    put("sys/fs/cgroup/a/b/memory.max", "max\n")
+    put("sys/fs/cgroup/a/b/c/memory.max", "7000000000\n")
+    assert sorted(device.cgroup_limits(tmp_path)) == [5_000_000_000, 7_000_000_000]
+    put(
+        "proc/self/cgroup", "0::/../../elsewhere/of/the/host\n"
+    )  # as a container sees it: its group is mounted at the top
+    put("sys/fs/cgroup/memory.max", "3000000000\n")
+    assert list(device.cgroup_limits(tmp_path)) == [3_000_000_000]
+    put(
+        "proc/self/cgroup", "12:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n"
+    )  # version 1, with an empty version 2 beside
+    put("sys/fs/cgroup/memory.max", "max")
+    put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")  # none
+    put("sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", "2000000000")
+    assert list(device.cgroup_limits(tmp_path)) == [2_000_000_000]
+    monkeypatch.setattr(device, "cgroup_limits", lambda root: iter([10**9]))
+    assert device.memory_bytes(torch.device("cpu")) == 10**9
+
+
+def test_a_model_too_large_for_its_container_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "cgroup_limits", lambda root: iter([1 << 20]))
+    flags = [*small_flags(n_embd=512, n_layer=4, n_head=4), "--data", str(corpus), "--out", str(tmp_path / "run")]
+    assert train.cli(flags) == 2
+    assert "out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_commit_is_of_the_codes_own_repository(tmp_path, monkeypatch):
+    def git(*words, where):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", *identity, *words],
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "GIT_CONFIG_GLOBAL": os.devnull},
+        )
+        return done.stdout.strip()
+
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "vendored"
+    inner.mkdir(parents=True)
+    (inner / "train.py").write_text("")
+    git("init", "-q", where=outer)
+    git("add", "-A", where=outer)
+    git("commit", "-qm", "outer", where=outer)
+    monkeypatch.setattr(device, "ROOT", inner)
+    assert device.git("rev-parse", "HEAD") is None
+    assert device.git("status", "--porcelain") is None
+    git("init", "-q", where=inner)
+    git("add", "-A", where=inner)
+    git("commit", "-qm", "inner", where=inner)
+    assert device.git("rev-parse", "HEAD") == git("rev-parse", "HEAD", where=inner)
+    mine = git("rev-parse", "HEAD", where=inner)
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as inside a hook
+    assert device.git("rev-parse", "HEAD") == mine
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_eval_out_of_memory_is_one_line(run, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("minidisp.model.GPT.forward", fail)
+    assert evaluation.cli([str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr("minidisp.model.GPT.forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation.cli([str(run)])
