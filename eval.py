@@ -185,7 +185,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("json", "html", "figures"):
         if getattr(args, flag) is not None:
             setattr(args, flag, output_path(f"--{flag}", getattr(args, flag), folder=flag == "figures"))
-    outputs = [path.resolve() for path in (args.json, args.html, args.figures) if path]
+    outputs = [os.path.realpath(path) for path in (args.json, args.html, args.figures) if path]
     if len(set(outputs)) < len(outputs):
         raise InputError("--json, --html and --figures must be different paths")
     if args.figures and (reason := report.cannot_draw()):

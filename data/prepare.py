@@ -287,8 +287,10 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         )
     if (out / INPUTS).is_file() and source.inputs is not None:
         records = [parse_json(line, out / INPUTS) for line in read_bytes(out / INPUTS).splitlines()]
+        kinds = {"file": str, "bytes": int, "times": list, "sha256": str}
         if not all(
-            isinstance(record, dict) and {"file", "bytes", "times", "sha256"} <= {*record} for record in records
+            isinstance(record, dict) and all(type(record.get(key)) is kind for key, kind in kinds.items())
+            for record in records
         ):
             raise InputError(f"{out / INPUTS} is damaged: prepare the corpus again with --overwrite")
         if change := changed(records, source.inputs):

@@ -7,6 +7,7 @@ What is undefined (an interval from one value) is NaN.
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class Measure:
 
 def short_names(paths: list[str]) -> list[str]:
     """The shortest names that differ: the last part of each path, or more parts; printable whatever the path's bytes."""
-    resolved = [Path(path).resolve() for path in paths]
+    resolved = [Path(os.path.realpath(path)) for path in paths]  # of a loop of links, too
     parts = 1
     while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
         parts += 1

@@ -194,7 +194,8 @@ class Config(GPTConfig):
                 f"follow every reset: give at most {self.max_steps // 2}, or more --max-steps"
             )
         if self.distill:
-            if self.run_dir.resolve() in (Path(self.distill).resolve(), Path(self.distill).resolve().parent):
+            teacher = os.path.realpath(self.distill)  # of a loop of links, too
+            if os.path.realpath(self.run_dir) in (teacher, os.path.dirname(teacher)):
                 raise InputError(
                     f"--distill {self.distill} is this run itself: name another teacher, or give another --out"
                 )

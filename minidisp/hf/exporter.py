@@ -1,6 +1,7 @@
 """A run as a folder for transformers: config.json, model.safetensors, and the tokenizer's files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already: choose another folder")
-    if folder.resolve() == Path.cwd():
+    if os.path.realpath(folder) == os.getcwd():
         raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}

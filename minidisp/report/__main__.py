@@ -8,6 +8,7 @@ One figure: validation loss and smoothed training loss, and below them gradient 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def command(args: argparse.Namespace) -> None:
 def names(runs: list[Path]) -> dict[str, Path]:
     """A name for each run: that of its folder, or its whole path where two folders share one."""
     runs = list(dict.fromkeys(runs))
-    folders = [(run.parent if run.suffix == ".jsonl" else run).resolve().name for run in runs]
+    folders = [Path(os.path.realpath(run.parent if run.suffix == ".jsonl" else run)).name for run in runs]
     return {printable(name if folders.count(name) == 1 else run): run for name, run in zip(folders, runs, strict=True)}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minidisp import printable
 from minidisp.report.figures import line_styles, pair_density
 from minidisp.report.tables import FURTHER, Table, escaped
 from minidisp.runtime.files import to_json
@@ -45,7 +46,7 @@ def html_page(
                 for line in _thin(evaluations, PAGE_POINTS)
             ],
             "samples": [
-                {"order": order, **{key: sample[key] for key in ("seed", "prompt", "continuation")}}
+                {"order": order, "seed": sample["seed"], **{key: printable(sample[key], keep="\n\t") for key in ("prompt", "continuation")}}
                 for order, sample in enumerate(s.get("samples", []))
             ],
         })  # fmt: skip
