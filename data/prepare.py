@@ -79,12 +79,19 @@ def prepare(name: str) -> Path:
 def find_or_prepare(name: str) -> Path:
     """The folder of the corpus that --data names: a folder, a name in data/, or a built-in corpus, prepared now.
 
-    Raises InputError if there is no such corpus.
+    Raises InputError if there is no such corpus, or if the name means two: the same command would train on another
+    corpus in another working folder.
     """
     given = Path(os.path.expanduser(name))
-    for folder in (given, DATA / name):
-        if (folder / "meta.json").is_file():
-            return folder
+    found = {os.path.realpath(path): path for path in (given, DATA / name) if (path / "meta.json").is_file()}
+    if len(found) == 2:
+        raise InputError(
+            f"--data {printable(name)} could be {printable(given.absolute())} or {printable(DATA / name)}: give the whole path"
+        )
+    if found:
+        if name in BUILT_IN and given in found.values():
+            say(f"--data {name} is the folder {printable(given.absolute())}, not the built-in corpus of that name")
+        return next(iter(found.values()))
     if name in BUILT_IN:
         print(f"preparing the corpus {name}, once:", flush=True)
         return prepare(name)

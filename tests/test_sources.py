@@ -847,6 +847,24 @@ def test_find_or_prepare(run, tmp_path, monkeypatch):
             prepare.find_or_prepare(name)
 
 
+def test_a_name_that_means_two_corpora_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    Path("a.txt").write_text("words and more words\n" * 10)
+    assert run("--input", "a.txt", *BYTES)[0] == 0
+    assert prepare.find_or_prepare("out") == Path("out")
+    shutil.copytree("out", tmp_path / "data" / "out")
+    with pytest.raises(InputError, match=rf"--data out could be {tmp_path}/out or {tmp_path}/data/out"):
+        prepare.find_or_prepare("out")
+    assert prepare.find_or_prepare("./data/out") == Path("data/out")
+    monkeypatch.chdir("data")  # where both are one
+    assert prepare.find_or_prepare("out").samefile(tmp_path / "data" / "out")
+    monkeypatch.chdir("..")
+    Path("out").rename("shakespeare")
+    capsys.readouterr()
+    assert prepare.find_or_prepare("shakespeare") == Path("shakespeare")
+    assert f"--data shakespeare is the folder {tmp_path}/shakespeare, not the built-in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shadow", ["data.py", "data/__init__.py", "sources.py"])
 def test_other_modules_of_the_name_do_not_matter(tmp_path, shadow):
     path = tmp_path / "path" / shadow
