@@ -19,6 +19,7 @@ from minidisp.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
+SAMPLE_PIECES = 500_000  # an entry takes 300 bytes beside its text
 MAX_DOCUMENT_CHARS = 1 << 25  # to be hashed before a document is placed, it is held in memory
 SAVE_EVERY_S = 10  # how much work an interruption may cost
 
@@ -86,12 +87,13 @@ def by_position(blocks: Iterable[str], chars: int) -> Iterator[Piece]:
 
 
 def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], int, list[str]]:
-    """Documents per split, characters in all, and a sample of the training text of about sample_bytes.
+    """Documents per split, characters in all, and a sample of the training text: about sample_bytes, or SAMPLE_PIECES.
 
     The sample is the pieces with the smallest hashes, in the order of the corpus: whatever the order and the size of
     the corpus, every piece has the same chance, and no random number is involved.
     """
     documents, chars, sampled = dict.fromkeys(SPLITS, 0), 0, 0
+    is_full = False  # pieces that rank behind those in the sample would leave it at once
     heap: list[tuple[int, int, int, str]] = []  # minus the hash, number, bytes, text: the largest hash on top
     for number, piece in enumerate(_progress("reading", pieces)):
         documents[piece.split] += piece.ends
@@ -99,10 +101,13 @@ def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], 
         if piece.split == "train" and sample_bytes:
             text = piece.text.encode("utf-8")
             rank = int.from_bytes(hashlib.sha256(text).digest()[8:16], "big")  # the first 8 bytes chose the split
+            if is_full and -rank < heap[0][0]:
+                continue
             heapq.heappush(heap, (-rank, number, len(text), piece.text))
             sampled += len(text)
-            while sampled - heap[0][2] >= sample_bytes:
+            while sampled - heap[0][2] >= sample_bytes or len(heap) > SAMPLE_PIECES:
                 sampled -= heapq.heappop(heap)[2]
+                is_full = True
     return documents, chars, [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
 
 

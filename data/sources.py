@@ -60,6 +60,9 @@ def blocks_of(file: TextIO) -> Iterator[str]:
 
 
 def text_document(name: str, text: str) -> Document:
+    """A document in memory. Most are short, and then one block."""
+    if len(text) <= BLOCK_CHARS:
+        return Document(name, [text])
     return Document(name, blocks_of(io.StringIO(text, newline="")))
 
 

@@ -21,6 +21,7 @@ SPLITS = ("train", "val", "test")
 FORMAT = 1  # of shards and of meta.json
 MAGIC = b"minidisp"
 HEADER = struct.Struct("<8sIIQ40x")
+PENDING_TOKENS = 1 << 16  # written together
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,6 +41,7 @@ class ShardWriter:
         self.shards: list[dict] = []
         self._folder, self._split, self._shard_tokens = Path(folder), split, shard_tokens
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
+        self._pending: list[int] = []  # to be written to it
         self._file = None
         self._tokens = 0  # in the current file
         self._keep = bool(state)
@@ -51,6 +53,7 @@ class ShardWriter:
     def state(self) -> dict:
         """The finished shards, and how many tokens of the next one are on the disk."""
         self._keep = True
+        self._flush()
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -73,6 +76,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, failed, *_):
+        if not failed:
+            self._flush()
         if self._file is None:
             return
         if failed:
@@ -84,10 +89,14 @@ class ShardWriter:
 
     def write(self, ids: list[int]) -> None:
         """Append token ids; ValueError if one is not in the vocabulary."""
-        tokens = np.array(ids, dtype=np.int64)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            raise ValueError(f"token ids {tokens.min()}..{tokens.max()} for a vocabulary of {self._vocab_size}")
-        tokens = tokens.astype(self._dtype)
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            raise ValueError(f"token ids {min(ids)}..{max(ids)} for a vocabulary of {self._vocab_size}")
+        self._pending += ids  # a document may be a few tokens: arrays and writes of that size are slow
+        if len(self._pending) >= min(PENDING_TOKENS, self._shard_tokens):
+            self._flush()
+
+    def _flush(self) -> None:
+        tokens, self._pending = np.array(self._pending, dtype=self._dtype), []
         while len(tokens):
             if self._file is None:
                 self._file, self._tokens = open(self._path(), "wb", buffering=1 << 20), 0  # noqa: SIM115 (outlives the call)

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -525,6 +526,22 @@ def test_a_file_that_changes_between_two_readings(run, monkeypatch, how):
     else:
         refused(result, "a.txt changed while it was read")
         assert_nothing_left(Path())
+
+
+def test_the_sample_is_bounded_in_pieces_too(monkeypatch):
+    """Those of the lowest ranks, in the order of the text, however small the pieces are."""
+    found = [pieces.Piece("train" if i % 5 else "val", f"name {i % 300}", True) for i in range(2000)]
+    training = [piece.text for piece in found if piece.split == "train"]
+    rank = {text: hashlib.sha256(text.encode()).digest()[8:16] for text in training}
+    monkeypatch.setattr(pieces, "SAMPLE_PIECES", 70)
+    counts, chars, sample = pieces.survey(found, 1 << 20)
+    assert (counts["train"], chars) == (len(training), sum(len(piece.text) for piece in found))
+    assert len(sample) == 70
+    assert sorted(map(rank.get, sample)) == sorted(rank[text] for text in training)[:70]
+    positions = iter(training)
+    assert all(text in positions for text in sample)
+    monkeypatch.setattr(pieces, "SAMPLE_PIECES", 10**6)
+    assert 200 <= sum(map(len, pieces.survey(found, 200)[2])) < 210
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
