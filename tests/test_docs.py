@@ -1,12 +1,14 @@
 """README and docs: every link leads somewhere, every command line is valid, and the commands run, as small as can be.
 
 Commands are found in code blocks without a language and in inline code. A command is a line that begins with one of
-PROGRAMS; `# ...` behind it is a remark, and a line that ends with a backslash goes on.
+PROGRAMS; `# ...` behind it is a comment, a line that ends with a backslash continues, and a `for` loop on one line is
+unrolled. The Python blocks of how_to.md are run between its commands.
 """
 
 import argparse
 import ast
 import contextlib
+import glob
 import gzip
 import importlib.util
 import io
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
 
 import minidisp  # noqa: E402
-from minidisp.config import flags, parse  # noqa: E402
+from minidisp.config import PRESETS, flags, parse  # noqa: E402
+from minidisp.flags import kebab  # noqa: E402
 
 try:
     import tomllib
@@ -55,6 +58,14 @@ def prose(page: Path) -> str:
     return BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
+def unrolled(line: str) -> list[str]:
+    """The commands of a loop on one line, with its variable replaced; any other line as it is."""
+    loop = re.fullmatch(r"for (\w+) in (.+?); do (.+?);? done", line)
+    if not loop:
+        return [line]
+    return [part.strip().replace(f"${loop[1]}", value) for value in loop[2].split() for part in loop[3].split(";")]
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of every command on a page, in its order."""
     text = page.read_text(encoding="utf-8")
@@ -62,10 +73,13 @@ def commands(page: Path) -> list[list[str]]:
     for block in re.split(r"(^ *```[^\n]*\n.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL):
         if fenced := BLOCK.fullmatch(block):
             if fenced[1].strip() in ("", "sh", "bash"):
-                lines += [line.strip() for line in fenced[2].replace("\\\n", " ").splitlines()]
+                for line in fenced[2].replace("\\\n", " ").splitlines():
+                    lines += unrolled(line.strip())
+            elif page.name == "how_to.md":
+                lines.append(shlex.join(["python", "-c", fenced[2]]))
         else:
             lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", block)]
-    found = [part.strip() for line in lines for part in re.split("&&| [|] ", line)]
+    found = [part.strip() for line in lines for part in ([line] if " -c " in line else re.split("&&| [|] ", line))]
     return [shlex.split(line, comments=True) for line in found if line.startswith(PROGRAMS)]
 
 
@@ -159,6 +173,31 @@ def test_what_resume_may_change_is_what_the_flags_say():
         assert listed == {field.name for field in flags() if field.metadata["resume"] == kind} - naming
 
 
+def shown(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "lr / 10"}[value]
+    return f"`{value}`" if isinstance(value, str) else f"{value:g}"
+
+
+def test_the_tables_of_presets_and_recipes_are_the_configuration():
+    """In how_to.md: every preset, and every field in which the recipes differ but for what follows from the block."""
+    text = (ROOT / "docs" / "how_to.md").read_text(encoding="utf-8")
+    presets = dict(re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", text, re.MULTILINE))
+    assert list(presets) == list(PRESETS)
+    for name, row in presets.items():
+        config = parse(["--preset", name])
+        size = f"{config.n_layer} x {config.n_embd} | {config.n_head} | {config.block_size:,}"
+        assert row == f"{size} | {config.tokens_per_step:,} | {config.max_steps:,}"
+    gpt2, fast = (parse(["--recipe", recipe]) for recipe in ("gpt2", "fast"))
+    names = [field.name for field in flags() if field.name not in ("recipe", "out", "norm_eps")]
+    rows = {
+        (kebab(n), shown(getattr(gpt2, n)), shown(getattr(fast, n)))
+        for n in names
+        if getattr(gpt2, n) != getattr(fast, n)
+    }
+    assert set(re.findall(r"^\| `--([\w-]+)` \| (.*) \| (.*) \|$", text, re.MULTILINE)) == rows
+
+
 # --- the command lines ---------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +253,8 @@ def test_every_command_is_understood(page, words, monkeypatch, tmp_path):
         check_train(rest[rest.index("train.py") + 1 :])
     elif rest[0] == "train.py":
         check_train(rest[1:])
+    elif rest[0] == "-c":
+        compile(rest[1], page, "exec")
     elif rest[0] == "-m" and rest[1] in WITHOUT_ARGUMENTS:
         assert importlib.util.find_spec(rest[1])
         assert rest[2:] in ([], ["-m", "not slow"])
@@ -273,11 +314,17 @@ def runs_here(words: list[str]) -> bool:
     if words[0] != "python":
         return False
     line = " ".join(words)
-    needs = ("--hf", "--compile", "--wandb", "--gguf", "--device cuda", "--init-from openai", "--tokenizer hf:", "--input -", ".parquet", ".zst")  # fmt: skip
+    if "--hf" in words and "/" in words[words.index("--hf") + 1]:  # on the hub
+        return False
+    if (
+        "--gguf" in words and "runs/fast" not in words
+    ):  # other runs stand for ones that llama.cpp may be unable to store
+        return False
+    needs = ("--compile", "--wandb", "--device cuda", "--init-from openai", "--tokenizer hf:", "--input -", ".parquet", ".zst")  # fmt: skip
     if any(need in f"{line} " for need in needs):
         return False
     return (
-        words[1] in ("train.py", "eval.py")
+        words[1] in ("train.py", "eval.py", "-c")
         or words[1:3] in (["-m", "minidisp.hf"], ["-m", "minidisp.report"])
         or "--input" in words
     )
@@ -306,7 +353,7 @@ def provide(words: list[str], corpus: Path) -> None:
     trained = Path("runs/pystdlib-tiny-d0-s0")
     out = words[words.index("--out") + 1] if "--out" in words and "--resume" not in words else None
     for word in words:
-        if word.startswith("runs/") and word != out and not Path(word).exists():
+        if word.startswith("runs/") and word != out and not glob.glob(word):
             run = Path(*Path(word).parts[:2])
             shutil.copytree(trained, run, dirs_exist_ok=True)
             if not Path(word).exists():  # a numbered checkpoint
@@ -333,6 +380,8 @@ def write_texts(pattern: str) -> None:
     if not suffix:
         names, suffix = [f"{pattern}/{i}.txt" for i in range(60)], ".txt"
     for i, name in enumerate(names):
+        if Path(name).exists():  # made by a command, or for one
+            continue
         if suffix in TEXT:
             text = TEXT[suffix].format(*[i] * 80)
         else:
@@ -349,13 +398,22 @@ def run_all(corpus: Path) -> None:
 
     done = set()
     shutil.copytree(corpus, "data/pystdlib")
+    rows = "".join(f'{i},"a text, and ""more"", of row {i}"\n' * 20 for i in range(80))
+    Path("table.csv").write_text(f"id,review\n{rows}")
     for page, words in ALL:
         if not runs_here(words) or tuple(words) in done:
             continue
         done.add(tuple(words))
         small = smaller(words[1:], page)
+        if words[1] == "-c":
+            print(f"\n$ python of {page}", flush=True)
+            exec(compile(words[2], page, "exec"), {"__name__": "__main__"})
+            continue
         print(f"\n$ {shlex.join(small)}    ({page})", flush=True)
         provide(small, corpus)
+        small = [
+            name for word in small for name in (sorted(glob.glob(word)) if word.startswith("runs/") else []) or [word]
+        ]
         sys.stdin = io.StringIO("")
         try:
             run_program(small)

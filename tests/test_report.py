@@ -484,6 +484,19 @@ def test_a_winner_needs_a_verdict():
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_of_runs_that_were_not_measured_on_a_text(tmp_path):
+    scores = [{"name": "a", "samples": [{"seed": 0, "prompt": "p", "continuation": "c"}]}, {"name": "b"}]
+    path = tmp_path / "page.html"
+    path.write_text(report.html_page("questions", ["a is right"], [], [], scores, [[], []]), encoding="utf-8")
+    dom = browse(path, tmp_path)
+    for hidden in ("training", "layers", "maps-section"):
+        assert re.search(rf'<section[^>]*id="{hidden}"[^>]*hidden', dom)
+    assert "<b>p</b>c" in dom
+    path.write_text(report.html_page("nothing", [], [], [], [], []), encoding="utf-8")
+    browse(path, tmp_path)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_of_a_model_without_metrics_in_a_browser(tmp_path):
     path = tmp_path / "page.html"
     path.write_text(make_page(["alone"], [[]]), encoding="utf-8")

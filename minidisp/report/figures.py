@@ -365,7 +365,8 @@ def pair_density(histograms: list[list[list[float]]]) -> float:
 
     Rounded up to a half. The last bin does not count: equal tokens fill it.
     """
-    top = max(np.nan_to_num(np.array(histogram, dtype=float))[:, :-1].max(initial=0.5) for histogram in histograms)
+    tops = (np.nan_to_num(np.array(histogram, dtype=float))[:, :-1].max() for histogram in histograms)
+    top = max([0.5, *tops])
     return float(min(10, np.ceil(2 * top) / 2))
 
 

@@ -23,22 +23,23 @@ def html_page(
 ) -> str:
     """The text of one HTML page that needs nothing but itself: comparison, tables, curves, heat maps and samples.
 
-    details: tables to fold away. metrics: a list of lines for every model, empty where there are none. All text is
+    scores: those of runs that were not measured on a text have no "condensation", and no heat maps then. details: tables
+    to fold away. metrics: a list of lines for every model, empty where there are none. All text is
     escaped, and the page's security policy forbids it to load anything.
     """
     runs = []
     styles = line_styles(len(scores))
     for s, lines, style in zip(scores, metrics, styles, strict=True):
-        measured = s["condensation"]
+        measured = s.get("condensation")
         evaluations = [line for line in lines if "val_loss" in line]
         training = _thin([line for line in lines if "ce" in line], 10 * PAGE_POINTS)
         runs.append({
             "name": s["name"],
             "color": style["color"],
             "dash": "" if style["ls"] == "-" else " ".join(str(length * 2) for length in style["ls"][1]),
-            "by_layer": {key: measured[f"{key}_by_layer"] for key in _LAYER_METRICS},
-            "histogram": _coarse(measured["histogram_by_layer"]),
-            "pair_histogram": _coarse(measured["pair_histogram_by_layer"]),
+            "by_layer": measured and {key: measured[f"{key}_by_layer"] for key in _LAYER_METRICS},
+            "histogram": measured and _coarse(measured["histogram_by_layer"]),
+            "pair_histogram": measured and _coarse(measured["pair_histogram_by_layer"]),
             "training": {key: [line.get(key) for line in training] for key in _TRAINING},
             "evaluations": [
                 {**{key: line.get(key) for key in ("step", "tokens", "seconds", *_STEP_METRICS, "mean_cosine_by_layer")},
@@ -55,7 +56,9 @@ def html_page(
         "configurations": _configurations(scores),
         "layer_metrics": list(_LAYER_METRICS.items()),
         "step_metrics": list(_STEP_METRICS.items()),
-        "pair_density": pair_density([s["condensation"]["pair_histogram_by_layer"] for s in scores]),
+        "pair_density": pair_density(
+            [s["condensation"]["pair_histogram_by_layer"] for s in scores if "condensation" in s]
+        ),
     }
     parts = {
         "SUBTITLE": escaped(subtitle),
