@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data.sources import BadRow, Document
 from minidisp import InputError
-from minidisp.shards import SPLITS, ShardWriter
+from minidisp.shards import COUNTED, EXAMPLES, FIRST, MASK, SPLITS, TEXT, ShardWriter
+from minidisp.template import Messages, Template
 from minidisp.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -28,21 +29,46 @@ class Piece(NamedTuple):
     split: str
     text: str
     ends: bool  # the last piece of its document
+    messages: list[dict[str, str]] | None = None  # of an example
 
 
-def usable(items: Iterable[Document | BadRow], skip: bool, skipped: Counter) -> Iterator[Document]:
+def usable(
+    items: Iterable[Document | BadRow], skip: bool, skipped: Counter, check: Callable[[Messages], object]
+) -> Iterator[Document]:
     """The documents that have text. A bad row is an error, or else left out and counted by its reason, from 0 at each
-    reading."""
+    reading. The first document decides whether these are examples or texts: the others are bad rows. So are examples for
+    which `check` raises InputError."""
     skipped.clear()
+    of_examples = None
     for item in items:
         if not isinstance(item, BadRow):
             blocks = iter(item.blocks)
-            if first := next(blocks, ""):
-                yield Document(item.name, itertools.chain([first], blocks))
+            first = next(blocks, "")
+            if not first:
+                continue
+            is_example = item.messages is not None
+            of_examples = is_example if of_examples is None else of_examples
+            item = _bad(item, of_examples, check) or item._replace(blocks=itertools.chain([first], blocks))
+        if not isinstance(item, BadRow):
+            yield item
         elif skip:
             skipped[item.reason] += 1
         else:
             raise item
+
+
+def _bad(document: Document, of_examples: bool, check: Callable[[Messages], object]) -> BadRow | None:
+    """Why a document cannot be in a corpus of examples, or of texts."""
+    if (document.messages is not None) != of_examples:
+        kinds = ("an example", "texts") if not of_examples else ("a text", "examples")
+        fault = f"{kinds[0]} among {kinds[1]}; prepare them apart and train on both with --data NAME NAME"
+        return BadRow("of another kind", f"{document.name}: {fault}")
+    if of_examples:
+        try:
+            check(document.messages)
+        except InputError as error:
+            return BadRow("refused by the template", f"{document.name}: {error}")
+    return None
 
 
 def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
@@ -61,7 +87,7 @@ def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
         percent = int.from_bytes(digest.digest()[:8], "big") % 100
         split = "train" if percent < 90 else "val" if percent < 95 else "test"
         for i, block in enumerate(blocks, 1):
-            yield Piece(split, block, ends=i == len(blocks))
+            yield Piece(split, block, i == len(blocks), document.messages)
 
 
 def joined(documents: Iterable[Document]) -> Iterator[str]:
@@ -119,40 +145,74 @@ def write_shards(
     workers: int,
     done: dict,
     save: Callable[[dict], None],
+    template: Template | None,
 ) -> dict:
     """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display.
 
     Now and then `save` is called with what has been done; given as `done` to another call, that goes on from there.
+    template: of a corpus of examples, which is written with its masks; bytes and words are those of the answers.
     """
-    zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0}
+    zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0, **({"counted": 0} if template else {})}
     n_pieces, splits = done.get("pieces", 0), done.get("splits") or {name: dict(zero) for name in SPLITS}
-    shards, saved = done.get("shards", {}), time.monotonic()
-    token_bytes = [len(token) for token in tokenizer.token_bytes]
+    shards, mask_shards, saved = done.get("shards", {}), done.get("masks", {}), time.monotonic()
     with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(ShardWriter(folder, name, tokenizer.vocab_size, SHARD_TOKENS, shards.get(name)))
-            for name in SPLITS
-        }
+        open_writer = lambda *options: stack.enter_context(ShardWriter(folder, *options))  # noqa: E731
+        kind, size = EXAMPLES if template else TEXT, tokenizer.vocab_size
+        writers = {name: open_writer(name, size, SHARD_TOKENS, shards.get(name), kind) for name in SPLITS}
+        masks = {}
+        if template:
+            limit = COUNTED + FIRST + 1
+            masks = {name: open_writer(name, limit, SHARD_TOKENS, mask_shards.get(name), MASK) for name in SPLITS}
         rest = itertools.islice(_progress("encoding", pieces, chars), n_pieces, None)
         for batch in _batches(rest):
-            encoded = tokenizer.encode_batch([piece.text for piece in batch], threads=workers)
-            for piece, ids in zip(batch, encoded, strict=True):
-                counts, n_bytes = splits[piece.split], len(piece.text.encode("utf-8"))
-                if sum(map(token_bytes.__getitem__, ids)) != n_bytes:
-                    raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...; use another one")
-                if piece.ends:
-                    ids.append(tokenizer.eos_id)
-                writers[piece.split].write(ids)
+            encode = _encode_examples if template else _encode_texts
+            for piece, encoded in zip(batch, encode(batch, tokenizer, template, workers), strict=True):
+                counts = splits[piece.split]
+                writers[piece.split].write(encoded.ids)
+                if template:
+                    masks[piece.split].write(encoded.mask)
+                    counts["counted"] += sum(flags & COUNTED for flags in encoded.mask)
                 counts["documents"] += piece.ends
-                counts["tokens"] += len(ids)
-                counts["bytes"] += n_bytes
-                counts["words"] += len(piece.text.split())
+                counts["tokens"] += len(encoded.ids)
+                counts["bytes"] += encoded.bytes
+                counts["words"] += encoded.words
             n_pieces += len(batch)
             if time.monotonic() - saved >= SAVE_EVERY_S:
                 shards = {name: writer.state() for name, writer in writers.items()}
-                save({"pieces": n_pieces, "splits": splits, "shards": shards})
+                mask_shards = {name: writer.state() for name, writer in masks.items()}
+                save({"pieces": n_pieces, "splits": splits, "shards": shards, "masks": mask_shards})
                 saved = time.monotonic()
-    return {name: {**splits[name], "shards": writer.shards} for name, writer in writers.items()}
+    files = {name: {"shards": writer.shards} for name, writer in writers.items()}
+    return {
+        name: {**splits[name], **files[name], **({"masks": masks[name].shards} if masks else {})} for name in SPLITS
+    }
+
+
+class _Encoded(NamedTuple):
+    ids: list[int]
+    mask: list[int] | None  # of an example
+    bytes: int
+    words: int
+
+
+def _encode_texts(batch: list[Piece], tokenizer: Tokenizer, template: None, workers: int) -> Iterator[_Encoded]:
+    lengths = [len(token) for token in tokenizer.token_bytes]
+    encoded = tokenizer.encode_batch([piece.text for piece in batch], threads=workers)
+    for piece, ids in zip(batch, encoded, strict=True):
+        n_bytes = len(piece.text.encode("utf-8"))
+        if sum(map(lengths.__getitem__, ids)) != n_bytes:
+            raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...; use another one")
+        yield _Encoded([*ids, tokenizer.eos_id] if piece.ends else ids, None, n_bytes, len(piece.text.split()))
+
+
+def _encode_examples(batch: list[Piece], tokenizer: Tokenizer, template: Template, workers: int) -> Iterator[_Encoded]:
+    for piece in batch:
+        ids, counted = template.render(piece.messages)
+        answers = [message["content"] for message in piece.messages if message["role"] == "assistant"]
+        mask = [COUNTED * counts for counts in counted]
+        mask[0] |= FIRST
+        n_bytes = sum(len(tokenizer.token_bytes[i]) for i, counts in zip(ids, counted, strict=True) if counts)
+        yield _Encoded(ids, mask, n_bytes, sum(len(answer.split()) for answer in answers))
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C while modules are imported
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +51,8 @@ from minidisp import InputError, __version__, parse_json, printable, read_bytes
 from minidisp.data import Dataset
 from minidisp.runtime import files
 from minidisp.runtime.cli import Parser, exit_code
-from minidisp.shards import FORMAT, SPLITS, is_resumable, read_meta
+from minidisp.shards import EXAMPLES_FORMAT, FORMAT, MASK, SPLITS, is_resumable, read_meta
+from minidisp.template import Messages, Template
 from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepiece
 
 try:
@@ -64,7 +66,7 @@ SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes u
 INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
 # Of a corpus: what --overwrite may remove.
 OWN_FILES = re.compile(
-    r"meta\.json|tokenizer\.model|inputs\.jsonl|progress\.json|(train|val|test)_\d+\.bin|\.lock|\.building|\.download|lost\+found"
+    r"meta\.json|tokenizer\.model|inputs\.jsonl|progress\.json|(train|val|test)_\d+\.(bin|mask)|\.lock|\.building|\.download|lost\+found"
 )
 
 
@@ -180,9 +182,16 @@ def _build(
     left_off: see `_left_off`. exact: the vocabulary must have the size that is asked for.
     """
     options, skipped, started = meta["options"], Counter(), time.monotonic()
+    template_of = functools.cache(Template.of)
+
+    def check(messages: Messages) -> None:
+        if isinstance(
+            tokenizer, Tokenizer
+        ):  # one that is trained here has no template of its own, and PLAIN refuses nothing
+            template_of(tokenizer).render(messages)
 
     def documents() -> Iterator[Document]:
-        found = usable(source.documents(), options["bad_rows"] == "skip", skipped)
+        found = usable(source.documents(), options["bad_rows"] == "skip", skipped, check)
         return itertools.islice(found, options["limit"] or None)
 
     def pieces() -> Iterator[Piece]:
@@ -194,12 +203,16 @@ def _build(
             file.sha256 = record["sha256"]  # so that another content is noticed
         say(f"going on where it was interrupted, after {encoded['pieces']:,} pieces of the text")
         tokenizer = load(folder / "tokenizer.model")
+        template = Template.from_meta(known["template"], tokenizer) if known["template"] else None
     else:
         encoded = {}
-        known = {"cut_chars": _chars_to_cut(documents, options["one_document"], meta["source"])}
+        of_examples = any(document.messages for document in itertools.islice(documents(), 1))
+        if of_examples and options["one_document"]:
+            raise InputError(f"{meta['source']}: --one-document joins texts, but these are examples: leave it out")
+        known = {"cut_chars": 0 if of_examples else _chars_to_cut(documents, options["one_document"], meta["source"])}
         counts, known["chars"], sample = survey(pieces(), SAMPLE_BYTES if tokenizer == "sentencepiece" else 0)
         known["skipped"] = dict(skipped)
-        _check_splits(documents, counts, meta["source"], known)
+        _check_splits(documents, counts, meta["source"], known, of_examples)
         if tokenizer == "sentencepiece":
             size = options["vocab_size"]
             say(f"training a tokenizer of {size:,} tokens on {sum(map(len, sample)):,} characters")
@@ -209,6 +222,8 @@ def _build(
         elif tokenizer == "byte":
             tokenizer = ByteTokenizer()
         tokenizer.save(folder / "tokenizer.model")
+        template = template_of(tokenizer) if of_examples else None
+        known["template"] = template.to_meta() if template else None
 
     def save(encoded: dict) -> None:
         if source.inputs is None:
@@ -220,9 +235,10 @@ def _build(
     if time.monotonic() - started >= SAVE_EVERY_S and not encoded:
         save({"pieces": 0})
     say(f"encoding {known['chars']:,} characters, {workers} threads")
-    splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save)
+    splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save, template)
     return {
         **meta,
+        **({"format": EXAMPLES_FORMAT, "template": template.to_meta()} if template else {}),
         "split_by": "position" if known["cut_chars"] else "hash",
         "skipped": known["skipped"],
         "vocab_size": tokenizer.vocab_size,
@@ -242,7 +258,9 @@ def _chars_to_cut(documents: Callable[[], Iterator[Document]], one_document: boo
     return chars
 
 
-def _check_splits(documents: Callable[[], Iterator[Document]], counts: dict, where: str, known: dict) -> None:
+def _check_splits(
+    documents: Callable[[], Iterator[Document]], counts: dict, where: str, known: dict, of_examples: bool
+) -> None:
     """InputError unless every split has a document."""
     if not known["chars"]:
         left_out = f"; left out: {_listed(known['skipped'])}" if known["skipped"] else ""
@@ -251,10 +269,11 @@ def _check_splits(documents: Callable[[], Iterator[Document]], counts: dict, whe
         n = sum(counts.values())
         different = len({hashlib.sha256("".join(document.blocks).encode()).digest() for document in documents()})
         texts = "one and the same text" if different == 1 else f"copies of {different} texts"
+        joining = "" if of_examples else ", or use --one-document to join them and cut the whole 90/5/5"
         raise InputError(
             f"{where}: {n} documents leave nothing for {' and '.join(empty)}"
             + (f", as they are all {texts}" if different < n else "")
-            + ": add documents, or use --one-document to join them and cut the whole 90/5/5"
+            + f": add documents{joining}"
         )
 
 
@@ -266,8 +285,9 @@ def _left_off(folder: Path, meta: dict, source: Source) -> dict:
         return {}
     if not isinstance(state, dict) or state.get("meta") != meta or source.inputs is None:
         return {}
-    shards = state["encoded"].get("shards", {})
+    shards, masks = (state["encoded"].get(name, {}) for name in ("shards", "masks"))
     intact = all(is_resumable(folder, split, state["vocab_size"], written) for split, written in shards.items())
+    intact = intact and all(is_resumable(folder, split, 4, written, MASK) for split, written in masks.items())
     return state if intact and not changed(state["inputs"], source.inputs) else {}
 
 
@@ -365,18 +385,25 @@ def _built(build: Path, out: Path) -> Iterator[None]:
             shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
         raise
     (out / PROGRESS).unlink(missing_ok=True)
-    shards = {shard["file"] for split in read_meta(out / "meta.json")["splits"].values() for shard in split["shards"]}
-    for path in out.glob("*.bin"):
-        if OWN_FILES.fullmatch(path.name) and path.name not in shards:  # of a longer corpus that was replaced
+    splits = read_meta(out / "meta.json")["splits"].values()
+    current = {file["file"] for split in splits for file in split["shards"] + split.get("masks", [])}
+    for path in (*out.glob("*.bin"), *out.glob("*.mask")):
+        if OWN_FILES.fullmatch(path.name) and path.name not in current:  # of a longer corpus that was replaced
             path.unlink()
 
 
 def _print_table(out: Path, meta: dict) -> None:
     print(f"{printable(out)}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
-    print(f"{'split':5} {'documents':>10} {'tokens':>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
+    of_examples = meta["format"] == EXAMPLES_FORMAT
+    documents, tokens = ("examples", "counted") if of_examples else ("documents", "tokens")
+    print(f"{'split':5} {documents:>10} {tokens:>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
     for name, split in meta["splits"].items():
-        counts = f"{split['documents']:>10,} {split['tokens']:>14,} {split['bytes']:>15,} {split['words']:>14,}"
-        print(f"{name:5} {counts} {split['bytes'] / split['tokens']:>12.3f}")
+        tokens = split["counted"] if of_examples else split["tokens"]
+        counts = f"{split['documents']:>10,} {tokens:>14,} {split['bytes']:>15,} {split['words']:>14,}"
+        print(f"{name:5} {counts} {split['bytes'] / tokens:>12.3f}")
+    if of_examples:
+        total = sum(split["tokens"] for split in meta["splits"].values())
+        print(f"counted are the assistant's turns alone, of {total:,} tokens in all")
 
     if meta["skipped"]:
         print(f"left out: {_listed(meta['skipped'])}")

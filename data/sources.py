@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from data.examples import FIELDS, Unusable, as_messages, as_text
 from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, say
 from minidisp import InputError, printable
 
@@ -28,6 +29,7 @@ BOM = b"\xef\xbb\xbf"
 class Document(NamedTuple):
     name: str  # for messages: a file, or a line of one
     blocks: Iterable[str]  # the text, in consecutive parts
+    messages: list[dict[str, str]] | None = None  # of an example; the text is as_text's, in one part
 
 
 class BadRow(InputError):
@@ -108,10 +110,16 @@ def text_file(path: str | Path) -> Iterator[Document]:
 
 
 def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
-    """The document of record[field], or of the record itself if that is a text."""
+    """The document of record[field], or of the record itself if that is a text; where there is no `text`, an example."""
     text = record
     if isinstance(record, dict):
         if field not in record:
+            try:
+                messages = as_messages(record) if field == "text" else None
+            except Unusable as error:
+                return BadRow(error.reason, f"{where}: {error}")
+            if messages:
+                return Document(where, [as_text(messages)], messages)
             fields = printable(", ".join(map(str, [*record][:20]))[:200]) or "none at all"
             return BadRow("no such field", f"{where}: no field {field!r} but {fields}; see {flag}")
         text = record[field]
@@ -212,16 +220,18 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     file.check()  # as it is not read from its start to its end
     try:
         with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
-            if field not in (names := table.schema_arrow.names):
+            names = table.schema_arrow.names
+            columns = [field] if field in names else [name for name in names if name in FIELDS and field == "text"]
+            if not columns:
                 message = f"{file.name}: no column {field!r} but {printable(', '.join(names[:20]))}; see --field"
                 yield BadRow("no such field", message)
                 return
-            for batch in table.iter_batches(batch_size=1000, columns=[field]):
-                for value in batch.column(0):
+            for batch in table.iter_batches(batch_size=1000, columns=columns):
+                for values in batch.to_struct_array():
                     number += 1
                     where = f"{file.name}, row {number}"
                     try:
-                        yield row({field: value.as_py()}, field, "--field", where)
+                        yield row(values.as_py(), field, "--field", where)
                     except UnicodeDecodeError as error:
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
     except (pyarrow.ArrowException, OSError, ValueError):  # the last for names that are not UTF-8

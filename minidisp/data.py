@@ -8,57 +8,112 @@ the same tokens in the same order.
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from minidisp import InputError
-from minidisp.shards import SPLITS, open_shard, read_meta, sha256_of, token_dtype
+from minidisp.shards import (
+    COUNTED,
+    EXAMPLES,
+    EXAMPLES_FORMAT,
+    FIRST,
+    MASK,
+    SPLITS,
+    TEXT,
+    Kind,
+    open_shard,
+    read_meta,
+    sha256_of,
+    token_dtype,
+)
+from minidisp.template import Template
 from minidisp.tokenizer import load as load_tokenizer
 
 
-class Split:
-    """One split of a corpus: its tokens and their counts.
+class Column:
+    """Several mapped arrays as one: the tokens of a split, or its masks. limit: every value is below it."""
 
-    tokens, documents; bytes of the text as UTF-8 and whitespace-separated words, neither counting EOS.
-    """
+    def __init__(self, parts: list[np.ndarray], files: list[Path], limit: int, what: str):
+        self._parts, self.files, self._limit, self._what = parts, files, limit, what
+        self._ends = np.cumsum([len(part) for part in parts])
 
-    def __init__(self, name: str, meta: dict, shards: list[np.ndarray], files: list[Path], vocab_size: int):
-        self.name, self._files, self._vocab_size = name, files, vocab_size
-        self.tokens, self.documents = meta["tokens"], meta["documents"]
-        self.bytes, self.words = meta["bytes"], meta["words"]
-        self._shards = shards
-        self._ends = np.cumsum([len(shard) for shard in shards])
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens.
+        """Values start..stop-1 as int64, (stop - start,). Raises InputError naming the file if one is not below the limit.
 
-        Raises InputError naming the shard if one of them is not in the vocabulary. Tokens are checked here, when they
-        are used: that costs two microseconds a sequence. A check on opening would have to read all shards.
+        They are checked here, when they are used: that costs two microseconds a sequence. A check on opening would have
+        to read all files.
         """
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"tokens {start}..{stop} of the {self.tokens} in split {self.name}")
         out = np.empty(stop - start, dtype=np.int64)
         i, done = int(np.searchsorted(self._ends, start, side="right")), 0
         while done < len(out):
-            offset = start + done - int(self._ends[i]) + len(self._shards[i])
-            part = self._shards[i][offset : offset + len(out) - done]
-            if part.max() >= self._vocab_size:
-                at = offset + int(np.argmax(part >= self._vocab_size))
+            offset = start + done - int(self._ends[i]) + len(self._parts[i])
+            part = self._parts[i][offset : offset + len(out) - done]
+            if part.max() >= self._limit:
+                at = offset + int(np.argmax(part >= self._limit))
                 raise InputError(
-                    f"{self._files[i]}: token {at:,} is {self._shards[i][at]:,}, but the vocabulary has "
-                    f"{self._vocab_size:,}: the file is damaged, prepare the corpus again"
+                    f"{self.files[i]}: token {at:,} is {self._parts[i][at]:,}, but {self._what} "
+                    f"{self._limit:,}: the file is damaged, prepare the corpus again"
                 )
             out[done : done + len(part)] = part
             i, done = i + 1, done + len(part)
         return out
 
 
+class Split:
+    """One split of a corpus: its tokens and their counts.
+
+    tokens, documents; bytes of the text as UTF-8 and whitespace-separated words, neither counting EOS. In a corpus of
+    examples, bytes and words are those of the answers; `mask` has the bits COUNTED and FIRST of every token, else it is None.
+    """
+
+    def __init__(self, name: str, meta: dict, columns: list[Column]):
+        self.name, self.tokens, self.documents = name, meta["tokens"], meta["documents"]
+        self.bytes, self.words = meta["bytes"], meta["words"]
+        self._column, self.mask = columns[0], columns[1] if len(columns) > 1 else None
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens.
+
+        Raises InputError naming the shard if one of them is not in the vocabulary.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start}..{stop} of the {self.tokens} in split {self.name}")
+        return self._column.slice(start, stop)
+
+    @functools.cached_property
+    def examples(self) -> np.ndarray:
+        """Where each example begins, and where its last counted token ends, (documents, 2) int64; of examples only.
+
+        Reads all masks. Raises InputError if they are damaged.
+        """
+        mask = self.mask.slice(0, self.tokens)
+        starts, counted = np.flatnonzero(mask & FIRST), np.flatnonzero(mask & COUNTED)
+        ends = np.append(starts[1:], self.tokens)
+        last = np.searchsorted(counted, ends) - 1
+        found = counted[last] if len(counted) else starts  # a first token is never counted
+        if (
+            len(starts) != self.documents
+            or not self.documents
+            or starts[0]
+            or (last < 0).any()
+            or (found <= starts).any()
+        ):
+            raise InputError(
+                f"{self.mask.files[0]}: the mask of split {self.name} is damaged, prepare the corpus again"
+            )
+        return np.stack([starts, found + 1], axis=1)
+
+
 class Dataset:
     """A prepared corpus: `tokenizer`, `meta` (what meta.json says), `split(name)`, and `hash`, which identifies it.
 
+    template: the prompt template of a corpus of examples, else None.
     Opening checks that meta.json is complete and agrees with every shard's header and size, and that the tokenizer is
     the one the tokens were made with; it reads no tokens. Raises InputError naming the file that is wrong.
     """
@@ -70,19 +125,38 @@ class Dataset:
         self.tokenizer = load_tokenizer(self.folder / "tokenizer.model")
         if (self.tokenizer.hash, self.tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
             raise InputError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that {path} names")
+        of_examples = meta["format"] == EXAMPLES_FORMAT
+        vocab_size, self.template = meta["vocab_size"], None
+        if of_examples:
+            try:
+                self.template = Template.from_meta(meta["template"], self.tokenizer)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         self._splits = {}
         for name, split in meta["splits"].items():
-            shards, files = [], []
-            for shard in split["shards"]:
-                file = self.folder / shard["file"]
-                tokens = open_shard(file)
-                if (len(tokens), tokens.dtype) != (shard["tokens"], token_dtype(meta["vocab_size"])):
-                    raise InputError(f"{file} holds {len(tokens):,} {tokens.dtype} tokens, not what {path.name} says")
-                shards.append(tokens)
-                files.append(file)
-            self._splits[name] = Split(name, split, shards, files, meta["vocab_size"])
-        contents = {name: [shard["sha256"] for shard in meta["splits"][name]["shards"]] for name in SPLITS}
-        self.hash = hashlib.sha256(json.dumps([meta["tokenizer_sha256"], contents]).encode()).hexdigest()
+            kind = EXAMPLES if of_examples else TEXT
+            columns = [self._open(split["shards"], kind, token_dtype(vocab_size), vocab_size, "the vocabulary has")]
+            if of_examples:
+                columns.append(self._open(split["masks"], MASK, np.dtype("u1"), COUNTED + FIRST + 1, "flags are below"))
+            self._splits[name] = Split(name, split, columns)
+        contents = {name: [file["sha256"] for file in self._files(name)] for name in SPLITS}
+        identity = [meta["tokenizer_sha256"], contents] + ([meta["template"]] if of_examples else [])
+        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def _open(self, listed: list[dict], kind: Kind, dtype: np.dtype, limit: int, what: str) -> Column:
+        parts, files = [], []
+        for entry in listed:
+            file = self.folder / entry["file"]
+            part = open_shard(file, kind)
+            if (len(part), part.dtype) != (entry["tokens"], dtype):
+                raise InputError(f"{file} holds {len(part):,} {part.dtype} tokens, not what meta.json says")
+            parts.append(part)
+            files.append(file)
+        return Column(parts, files, limit, what)
+
+    def _files(self, split: str) -> list[dict]:
+        entries = self.meta["splits"][split]
+        return entries["shards"] + (entries["masks"] if self.template else [])
 
     def split(self, name: str) -> Split:
         if name not in self._splits:
@@ -90,12 +164,11 @@ class Dataset:
         return self._splits[name]
 
     def verify(self) -> None:
-        """Read everything, and raise InputError naming the first shard whose sha256 is not the one in meta.json."""
-        for split in self.meta["splits"].values():
-            for shard in split["shards"]:
-                file = self.folder / shard["file"]
-                if sha256_of(file) != shard["sha256"]:
-                    raise InputError(f"{file} has changed since it was written: its sha256 is another")
+        """Read everything, and raise InputError naming the first file whose sha256 is not the one in meta.json."""
+        for entry in (entry for split in SPLITS for entry in self._files(split)):
+            file = self.folder / entry["file"]
+            if sha256_of(file) != entry["sha256"]:
+                raise InputError(f"{file} has changed since it was written: its sha256 is another")
 
 
 class Batches:
@@ -128,18 +201,134 @@ class Batches:
         return offset + self._T * rng.permutation(self._n)
 
 
+class Examples:
+    """Training sequences of T = block_size tokens made of examples, each whole where it fits; a function of (seed, index).
+
+    An example is used up to its last counted token. One longer than T keeps its end; `cut` is the number of those. They
+    are shuffled once by the seed and packed into n windows (see `pack`). The rest of a window is filled with the beginnings
+    of other examples, of which nothing is counted, so that every position holds text. Sequence k of the run is window
+    k % n of epoch k // n, in an order drawn from a generator seeded with [seed, epoch].
+    packed: several examples in a window; else one. chosen: these examples only, in this order.
+    """
+
+    def __init__(
+        self, split: Split, block_size: int, seed: int, packed: bool = True, chosen: Sequence[int] | None = None
+    ):
+        self._split, self._T, self._seed = split, block_size, seed
+        starts, self._ends = split.examples.T
+        self._starts = np.maximum(starts, self._ends - block_size - 1)
+        self.cut = int((self._starts > starts).sum())
+        self.sizes = self._ends - self._starts - 1  # how many positions of a window each example takes
+        if chosen is None:
+            chosen = np.random.default_rng(seed).permutation(len(starts))
+        sizes = self.sizes[chosen] if packed else [block_size] * len(chosen)
+        self._windows = [[int(chosen[i]) for i in window] for window in pack(sizes, block_size)]
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
+
+    @property
+    def n(self) -> int:
+        return len(self._windows)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sequences first..first+count-1 of the run: x, y and segments, int64, (count, T).
+
+        y is x one token later, -1 where it is not counted. segments numbers the examples of a window from 0.
+        """
+        return self._read([self._epoch_order(k // self.n)[k % self.n] for k in range(first, first + count)])
+
+    def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every window once, in the order of the packing: as `batch`."""
+        return self._read(range(self.n))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.n)
+
+    def _read(self, windows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        x, y, segments = np.empty((3, len(windows), self._T), dtype=np.int64)
+        for row, window in enumerate(windows):
+            at, segment, example, examples = 0, 0, 0, self._windows[window]
+            while at < self._T:
+                own = segment < len(examples)
+                example = examples[segment] if own else (example + 1) % len(self._starts)
+                start, size = int(self._starts[example]), min(int(self.sizes[example]), self._T - at)
+                tokens, place = self._split.slice(start, start + size + 1), (row, slice(at, at + size))
+                counted = self._split.mask.slice(start + 1, start + size + 1) & COUNTED
+                x[place], segments[place] = tokens[:-1], segment
+                y[place] = np.where(counted, tokens[1:], -1) if own else -1
+                at, segment = at + size, segment + 1
+        return x, y, segments
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Windows of that room for things of these lengths, each at most room: each goes into the fullest window that it fits in.
+
+    >>> pack([5, 4, 3, 2, 6], room=8)
+    [[0, 2], [1, 3], [4]]
+    """
+    windows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # windows by the room that they have left
+    rooms = 0  # bit r is set where there is a window with room r: the lowest one from `length` on is the fullest
+    for i, length in enumerate(map(int, lengths)):
+        if fitting := rooms >> length:
+            left = length + (fitting & -fitting).bit_length() - 1
+            window = with_room[left].pop()
+            if not with_room[left]:
+                rooms ^= 1 << left
+        else:
+            left, window = room, len(windows)
+            windows.append([])
+        windows[window].append(i)
+        left -= length
+        if left:
+            with_room[left].append(window)
+            rooms |= 1 << left
+    return windows
+
+
+class Mixture:
+    """Training sequences from several corpora, weights[i] of corpus i in every sum(weights), evenly spread.
+
+    Each corpus has an order of its own, so what is drawn from it does not depend on the others.
+    """
+
+    def __init__(self, parts: Sequence[Batches | Examples], weights: Sequence[int]):
+        self._parts, self._weights = parts, weights
+        # The j-th of w sequences stands at (j + 1/2) / w of a cycle.
+        places = sorted(((2 * j + 1) / w, i, j) for i, w in enumerate(weights) for j in range(w))
+        self._cycle = [(i, j) for _, i, j in places]
+
+    def source(self, k: int) -> int:
+        """The number of the corpus that sequence k of the run is from."""
+        return self._cycle[k % len(self._cycle)][0]
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """Sequences first..first+count-1 of the run: x, y, and segments if there are examples, int64, (count, T)."""
+        rows = []
+        for cycle, place in (divmod(k, len(self._cycle)) for k in range(first, first + count)):
+            i, j = self._cycle[place]
+            rows.append(self._parts[i].batch(cycle * self._weights[i] + j, 1))
+        if any(isinstance(part, Examples) for part in self._parts):
+            rows = [row if len(row) == 3 else (*row, np.zeros_like(row[0])) for row in rows]
+        return tuple(np.concatenate(columns) for columns in zip(*rows, strict=True))
+
+
 def micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     """Sequences start..stop-1 in parts of at most `size`: (the first one, how many)."""
     for first in range(start, stop, size):
         yield first, min(size, stop - first)
 
 
-def eval_windows(split: Split, block_size: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def eval_windows(split: Split, block_size: int, n_tokens: int) -> tuple[np.ndarray, ...]:
     """The fixed validation set of training: windows spread evenly over the split, in its order, without overlap.
 
     n_tokens: how many tokens to predict, rounded down to whole windows but at least one; 0 = as many as there are.
-    Returns x and y, int64, (windows, block_size); the same for every seed.
+    Returns x and y, int64, (windows, block_size); of examples, x, y and segments (see `Examples`), with as many examples,
+    evenly spread, as have about n_tokens tokens. The same for every seed.
     """
+    if getattr(split, "mask", None) is not None:
+        n, tokens = split.documents, int(Examples(split, block_size, 0, chosen=()).sizes.sum())
+        n = max(1, min(n, round(n * n_tokens / tokens))) if n_tokens else n
+        return Examples(split, block_size, 0, chosen=[i * split.documents // n for i in range(n)]).all()
     _check_length(split, block_size)
     most = (split.tokens - 1) // block_size
     windows = max(1, min(n_tokens // block_size, most)) if n_tokens else most

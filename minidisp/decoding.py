@@ -59,6 +59,20 @@ class PrefixTree:
         return k, v
 
 
+class Segments(PrefixTree):
+    """Examples that share a row and do not see each other: a token sees those before it in its own example.
+
+    segments: (B, T) int64, the number of the example that each token belongs to; those of an example stand together.
+    """
+
+    def __init__(self, segments: Tensor):
+        T = segments.shape[1]
+        at = torch.arange(T, device=segments.device)
+        same = segments.unsqueeze(2) == segments.unsqueeze(1)  # (B, T, T)
+        self.depth = at - same.to(torch.uint8).argmax(dim=2)  # the first token of an example is at position 0
+        self.mask = (same & (at.unsqueeze(1) >= at)).unsqueeze(1)  # (B, 1, T, T)
+
+
 def generate(model, idx: Tensor, *args, stop_token: int | Collection[int] | None = None, **options) -> Tensor:
     """Sample a continuation of idx, (B, T) int64; returns (B, T + new). The arguments are those of `stream`."""
     drawn = list(stream(model, idx, *args, stop_token=stop_token, **options))

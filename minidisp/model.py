@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError, decoding
-from minidisp.decoding import KVCache, PrefixTree
+from minidisp.decoding import KVCache, PrefixTree, Segments
 from minidisp.flags import MOST, check_bounds, flag
 from minidisp.loss import cross_entropy
 from minidisp.ops import layers
@@ -260,6 +260,7 @@ class GPT(nn.Module):
         return_hidden_states: bool = False,
         loss_reduction: Literal["mean", "none"] = "mean",
         tree: PrefixTree | None = None,
+        segments: Tensor | None = None,
     ) -> Output:
         """Logits of the next tokens, or, with targets, the cross-entropy (and then no logits, to save memory).
 
@@ -267,8 +268,12 @@ class GPT(nn.Module):
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
         tree: the rows are no texts but trees of them, with a depth below block_size; then T may be any.
+        segments: (B, T) int64, the number of the example in its row that a token belongs to; tokens attend to those of
+            their own example, whose positions begin at 0. None: a row is one text.
         Returns Output(logits, loss, hidden_states). Raises ValueError if T > block_size.
         """
+        if segments is not None:
+            tree = Segments(segments)
         x, hidden_states = self._backbone(idx, return_hidden_states, tree)
         if targets is None:
             return Output(self.lm_head(x), None, hidden_states)
@@ -291,6 +296,8 @@ class GPT(nn.Module):
         x, positions = self.wte(idx), None
         if self.config.arch == "gpt2":
             x = x + self.wpe.weight[where]
+        elif isinstance(cache, Segments):  # rotations depend on distances alone, and one table for all rows is faster
+            positions = self.cos[: idx.shape[1]], self.sin[: idx.shape[1]]
         elif isinstance(cache, PrefixTree):
             positions = self.cos[where].unsqueeze(1), self.sin[where].unsqueeze(1)  # (B, 1, T, D)
         else:

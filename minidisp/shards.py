@@ -1,8 +1,11 @@
-"""The files of a prepared corpus: token shards and meta.json.
+"""The files of a prepared corpus: token shards, masks and meta.json.
 
 A corpus is a folder, written by data/prepare.py: meta.json, tokenizer.model, and the tokens of train, val and test in
 shards train_000.bin, train_001.bin, ... Every document is followed by EOS. A shard is a header of 64 bytes (magic,
 version, bytes per token, number of tokens) and then the tokens as uint16 or uint32, little-endian.
+
+In a corpus of examples (dialogues), a document is what the prompt template makes of a row, and beside each shard lies its
+mask, train_000.mask: a header of the same form and a byte per token, with the bits COUNTED and FIRST.
 """
 
 import errno
@@ -12,16 +15,32 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minidisp import InputError, is_plain, parse_json, read_bytes
 
 SPLITS = ("train", "val", "test")
-FORMAT = 1  # of shards and of meta.json
+FORMAT, EXAMPLES_FORMAT = 1, 2  # of shards and of meta.json: of text, and of examples
 MAGIC = b"minidisp"
 HEADER = struct.Struct("<8sIIQ40x")
 PENDING_TOKENS = 1 << 16  # written together
+COUNTED, FIRST = 1, 2  # bits of a mask: the token is a target; it is the first one of its example
+
+
+class Kind(NamedTuple):
+    """What a file holds: the ending of its name, and what its header begins with."""
+
+    suffix: str
+    magic: bytes
+    version: int
+    itemsizes: tuple[int, ...]
+
+
+TEXT = Kind("bin", MAGIC, FORMAT, (2, 4))
+EXAMPLES = Kind("bin", MAGIC, EXAMPLES_FORMAT, (2, 4))
+MASK = Kind("mask", b"minimask", EXAMPLES_FORMAT, (1,))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -29,18 +48,31 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def _dtype(vocab_size: int, kind: Kind) -> np.dtype:
+    return np.dtype("u1") if kind is MASK else token_dtype(vocab_size)
+
+
 class ShardWriter:
     """Streams the tokens of one split into files of at most shard_tokens tokens each.
 
     Use as a context manager. `shards` lists the finished files as meta.json does: file, tokens, sha256. A file has its
     final name only when it is complete and on the disk. After an exception the unfinished file is removed, unless `state`
-    was called or given: a writer that is given a state continues from there.
+    was called or given: a writer that is given a state continues from there. kind: TEXT or EXAMPLES; MASK writes masks,
+    whose values are below a vocab_size of 4.
     """
 
-    def __init__(self, folder: str | Path, split: str, vocab_size: int, shard_tokens: int, state: dict | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        vocab_size: int,
+        shard_tokens: int,
+        state: dict | None = None,
+        kind: Kind = TEXT,
+    ):
         self.shards: list[dict] = []
-        self._folder, self._split, self._shard_tokens = Path(folder), split, shard_tokens
-        self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
+        self._folder, self._split, self._shard_tokens, self._kind = Path(folder), split, shard_tokens, kind
+        self._vocab_size, self._dtype = vocab_size, _dtype(vocab_size, kind)
         self._pending: list[int] = []  # to be written to it
         self._file = None
         self._tokens = 0  # in the current file
@@ -70,7 +102,7 @@ class ShardWriter:
         self._file.seek(end)
 
     def _path(self) -> Path:
-        return self._folder / f"{self._split}_{len(self.shards):03d}.bin.tmp"
+        return self._folder / f"{self._split}_{len(self.shards):03d}.{self._kind.suffix}.tmp"
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -111,7 +143,7 @@ class ShardWriter:
         file, self._file = self._file, None
         with file:
             file.seek(0)
-            file.write(HEADER.pack(MAGIC, FORMAT, self._dtype.itemsize, self._tokens))
+            file.write(HEADER.pack(self._kind.magic, self._kind.version, self._dtype.itemsize, self._tokens))
             file.flush()
             os.fsync(file.fileno())
         path = Path(file.name).with_suffix("")
@@ -119,13 +151,13 @@ class ShardWriter:
         self.shards.append({"file": path.name, "tokens": self._tokens, "sha256": sha256_of(path)})
 
 
-def is_resumable(folder: Path, split: str, vocab_size: int, state: dict) -> bool:
+def is_resumable(folder: Path, split: str, vocab_size: int, state: dict, kind: Kind = TEXT) -> bool:
     """Whether the files that a ShardWriter's `state` speaks of are in the folder, and as long as it says."""
     written = [(folder / shard["file"], shard["tokens"]) for shard in state["shards"]]
     if state["tokens"]:
-        unfinished = folder / f"{split}_{len(written):03d}.bin.tmp"
+        unfinished = folder / f"{split}_{len(written):03d}.{kind.suffix}.tmp"
         written.append((unfinished if unfinished.exists() else unfinished.with_suffix(""), state["tokens"]))
-    itemsize = token_dtype(vocab_size).itemsize
+    itemsize = _dtype(vocab_size, kind).itemsize
     return all(path.is_file() and path.stat().st_size >= HEADER.size + itemsize * tokens for path, tokens in written)
 
 
@@ -201,24 +233,29 @@ def _reason(error: OSError) -> str:
 
 def files_state(folder: Path) -> str:
     """sha256 of the names, sizes and modification times of a corpus's shards: the same until somebody writes to them."""
-    found = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.bin"))
+    files = (*folder.glob("*.bin"), *folder.glob("*.mask"))
+    found = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def open_shard(path: Path) -> Shard:
-    """The tokens of a shard file. Raises InputError naming the file if it is not a complete, sound shard."""
+def open_shard(path: Path, kind: Kind = TEXT) -> Shard:
+    """The tokens of a shard, or the bytes of a mask, read when they are asked for.
+
+    Raises InputError naming the file if it is not a complete, undamaged one of this kind.
+    """
+    what = "a mask" if kind is MASK else "a token shard"
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise InputError(f"{path} is not a token shard")
+        raise InputError(f"{path} is not {what}")
     try:
         with open(path, "rb") as file:
             header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise InputError(f"{path}: {_reason(error)}") from error
-    if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise InputError(f"{path} is not a token shard")
+    if len(header) < HEADER.size or not header.startswith(kind.magic):
+        raise InputError(f"{path} is not {what}")
     _, version, itemsize, tokens = HEADER.unpack(header)
-    if version != FORMAT or itemsize not in (2, 4):
-        raise InputError(f"{path} is a shard of version {version}, not {FORMAT}; prepare the corpus again")
+    if version != kind.version or itemsize not in kind.itemsizes:
+        raise InputError(f"{path} is {what} of version {version}, not {kind.version}; prepare the corpus again")
     if size != HEADER.size + itemsize * tokens or tokens == 0:
         raise InputError(f"{path} is truncated or damaged: {size:,} bytes cannot be its {tokens:,} tokens")
     return Shard(path, np.dtype(f"<u{itemsize}"), tokens)
@@ -244,6 +281,8 @@ _META_FIELDS = {
     },
     "split": {"documents": int, "tokens": int, "bytes": int, "words": int, "shards": list},
     "shard": {"file": str, "tokens": int, "sha256": str},
+    "examples": {"template": dict},
+    "split of examples": {"counted": int, "masks": list},
 }
 
 
@@ -252,8 +291,11 @@ def read_meta(path: Path) -> dict:
     if not path.exists():
         raise InputError(f"{path.parent} is not a prepared corpus: it has no {path.name}")
     meta = parse_json(read_bytes(path), path)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise InputError(f"{path} is not the meta.json of a corpus of format {FORMAT}; prepare the corpus again")
+    formats = (FORMAT, EXAMPLES_FORMAT)
+    if not isinstance(meta, dict) or meta.get("format") not in formats or isinstance(meta["format"], bool):
+        known = " or ".join(map(str, formats))
+        raise InputError(f"{path} is not the meta.json of a corpus of format {known}; prepare the corpus again")
+    of_examples = meta["format"] == EXAMPLES_FORMAT
 
     def check(what: str, value: object) -> None:
         for key, kind in _META_FIELDS[what].items():
@@ -266,14 +308,21 @@ def read_meta(path: Path) -> dict:
                 raise InputError(f"{path}: {what} {key} is missing or not a valid {kind.__name__}")
 
     check("corpus", meta)
+    if of_examples:
+        check("examples", meta)
     if sorted(meta["splits"]) != sorted(SPLITS):
         raise InputError(f"{path}: the splits are not {', '.join(SPLITS)}")
     for name, split in meta["splits"].items():
         check("split", split)
-        for shard in split["shards"]:
+        if of_examples:
+            check("split of examples", split)
+        for shard in split["shards"] + (split["masks"] if of_examples else []):
             check("shard", shard)
             if not re.fullmatch(r"\w[\w.-]*", shard["file"], re.ASCII):  # no path, no device, nothing hidden
                 raise InputError(f"{path}: shard {shard['file']!a:.60} is not in the same folder")
         if not split["tokens"] or sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
             raise InputError(f"{path}: the shards of split {name} do not add up to its {split['tokens']:,} tokens")
+        sizes = [[file["tokens"] for file in split[files]] for files in ("shards", "masks") if files in split]
+        if of_examples and sizes[0] != sizes[1]:
+            raise InputError(f"{path}: the masks of split {name} do not belong to its shards")
     return meta

@@ -1,0 +1,162 @@
+"""Examples as training data: rows, masks, packing, mixtures, and the loss against a loop over one example at a time."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_text
+
+from data import prepare
+from minidisp.data import Dataset, Examples, pack
+from minidisp.model import GPT, GPTConfig
+from minidisp.template import Template
+
+WORDS = [*write_text.__doc__.split(), "x", "yy", "zzz"]
+
+
+def dialogue(rng: random.Random, turns: int) -> list[dict]:
+    say = lambda: " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))  # noqa: E731
+    return [{"role": ("user", "assistant")[i % 2], "content": say()} for i in range(turns)]
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory):
+    """120 dialogues of one to three exchanges in bytes, some with an unanswered turn at their end."""
+    folder, rng = tmp_path_factory.mktemp("examples"), random.Random(0)
+    rows = [{"messages": dialogue(rng, rng.choice((2, 2, 3, 4, 6)))} for _ in range(120)]
+    rows[7]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    source = write_rows(folder / "rows.jsonl", rows)
+    assert prepare.main(["--input", source, "--tokenizer", "byte", "--out", str(folder / "prepared")]) == 0
+    return folder / "prepared"
+
+
+def rendered(corpus, split: str) -> list[tuple[list[int], list[bool]]]:
+    """The examples of a split by the template alone, in the order of the rows."""
+    dataset, found = Dataset(corpus), []
+    for line in (corpus.parent / "rows.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        if split_of("\n".join(f"{m['role']}\n{m['content']}" for m in messages)) == split:
+            found.append(Template.of(dataset.tokenizer).render(messages))
+    return found
+
+
+def split_of(text: str) -> str:
+    import hashlib
+
+    percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+    return "train" if percent < 90 else "val" if percent < 95 else "test"
+
+
+def used(ids: list[int], counted: list[bool], block_size: int) -> tuple[list[int], list[bool]]:
+    """What of an example is trained on: up to its last counted token, and of that the end."""
+    stop = len(counted) - counted[::-1].index(True)
+    start = max(0, stop - block_size - 1)
+    return ids[start:stop], counted[start:stop]
+
+
+def test_shards_and_masks_are_what_the_template_says(examples):
+    dataset = Dataset(examples)
+    assert dataset.meta["format"] == 2
+    for name in ("train", "val", "test"):
+        split, wanted = dataset.split(name), rendered(examples, name)
+        assert split.documents == len(wanted)
+        assert split.slice(0, split.tokens).tolist() == [i for ids, _ in wanted for i in ids]
+        flags = [2 * (at == 0) + counts for _, counted in wanted for at, counts in enumerate(counted)]
+        assert split.mask.slice(0, split.tokens).tolist() == flags
+        counted = [i for ids, flags in wanted for i, counts in zip(ids, flags, strict=True) if counts]
+        meta = dataset.meta["splits"][name]
+        assert (meta["counted"], meta["bytes"]) == (len(counted), len(dataset.tokenizer.decode(counted).encode()))
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128, 700])
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_example_is_in_one_window_of_each_epoch(examples, block_size, packed):
+    """Whole where it fits, else its end; nothing else is counted, and what fills a window is text of examples."""
+    split = Dataset(examples).split("train")
+    batches = Examples(split, block_size, seed=3, packed=packed)
+    wanted = sorted(used(*example, block_size) for example in rendered(examples, "train"))
+    assert batches.cut == sum(
+        len(u) < len(used(*e, 10**6)[0]) for e in rendered(examples, "train") for u in [used(*e, block_size)[0]]
+    )
+    openings = {tuple(used(*example, block_size)[0][:2]) for example in rendered(examples, "train")}
+    for epoch in range(2):
+        x, y, segments = batches.batch(epoch * batches.n, batches.n)
+        assert x.shape == y.shape == segments.shape == (batches.n, block_size)
+        found = []
+        for row in zip(x, y, segments, strict=True):
+            assert row[2][0] == 0
+            assert set(np.diff(row[2])) <= {0, 1}
+            for number in range(row[2][-1] + 1):
+                ids, targets = (part[row[2] == number].tolist() for part in row[:2])
+                if max(targets) < 0:  # it fills the window
+                    assert len(ids) < 2 or tuple(ids[:2]) in openings
+                    continue
+                assert targets[-1] >= 0
+                found.append(([*ids, targets[-1]], [t >= 0 for t in targets]))
+                assert [t for t in targets if t >= 0] == [
+                    i for i, t in zip([*ids, targets[-1]][1:], targets, strict=True) if t >= 0
+                ]
+        assert sorted(found) == sorted((ids, counted[1:]) for ids, counted in wanted)
+        if packed:
+            assert batches.n <= 1.1 * sum(len(ids) - 1 for ids, _ in wanted) / block_size + 1
+    again = Examples(split, block_size, seed=3, packed=packed)
+    for first, count in ((5, 9), (batches.n - 2, 4), (7 * batches.n + 1, 3)):
+        whole, parts = again.batch(first, count), [batches.batch(k, 1) for k in range(first, first + count)]
+        for i, column in enumerate(whole):
+            assert np.array_equal(column, np.concatenate([part[i] for part in parts]))
+
+
+def test_packing_is_best_fit():
+    assert pack([5, 4, 3, 2, 6], 8) == [[0, 2], [1, 3], [4]]
+    rng = np.random.default_rng(0)
+    sizes, room = rng.integers(1, 65, 500), 64
+    windows: list[list[int]] = []
+    for i, size in enumerate(sizes):
+        rooms = [room - sum(sizes[window]) for window in windows]
+        fitting = [left for left in rooms if left >= size]
+        if fitting:  # of several that are equally full, any will do
+            windows[rooms.index(min(fitting))].append(i)
+        else:
+            windows.append([i])
+    found = pack(sizes, room)
+    assert sorted(i for window in found for i in window) == list(range(500))
+    assert max(sizes[window].sum() for window in found) <= room
+    assert len(found) == len(windows)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_and_its_gradient_equal_a_loop_over_one_example_at_a_time(examples, arch, packed):
+    """In float64: each example is put through a model by itself, at positions from 0, and the counted losses are averaged."""
+    block_size = 48
+    torch.manual_seed(0)
+    config = GPTConfig(arch=arch, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, block_size=block_size, vocab_size=257)
+    model = GPT(config).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.zero_grad()
+    split = Dataset(examples).split("val")
+    x, y, segments = map(torch.from_numpy, Examples(split, block_size, seed=0, packed=packed).all())
+    loss = model(x, y, segments=segments).loss
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    total, number = 0.0, 0
+    for example in rendered(examples, "val"):
+        ids, counted = used(*example, block_size)
+        log_p = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        for at, (token, counts) in enumerate(zip(ids[1:], counted[1:], strict=True)):
+            if counts:
+                total, number = total - log_p[at, token], number + 1
+    (total / number).backward()
+    assert number == int((y >= 0).sum())
+    assert loss.item() == pytest.approx((total / number).item(), rel=1e-12)
+    for gradient, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-12)
