@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.prepare import find_or_prepare
+from data.prepare import open_corpora
 from minidisp import loss, report
 from minidisp.config import Config, parse, to_dict
 from minidisp.countermeasures import RANK, EmbeddingNoise, Teacher, derived_seed, forget, forgets_before
-from minidisp.data import Batches, Dataset, micro_batches
+from minidisp.data import micro_batches, shares, training_batches
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
 from minidisp.objective import Forward, build_objective
@@ -62,10 +62,11 @@ class MicroBatch(NamedTuple):
     """Sequences that go through the model together."""
 
     first: int  # the number of the first sequence in the run
-    idx: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64, -1 where a target is not counted
     parts: float  # how many micro-batches of this size make the process's share of a step
     weight: Tensor  # counted targets per sequence, relative to the whole step; 1 unless targets are masked
+    idx: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, -1 where a target is not counted
+    segments: Tensor | None = None  # (B, T) int64, the example that a token belongs to; None: a sequence is one text
 
 
 class Trainer:
@@ -81,13 +82,13 @@ class Trainer:
         self.run = RunFolder(config, world, at_exit, report.loggers(config.tensorboard, config.wandb))
 
         # --- data -----------------------------------------------------------------------------------------------------
-        self.dataset = dataset = Dataset(world.main_first("corpus", lambda: find_or_prepare(config.data)))
+        self.dataset = dataset = world.main_first("corpus", lambda: open_corpora(config.corpora))
         config = dataclasses.replace(config, vocab_size=dataset.tokenizer.vocab_size)
         source = None
         if config.init_from and not config.resume:
             source, config = world.main_first("start", lambda: start_from(config, dataset))
         self.config = config
-        self.batches = Batches(dataset.split("train"), config.block_size, config.seed)
+        self.batches = training_batches(dataset, config.block_size, config.seed, config.packing)
         self.validation = Validation(dataset, config, device, world)
 
         # --- model and optimisers -------------------------------------------------------------------------------------
@@ -139,12 +140,9 @@ class Trainer:
 
     def introduce(self) -> None:
         """The first lines of a run: what is in use."""
-        where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world)
-        size = self.model.num_params()
-        text = report.introduction(
-            self.config, self.dataset, size, self.objective.terms, where, self.step, self.changed
-        )
-        print(text, flush=True)
+        where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world, self.dataset)
+        size, terms = self.model.num_params(), self.objective.terms
+        print(report.introduction(self.config, self.dataset, size, terms, where, self.step, self.changed), flush=True)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -217,15 +215,15 @@ class Trainer:
         share = world.share_of(self.sequences)
         start = step * self.sequences + world.rank * share
         read = [
-            (first, count, *(to_device(tokens, self.device) for tokens in self.batches.batch(first, count)))
+            (first, count, [to_device(tokens, self.device) for tokens in self.batches.batch(first, count)])
             for first, count in micro_batches(start, start + share, self.micro_batch)
         ]
-        counted = [(targets != loss.IGNORE).sum() for *_, targets in read]
+        counted = [(targets != loss.IGNORE).sum() for _, _, (_, targets, *_) in read]
         total = world.sum(sum(counted)).clamp(min=1)
         # Sums of whole numbers, so that the weight is exactly 1 where all targets are counted.
         return [
-            MicroBatch(first, idx, targets, share / count, number * self.sequences / (total * count))
-            for (first, count, idx, targets), number in zip(read, counted, strict=True)
+            MicroBatch(first, share / count, number * self.sequences / (total * count), *tensors)
+            for (first, count, tensors), number in zip(read, counted, strict=True)
         ]
 
     def forward(self, model: nn.Module, batch: MicroBatch, step: int) -> Forward:
@@ -235,9 +233,9 @@ class Trainer:
         """
         if self.noise:
             self.noise.draw(batch.first, len(batch.idx))
-        _, ce, hidden_states = model(batch.idx, batch.targets, return_hidden_states=True)
+        _, ce, hidden_states = model(batch.idx, batch.targets, return_hidden_states=True, segments=batch.segments)
         ce = torch.where(batch.weight > 0, ce * batch.weight, 0.0)  # the mean of no target is NaN
-        return Forward(batch.idx, batch.targets, ce, hidden_states, step)
+        return Forward(batch.idx, batch.targets, ce, hidden_states, step, batch.segments, batch.weight)
 
     def forward_backward(self, logging: bool) -> dict[str, Tensor]:
         """Add up the gradients of the step's sequences; returns the means of what is logged, as tensors.
@@ -284,6 +282,7 @@ class Trainer:
         tokens_per_step = self.config.tokens_per_step
         speed = self.progress.steps_per_second() * tokens_per_step
         times = {"tokens_per_second": speed, "seconds": self.progress.seconds}
+        values |= shares(self.dataset.weights, (self.step - 1) * self.sequences, self.sequences)
         self.run.log({"step": self.step, "tokens": self.step * tokens_per_step, **values, **times})
         self.progress.show(values["ce"], speed, self.guard.total)
 

@@ -48,7 +48,7 @@ from data.hub import hugging_face
 from data.pieces import SAVE_EVERY_S, Piece, by_hash, by_position, joined, survey, usable, write_shards
 from data.sources import KINDS, READERS, BadRow, Document, Source, input_files
 from minidisp import InputError, __version__, parse_json, printable, read_bytes
-from minidisp.data import Dataset
+from minidisp.data import Corpora, Dataset
 from minidisp.runtime import files
 from minidisp.runtime.cli import Parser, exit_code
 from minidisp.shards import EXAMPLES_FORMAT, FORMAT, MASK, SPLITS, is_resumable, read_meta
@@ -111,6 +111,12 @@ def find_or_prepare(name: str) -> Path:
         + (f", prepared {', '.join(prepared)}" if prepared else "")
         + f"; or prepare your own with {make}"
     )
+
+
+def open_corpora(corpora: list[tuple[str, int]]) -> Dataset | Corpora:
+    """What --data names, as (corpus, weight) pairs. Raises InputError."""
+    parts = [Dataset(find_or_prepare(name)) for name, _ in corpora]
+    return parts[0] if len(parts) == 1 else Corpora(parts, [weight for _, weight in corpora])
 
 
 def prepare_corpus(

@@ -6,9 +6,12 @@ A field declared with `flag(default, help)` is the flag of the same name in keba
 
 import argparse
 import dataclasses
+import math
 import os
+import re
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -20,6 +23,8 @@ from minidisp.optim import OPTIMIZERS, SCHEDULES
 from minidisp.runtime.cli import Parser
 
 MOST_CHARACTERS = 4096  # of a path
+MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture of corpora
+MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture
 MOST_THREADS = 1024  # torch's thread pool ends the process when it cannot start them
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
@@ -72,8 +77,16 @@ class Config(GPTConfig):
     resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="silent")
     overwrite: bool = flag(False, "replace the run in --out", resume="silent")
     # data
-    data: str = flag(
-        "pystdlib", "corpus: a name under data/ or a folder; built-in names are prepared on first use", resume="silent"
+    data: str | tuple[str, ...] = flag(
+        "pystdlib",
+        "corpus: a name under data/ or a folder; built-in names are prepared on first use. Several are mixed, by weights if "
+        "given: chat:3 books:1 takes three sequences of chat for one of books",
+        resume="silent",
+    )
+    packing: Literal["separate", "joined", "none"] = flag(
+        "separate",
+        "of examples: several share a window and do not see each other (separate) or see those before them (joined), or each "
+        "has a window of its own (none)",
     )
     init_from: str = flag(
         "", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)", resume="silent"
@@ -178,10 +191,14 @@ class Config(GPTConfig):
     )
 
     def __post_init__(self):
+        if not isinstance(self.data, str):
+            object.__setattr__(self, "data", self.data[0] if len(self.data) == 1 else tuple(self.data))
         super().__post_init__()
-        for name, value in vars(self).items():
+        texts = [*vars(self).items(), *(("data", name) for name in self.data if not isinstance(self.data, str))]
+        for name, value in texts:
             if isinstance(value, str) and (len(value) > MOST_CHARACTERS or not is_plain(value)):
                 raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
+        parse_corpora(self.data)
         if self.block_size < 2:  # one token makes no pair, whose cosine is measured
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:
@@ -211,6 +228,11 @@ class Config(GPTConfig):
             raise InputError(f"--dispersion-layers: {error}") from None
 
     @property
+    def corpora(self) -> list[tuple[str, int]]:
+        """The corpora of --data with their weights, whole numbers without a common divisor."""
+        return parse_corpora(self.data)
+
+    @property
     def final_lr(self) -> float:
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
@@ -218,8 +240,7 @@ class Config(GPTConfig):
     def run_dir(self) -> Path:
         if self.out:
             return Path(self.out)
-        corpus = Path(os.path.abspath(self.data)).name  # a name also for "." and ".."
-        return Path("runs") / f"{corpus}-{self.preset}-d{self.dispersion:g}-s{self.seed}"
+        return Path("runs") / f"{corpora_name(self.data)}-{self.preset}-d{self.dispersion:g}-s{self.seed}"
 
     @property
     def tokens_per_step(self) -> int:
@@ -232,6 +253,35 @@ _UNSIZED = {
 }
 
 
+def parse_corpora(data: str | tuple[str, ...]) -> list[tuple[str, int]]:
+    """--data as (corpus, weight) pairs: NAME:WEIGHT, where the weight is 1 if left out. Raises InputError."""
+    pairs = []
+    for item in [data] if isinstance(data, str) else data:
+        name, _, weight = item.rpartition(":")
+        if not name or not re.fullmatch(r"[-+.\d]+", weight) or os.path.exists(item):
+            name, weight = item, "1"
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", weight) or not float(weight):
+            raise InputError(f"--data {item}: the weight must be above 0 and below a million, such as 3 or 0.5")
+        pairs.append((name, Fraction(weight)))
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--data: {twice} is named twice; give it once, with a weight such as {twice}:2")
+    scale = math.lcm(*(weight.denominator for _, weight in pairs))
+    weights = [int(weight * scale) for _, weight in pairs]
+    weights = [weight // math.gcd(*weights) for weight in weights]
+    if sum(weights) > MOST_SEQUENCES:
+        raise InputError(
+            f"--data: weights that add up to {sum(weights):,} in lowest terms: give rounder ones, such as 3 and 1"
+        )
+    return list(zip(names, weights, strict=True))
+
+
+def corpora_name(data: str | tuple[str, ...]) -> str:
+    """The corpora in the name of a run folder, such as chat-3+books-1."""
+    pairs = [(Path(os.path.abspath(name)).name, weight) for name, weight in parse_corpora(data)]  # a name also for "."
+    return pairs[0][0] if len(pairs) == 1 else "+".join(f"{name}-{weight}" for name, weight in pairs)
+
+
 def command_line(fields: dict) -> list[str]:
     """Fields of Config as the words of a command line that `parse` reads back."""
     line = []
@@ -239,7 +289,7 @@ def command_line(fields: dict) -> list[str]:
         if isinstance(value, bool):
             line.append(f"--{kebab(name)}" if value else f"--no-{kebab(name)}")
         else:
-            line += [f"--{kebab(name)}", str(value)]
+            line += [f"--{kebab(name)}", *(value if isinstance(value, list | tuple) else [str(value)])]
     return line
 
 
@@ -291,8 +341,11 @@ def parse(
     that says otherwise is refused.
     """
     given = vars(_parser(prog).parse_args(argv))
-    for name in {"config", "out", "data", "init_from", "distill"} & given.keys():
+    for name in {"config", "out", "init_from", "distill"} & given.keys():
         given[name] = os.path.expanduser(given[name])  # where no shell has done so
+    if "data" in given:
+        given["data"] = [os.path.expanduser(name) for name in given["data"]]
+        given["data"] = given["data"] if len(given["data"]) > 1 else given["data"][0]
     base = {}
     if given.get("resume") and given.get("init_from"):
         raise InputError("--resume goes on with a run's own weights: leave out --init-from")
@@ -361,6 +414,8 @@ def _parser(prog: str) -> Parser:
         else:
             options["type"] = _base_type(kind)
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[options["type"]]
+        if field.name == "data":
+            options |= {"nargs": "+", "metavar": "NAME[:WEIGHT]"}
         options["help"] += default
         add(f"--{kebab(field.name)}", **options)
         if field.name == "out":
@@ -420,6 +475,8 @@ def from_dict(values: dict) -> Config:
             if base is float and type(value) is int and abs(value) <= MOST:
                 value = float(value)
             valid = type(value) is base
+        if name == "data" and isinstance(value, list | tuple):
+            valid = bool(value) and all(isinstance(part, str) for part in value)
         if not valid:
             raise InputError(f"setting {name!r} has the value {shown(value)}, which is not {_expected(kind)}")
         checked[name] = value
@@ -440,6 +497,8 @@ def to_dict(config: GPTConfig) -> dict:
     usual = {name: 0 for name, value in config.usual().items() if getattr(config, name) == value}
     usual |= {"bias": True} if config.arch != "gpt2" else {}
     values = {**dataclasses.asdict(config), **usual}
+    if isinstance(values.get("data"), tuple):
+        values["data"] = [*values["data"]]
     return {**values, "norm_eps": float(values["norm_eps"])}
 
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from minidisp import InputError
 from minidisp.config import Config
 from minidisp.data import Dataset
-from minidisp.loss import compute_dtype
+from minidisp.decoding import Segments
+from minidisp.loss import IGNORE, compute_dtype
 from minidisp.runtime import checkpoint
 from minidisp.shards import sha256_of
 
@@ -90,7 +91,7 @@ class Teacher:
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
         self.model, vocabulary, saved = checkpoint.load_run(config.distill, device)
         self.model.requires_grad_(False)
-        self.temperature = config.distill_temperature
+        self.temperature, self.of_examples = config.distill_temperature, dataset.template is not None
         self.hash = sha256_of(checkpoint.find(config.distill))
         if vocabulary.hash != dataset.tokenizer.hash:
             raise InputError(
@@ -100,23 +101,30 @@ class Teacher:
             raise InputError(f"--distill {config.distill} has a context of {saved.block_size} tokens: give --block-size {saved.block_size} "
                              f"or less, not {config.block_size}")  # fmt: skip
 
-    def divergence(self, idx: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def divergence(
+        self, idx: Tensor, x: Tensor, weight: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Mean over the tokens of temperature^2 KL(teacher || student) in nats, of softmax(logits / temperature).
 
         The factor keeps the gradient's size when the temperature changes. idx: (B, T) tokens; x: the student's hidden
-        states after the final norm, (B, T, C); weight: its output layer, (V, C). Returns a float32 scalar (float64 if x is).
+        states after the final norm, (B, T, C); weight: its output layer, (V, C). targets, segments: see GPT.forward; where
+        the data are examples, the mean is over the counted targets. Returns a float32 scalar (float64 if x is).
         The logits are computed chunk by chunk, and again in the backward pass, so those of all tokens never exist at once.
         """
         with torch.no_grad():
-            target, _ = self.model._backbone(idx)
+            target, _ = self.model._backbone(idx, cache=None if segments is None else Segments(segments))
             # Not the student's: its gradient, the sum over the chunks, would be rounded with each of them.
             target_weight = self.model.lm_head.weight.to(compute_dtype(target))
-        size, total = tokens_at_once(x.device, len(weight)), 0.0
-        for rows in zip(x.flatten(0, 1).split(size), target.flatten(0, 1).split(size), strict=True):
+        x, target, number = x.flatten(0, 1), target.flatten(0, 1), idx.numel()
+        if self.of_examples and targets is not None:
+            kept = (targets.flatten() != IGNORE).nonzero()[:, 0]
+            x, target, number = x[kept], target[kept], max(1, len(kept))
+        size, total = tokens_at_once(x.device, len(weight)), x.sum() * 0.0 if not len(x) else 0.0
+        for rows in zip(x.split(size), target.split(size), strict=True):
             total = total + recompute(
                 self._chunk, *rows, weight, target_weight, use_reentrant=False, preserve_rng_state=False
             )
-        return self.temperature**2 * total / idx.numel()
+        return self.temperature**2 * total / number
 
     def _chunk(self, x: Tensor, target: Tensor, weight: Tensor, target_weight: Tensor) -> Tensor:
         """KL summed over some tokens; x: (N, C) of the student, target: (N, C') of the teacher."""

@@ -113,13 +113,13 @@ class Split:
 class Dataset:
     """A prepared corpus: `tokenizer`, `meta` (what meta.json says), `split(name)`, and `hash`, which identifies it.
 
-    template: the prompt template of a corpus of examples, else None.
+    template: the prompt template of a corpus of examples, else None. parts, weights: itself, as `Corpora` has several.
     Opening checks that meta.json is complete and agrees with every shard's header and size, and that the tokenizer is
     the one the tokens were made with; it reads no tokens. Raises InputError naming the file that is wrong.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder, self.parts, self.weights = Path(folder), [self], [1]
         path = self.folder / "meta.json"
         self.meta = meta = read_meta(path)
         self.tokenizer = load_tokenizer(self.folder / "tokenizer.model")
@@ -171,6 +171,31 @@ class Dataset:
                 raise InputError(f"{file} has changed since it was written: its sha256 is another")
 
 
+class Corpora:
+    """Several corpora that are trained on together, weights[i] windows of parts[i] in every sum(weights).
+
+    Raises InputError unless they have one tokenizer and, as far as they are examples, one prompt template.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[int]):
+        self.parts, self.weights = parts, weights
+        first = parts[0]
+        for part in parts[1:]:
+            if part.tokenizer.hash != first.tokenizer.hash:
+                raise InputError(
+                    f"--data: {part.folder} has another tokenizer than {first.folder}: prepare one of them again with the "
+                    "other's, --tokenizer-from"
+                )
+        templates = [part for part in parts if part.template]
+        for part in templates[1:]:
+            if part.template.to_meta() != templates[0].template.to_meta():
+                raise InputError(f"--data: {part.folder} has another prompt template than {templates[0].folder}")
+        self.folder, self.tokenizer = first.folder, first.tokenizer
+        self.template = templates[0].template if templates else None
+        self.meta = {"name": " ".join(part.meta["name"] for part in parts)}
+        self.hash = hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest()
+
+
 class Batches:
     """Training sequences of T = block_size tokens, in an order that depends on (seed, index) alone.
 
@@ -208,20 +233,21 @@ class Examples:
     are shuffled once by the seed and packed into n windows (see `pack`). The rest of a window is filled with the beginnings
     of other examples, of which nothing is counted, so that every position holds text. Sequence k of the run is window
     k % n of epoch k // n, in an order drawn from a generator seeded with [seed, epoch].
-    packed: several examples in a window; else one. chosen: these examples only, in this order.
+    packing: see Config. chosen: these examples only, in this order.
     """
 
     def __init__(
-        self, split: Split, block_size: int, seed: int, packed: bool = True, chosen: Sequence[int] | None = None
+        self, split: Split, block_size: int, seed: int, packing: str = "separate", chosen: Sequence[int] | None = None
     ):
-        self._split, self._T, self._seed = split, block_size, seed
+        self._split, self._T, self._seed, self._packing = split, block_size, seed, packing
         starts, self._ends = split.examples.T
         self._starts = np.maximum(starts, self._ends - block_size - 1)
         self.cut = int((self._starts > starts).sum())
         self.sizes = self._ends - self._starts - 1  # how many positions of a window each example takes
         if chosen is None:
             chosen = np.random.default_rng(seed).permutation(len(starts))
-        sizes = self.sizes[chosen] if packed else [block_size] * len(chosen)
+        chosen = np.asarray(chosen, dtype=np.int64)
+        sizes = [block_size] * len(chosen) if packing == "none" else self.sizes[chosen]
         self._windows = [[int(chosen[i]) for i in window] for window in pack(sizes, block_size)]
         self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
 
@@ -229,12 +255,14 @@ class Examples:
     def n(self) -> int:
         return len(self._windows)
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, ...]:
         """Sequences first..first+count-1 of the run: x, y and segments, int64, (count, T).
 
-        y is x one token later, -1 where it is not counted. segments numbers the examples of a window from 0.
+        y is x one token later, -1 where it is not counted. segments numbers the examples of a window from 0; joined, tokens
+        may attend to the examples before their own, and there are no segments.
         """
-        return self._read([self._epoch_order(k // self.n)[k % self.n] for k in range(first, first + count)])
+        columns = self._read([self._epoch_order(k // self.n)[k % self.n] for k in range(first, first + count)])
+        return columns[:2] if self._packing == "joined" else columns
 
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every window once, in the order of the packing: as `batch`."""
@@ -285,6 +313,21 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     return windows
 
 
+@functools.cache
+def interleaved(weights: tuple[int, ...]) -> list[tuple[int, int]]:
+    """A cycle of a mixture: (corpus, how many of it came before), weights[i] times corpus i, evenly spread."""
+    # The j-th of w sequences stands at (j + 1/2) / w of the cycle.
+    places = sorted(((2 * j + 1) / w, i, j) for i, w in enumerate(weights) for j in range(w))
+    return [(i, j) for _, i, j in places]
+
+
+def shares(weights: Sequence[int], first: int, count: int) -> dict[str, list[float]]:
+    """For metrics.jsonl: the share of each corpus in the tokens of these sequences of a run; nothing if there is one only."""
+    cycle = interleaved(tuple(weights))
+    corpora = [cycle[k % len(cycle)][0] for k in range(first, first + count)]
+    return {"share_by_corpus": [corpora.count(i) / count for i in range(len(weights))]} if len(weights) > 1 else {}
+
+
 class Mixture:
     """Training sequences from several corpora, weights[i] of corpus i in every sum(weights), evenly spread.
 
@@ -293,23 +336,31 @@ class Mixture:
 
     def __init__(self, parts: Sequence[Batches | Examples], weights: Sequence[int]):
         self._parts, self._weights = parts, weights
-        # The j-th of w sequences stands at (j + 1/2) / w of a cycle.
-        places = sorted(((2 * j + 1) / w, i, j) for i, w in enumerate(weights) for j in range(w))
-        self._cycle = [(i, j) for _, i, j in places]
-
-    def source(self, k: int) -> int:
-        """The number of the corpus that sequence k of the run is from."""
-        return self._cycle[k % len(self._cycle)][0]
+        self._segmented = any(len(part.batch(0, 1)) == 3 for part in parts)
+        self._cycle = interleaved(tuple(weights))
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, ...]:
-        """Sequences first..first+count-1 of the run: x, y, and segments if there are examples, int64, (count, T)."""
-        rows = []
+        """Sequences first..first+count-1 of the run: x, y, and segments if a part has them, int64, (count, T)."""
+        rows: list[tuple[np.ndarray, ...]] = []
         for cycle, place in (divmod(k, len(self._cycle)) for k in range(first, first + count)):
             i, j = self._cycle[place]
             rows.append(self._parts[i].batch(cycle * self._weights[i] + j, 1))
-        if any(isinstance(part, Examples) for part in self._parts):
+        if self._segmented:
             rows = [row if len(row) == 3 else (*row, np.zeros_like(row[0])) for row in rows]
         return tuple(np.concatenate(columns) for columns in zip(*rows, strict=True))
+
+
+def training_batches(
+    dataset: Dataset | Corpora, block_size: int, seed: int, packing: str
+) -> Batches | Examples | Mixture:
+    """The training sequences of what --data names; see Config for packing."""
+    parts = [
+        Examples(part.split("train"), block_size, seed, packing)
+        if part.template
+        else Batches(part.split("train"), block_size, seed)
+        for part in dataset.parts
+    ]
+    return parts[0] if len(parts) == 1 else Mixture(parts, dataset.weights)
 
 
 def micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

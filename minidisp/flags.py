@@ -56,7 +56,7 @@ def check_bounds(config) -> None:
     """Raise InputError naming the flag for the first number of a dataclass that is not finite or out of its bounds."""
     for field in dataclasses.fields(config):
         value, bounds = getattr(config, field.name), field.metadata.get("bounds", Bounds())
-        if value is None or isinstance(value, bool | str):
+        if value is None or isinstance(value, bool | str | tuple):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{kebab(field.name)} is {value}, but must be a finite number")

@@ -24,6 +24,10 @@ class Forward(NamedTuple):
     )  # cross-entropy, a scalar: its mean over the micro-batches is the mean over the counted targets of the step
     hidden_states: tuple[torch.Tensor, ...]  # n_layer + 1 tensors (B, T, C)
     step: int  # index of the optimiser step
+    segments: torch.Tensor | None = (
+        None  # (B, T) int64, the example that a token belongs to; None: a sequence is one text
+    )
+    weight: torch.Tensor | float = 1.0  # what a mean over the counted targets is multiplied with, as ce is already
 
 
 class Term(NamedTuple):
@@ -74,6 +78,10 @@ def build_objective(
         terms.append(Term("dispersion", config.dispersion, value, "dispersion loss", details))
     if teacher:
         details = f"distillation from {config.distill}, temperature {config.distill_temperature:g}"
-        value = lambda forward: teacher.divergence(forward.idx, forward.hidden_states[-1], model.lm_head.weight)  # noqa: E731
+
+        def value(forward: Forward) -> torch.Tensor:
+            x, weight = forward.hidden_states[-1], model.lm_head.weight
+            return forward.weight * teacher.divergence(forward.idx, x, weight, forward.targets, forward.segments)
+
         terms.append(Term("distillation", config.distill_weight, value, "distillation loss", details))
     return Objective(terms)

@@ -13,9 +13,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from minidisp import InputError
+from minidisp import InputError, parse_json, read_bytes
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # Roles and contents alternate, each closed by the end-of-text token: no tokenizer merges characters across it, so every
@@ -25,6 +26,7 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant' + eos_token }}{% endif %}"
 )
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILE = "template.json"  # of a run that was trained on examples, beside its tokenizer.model
 Messages = Sequence[dict[str, str]]  # with "role" (system, user or assistant) and "content"
 
 
@@ -238,3 +240,14 @@ def _unused(text: str) -> Iterator[str]:
 
 def _in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def load_template(folder: str | Path, tokenizer: Tokenizer) -> Template | None:
+    """The template of the run in a folder; None if it was trained on text alone. Raises InputError if it is damaged."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        return None
+    try:
+        return Template.from_meta(parse_json(read_bytes(path), path), tokenizer)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

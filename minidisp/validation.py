@@ -1,7 +1,9 @@
 """What is measured while a model trains: the loss and the condensation of a fixed set of held-out windows."""
 
+import itertools
 import math
 
+import numpy as np
 import torch
 
 from minidisp import InputError
@@ -22,12 +24,25 @@ class Validation:
     """The fixed validation set of a run: the same windows in every evaluation and for every seed."""
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device, world: World):
-        self.x, self.y = eval_windows(dataset.split("val"), config.block_size, config.eval_tokens)
+        total, parts = sum(dataset.weights), []
+        for part, weight in zip(dataset.parts, dataset.weights, strict=True):
+            tokens = -(-config.eval_tokens * weight // total)
+            parts.append(eval_windows(part.split("val"), config.block_size, tokens))
+        self.ends = np.cumsum([len(part[0]) for part in parts]).tolist()  # of each corpus's windows
+        self.x, self.y = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        self.segments = None  # each example is scored by itself, however it is trained
+        if dataset.template:
+            self.segments = np.concatenate([part[2] if len(part) > 2 else np.zeros_like(part[0]) for part in parts])
         self.counted = self.y != IGNORE
         self.targets = int(self.counted.sum())
         if not self.targets:
             raise InputError(f"{dataset.folder}: no target of the validation windows is counted: raise --eval-tokens")
-        self.bytes = sum(len(dataset.tokenizer.token_bytes[token]) for token in self.y[self.counted])
+        lengths = np.array([len(token) for token in dataset.tokenizer.token_bytes])
+        by_window = np.where(self.counted, lengths[self.y], 0).sum(axis=1)  # bytes
+        self.bytes_by_corpus, self.targets_by_corpus = (
+            [int(values[start:end].sum()) for start, end in itertools.pairwise([0, *self.ends])]
+            for values in (by_window, self.counted)
+        )
         self.device, self.world = device, world
         self.batch_size = config.batch_size  # windows at a time: fewer where the memory does not suffice
 
@@ -58,24 +73,31 @@ class Validation:
     def _scores(self, model: GPT) -> dict:
         was_training = model.training
         model.eval()
-        starts = range(0, len(self.x), self.batch_size)
+        batches = [
+            (corpus, start, min(start + self.batch_size, end))
+            for corpus, (first, end) in enumerate(itertools.pairwise([0, *self.ends]))
+            for start in range(first, end, self.batch_size)
+        ]
         losses, condensation = [], Condensation()
         try:
-            for first in starts:
-                x, y = (to_device(tokens[first : first + self.batch_size], self.device) for tokens in (self.x, self.y))
-                _, loss, hidden_states = model(x, y, return_hidden_states=True)
+            for _, start, stop in batches:
+                x, y, segments = self._windows(start, stop)
+                _, loss, hidden_states = model(x, y, return_hidden_states=True, segments=segments)
                 losses.append(loss)
                 room = CONDENSATION_SEQUENCES - condensation.sequences
                 if room > 0:
                     condensation.update([z[:room, :512] for z in hidden_states])
         finally:
             _leave(model, was_training)
-        nats = 0.0
-        for first, loss in zip(starts, torch.stack(losses).tolist(), strict=True):  # only here is the device waited for
-            counted = int(self.counted[first : first + self.batch_size].sum())
-            nats += loss * counted if counted else 0.0  # the mean of no target is NaN
-            if not math.isfinite(nats):
-                return {"val_loss": nats}
+        nats_by_corpus = [0.0 for _ in self.ends]
+        for (corpus, start, stop), loss in zip(
+            batches, torch.stack(losses).tolist(), strict=True
+        ):  # waits for the device
+            counted = int(self.counted[start:stop].sum())
+            nats_by_corpus[corpus] += loss * counted if counted else 0.0  # the mean of no target is NaN
+        nats = sum(nats_by_corpus)
+        if not math.isfinite(nats):
+            return {"val_loss": nats}
         scores = condensation.result()
         # The histogram is what the heat map and its history are drawn from; four digits are plenty for a colour.
         histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]
@@ -83,7 +105,8 @@ class Validation:
         return {
             "val_loss": nats / self.targets,
             "perplexity": perplexity(nats, self.targets),
-            "bits_per_byte": bits_per_byte(nats, self.bytes),
+            "bits_per_byte": bits_per_byte(nats, sum(self.bytes_by_corpus)),
+            **(self._by_corpus(nats_by_corpus) if len(self.ends) > 1 else {}),
             **{name: scores[name] for name in wanted},
             "histogram_by_layer": histogram,
         }
@@ -94,10 +117,22 @@ class Validation:
         was_training = model.training
         model.eval()
         first = int(self.counted.any(axis=1).argmax())
-        x, y = (to_device(tokens[first : first + 1], self.device) for tokens in (self.x, self.y))
-        loss = model(x, y).loss
+        x, y, segments = self._windows(first, first + 1)
+        loss = model(x, y, segments=segments).loss
         _leave(model, was_training)
         return math.isfinite(loss.item())
+
+    def _windows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x, y and segments of windows start..stop-1 on the device."""
+        segments = None if self.segments is None else to_device(self.segments[start:stop], self.device)
+        return to_device(self.x[start:stop], self.device), to_device(self.y[start:stop], self.device), segments
+
+    def _by_corpus(self, nats: list[float]) -> dict[str, list[float]]:
+        """The scores of each corpus of a mixture, in the order of --data."""
+        return {
+            "val_loss_by_corpus": [a / b for a, b in zip(nats, self.targets_by_corpus, strict=True)],
+            "bits_per_byte_by_corpus": [bits_per_byte(a, b) for a, b in zip(nats, self.bytes_by_corpus, strict=True)],
+        }
 
 
 def _leave(model: GPT, was_training: bool) -> None:

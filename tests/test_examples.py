@@ -80,7 +80,7 @@ def test_shards_and_masks_are_what_the_template_says(examples):
 def test_every_example_is_in_one_window_of_each_epoch(examples, block_size, packed):
     """Whole where it fits, else its end; nothing else is counted, and what fills a window is text of examples."""
     split = Dataset(examples).split("train")
-    batches = Examples(split, block_size, seed=3, packed=packed)
+    batches = Examples(split, block_size, seed=3, packing="separate" if packed else "none")
     wanted = sorted(used(*example, block_size) for example in rendered(examples, "train"))
     assert batches.cut == sum(
         len(u) < len(used(*e, 10**6)[0]) for e in rendered(examples, "train") for u in [used(*e, block_size)[0]]
@@ -106,7 +106,7 @@ def test_every_example_is_in_one_window_of_each_epoch(examples, block_size, pack
         assert sorted(found) == sorted((ids, counted[1:]) for ids, counted in wanted)
         if packed:
             assert batches.n <= 1.1 * sum(len(ids) - 1 for ids, _ in wanted) / block_size + 1
-    again = Examples(split, block_size, seed=3, packed=packed)
+    again = Examples(split, block_size, seed=3, packing="separate" if packed else "none")
     for first, count in ((5, 9), (batches.n - 2, 4), (7 * batches.n + 1, 3)):
         whole, parts = again.batch(first, count), [batches.batch(k, 1) for k in range(first, first + count)]
         for i, column in enumerate(whole):
@@ -143,7 +143,9 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_one_example_at_a_time(examp
         torch.nn.init.normal_(p, std=0.3)
     model.zero_grad()
     split = Dataset(examples).split("val")
-    x, y, segments = map(torch.from_numpy, Examples(split, block_size, seed=0, packed=packed).all())
+    x, y, segments = map(
+        torch.from_numpy, Examples(split, block_size, seed=0, packing="separate" if packed else "none").all()
+    )
     loss = model(x, y, segments=segments).loss
     loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]

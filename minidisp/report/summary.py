@@ -5,7 +5,7 @@ from pathlib import Path
 
 import minidisp
 from minidisp.config import Config
-from minidisp.data import Dataset
+from minidisp.data import Corpora, Dataset, Examples
 from minidisp.optim import learning_rate
 from minidisp.report.figures import cannot_draw
 from minidisp.report.tables import number, table
@@ -36,7 +36,6 @@ def introduction(
     terms: those of the objective. where: the device and how it is used. step, changed: where a resumed run goes on, and
     what is different from there on, in words.
     """
-    tokens = dataset.split("train").tokens
     steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule"
     if 0 < config.max_steps <= config.warmup_steps:
         top = learning_rate(config.max_steps - 1, config)
@@ -49,7 +48,7 @@ def introduction(
         objective += f"; token embeddings{tied} reset every {config.active_forgetting:,} steps"
     lines = [
         f"minidisp {minidisp.__version__}  {config.run_dir}",
-        f"data    {dataset.meta['name']}: {tokens:,} training tokens, vocabulary {config.vocab_size:,}",
+        *_data(config, dataset),
         f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: {parameters:,} parameters",
         f"steps   {steps}",
         f"loss    {objective}",
@@ -62,6 +61,24 @@ def introduction(
             [*lines, "", f"resumed at step {step}" + ", from here on with " * bool(changed) + ", ".join(changed)]
         )
     return "\n".join(lines) + "\n"
+
+
+def _data(config: Config, dataset: Dataset | Corpora) -> list[str]:
+    """A line for each corpus: what it has, and its share in a mixture."""
+    lines, total = [], sum(dataset.weights)
+    for part, weight in zip(dataset.parts, dataset.weights, strict=True):
+        split = part.split("train")
+        line = f"{part.meta['name']}: {split.tokens:,} training tokens, vocabulary {config.vocab_size:,}"
+        if part.template:
+            examples = Examples(split, config.block_size, config.seed, config.packing)
+            counted = part.meta["splits"]["train"]["counted"]
+            line += f"; {counted:,} of them counted, in {split.documents:,} examples in {examples.n:,} windows"
+            if examples.cut:
+                line += f"; {examples.cut:,} examples are longer than the context and keep their end"
+        if total > weight:
+            line += f"; {weight} of {total} sequences"
+        lines.append(f"data    {line}")
+    return lines
 
 
 def summarise(run: Path, parameters: int, tokens: int, seconds: float, skipped: int) -> dict:

@@ -21,7 +21,7 @@ import torch
 import minidisp
 from minidisp import InputError
 from minidisp.config import Config, kebab, to_dict
-from minidisp.data import Dataset
+from minidisp.data import SPLITS, Corpora, Dataset
 from minidisp.ops import attention
 from minidisp.runtime.processes import World
 from minidisp.shards import files_state
@@ -137,12 +137,16 @@ def bfloat16_pays(n_embd: int) -> bool:
     return any(has.get(name, False) and n_embd >= least for name, least in BFLOAT16_PAYS.items())
 
 
-def describe_use(config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, world: World) -> str:
+def describe_use(
+    config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, world: World, dataset: Dataset | Corpora
+) -> str:
     """What a run computes on and how, in words."""
     words = f"{device_name(device)}, {str(dtype).removeprefix('torch.')}"
     if config.dtype == "auto" and device.type == "cpu" and bfloat16_pays(config.n_embd):
         words += " (faster here: --dtype bfloat16)"
-    if attention.choose(dtype, device.type, config.head_dim, config.dropout)[0] == "fused":
+    if dataset.template and config.packing != "joined":
+        words += ", attention by torch (with a mask that keeps examples apart)"
+    elif attention.choose(dtype, device.type, config.head_dim, config.dropout)[0] == "fused":
         lacking = attention.find_or_build()
         words += f", attention by torch: {lacking}" if lacking else ", attention fused"
     words += f", compile {'on' if compiled else 'off'}"
@@ -250,7 +254,8 @@ def describe_environment(dataset: Dataset, device: torch.device, processes: int)
         "data_files": files_state(dataset.folder),
         "tokenizer_sha256": dataset.tokenizer.hash,
         "shards_sha256": {
-            name: [shard["sha256"] for shard in split["shards"]] for name, split in dataset.meta["splits"].items()
+            name: [shard["sha256"] for part in dataset.parts for shard in part.meta["splits"][name]["shards"]]
+            for name in SPLITS
         },
     }
 

@@ -23,10 +23,11 @@ from minidisp.runtime.device import describe_environment
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
 from minidisp.shards import files_state
+from minidisp.template import FILE as TEMPLATE
 
 # What lies in a run folder beside config.json and checkpoints.
 FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
-OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", *FIGURES)
+OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", TEMPLATE, *FIGURES)
 OWN_FOLDERS = ("figures", "tensorboard", "wandb")
 REPLACED = "config.json.tmp"  # where config.json is while a run is replaced; writing the new one removes it
 
@@ -131,6 +132,8 @@ class RunFolder:
             files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
             vocabulary = (dataset.folder / "tokenizer.model").read_bytes()
             files.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
+            if dataset.template:
+                files.write_json(self.path / TEMPLATE, dataset.template.to_meta())
         newest = self._world.max(-1 if last_eval is None else last_eval)
         return None if newest < 0 else newest
 
