@@ -24,6 +24,8 @@ from minidisp.shards import (
     SPLITS,
     TEXT,
     Kind,
+    Shard,
+    files_state,
     open_shard,
     read_meta,
     sha256_of,
@@ -34,9 +36,9 @@ from minidisp.tokenizer import load as load_tokenizer
 
 
 class Column:
-    """Several mapped arrays as one: the tokens of a split, or its masks. limit: every value is below it."""
+    """Several files as one: the tokens of a split, or its masks. limit: every value is below it."""
 
-    def __init__(self, parts: list[np.ndarray], files: list[Path], limit: int, what: str):
+    def __init__(self, parts: list[Shard], files: list[Path], limit: int, what: str):
         self._parts, self.files, self._limit, self._what = parts, files, limit, what
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -158,6 +160,11 @@ class Dataset:
         entries = self.meta["splits"][split]
         return entries["shards"] + (entries["masks"] if self.template else [])
 
+    @property
+    def files_state(self) -> str:
+        """See shards.files_state."""
+        return files_state(self.folder)
+
     def split(self, name: str) -> Split:
         if name not in self._splits:
             raise InputError(f"there is no split {name!r}; there are {', '.join(SPLITS)}")
@@ -194,6 +201,16 @@ class Corpora:
         self.template = templates[0].template if templates else None
         self.meta = {"name": " ".join(part.meta["name"] for part in parts)}
         self.hash = hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest()
+
+    @property
+    def files_state(self) -> str:
+        """Those of the parts."""
+        return " ".join(part.files_state for part in self.parts)
+
+    def verify(self) -> None:
+        """See Dataset.verify."""
+        for part in self.parts:
+            part.verify()
 
 
 class Batches:

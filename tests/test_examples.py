@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import write_text
 
+import train
 from data import prepare
-from minidisp.data import Dataset, Examples, pack
+from minidisp import InputError
+from minidisp.config import command_line, from_dict, parse, to_dict
+from minidisp.data import Batches, Dataset, Examples, Mixture, pack, shares
 from minidisp.model import GPT, GPTConfig
 from minidisp.template import Template
 
@@ -162,3 +165,109 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_one_example_at_a_time(examp
     assert loss.item() == pytest.approx((total / number).item(), rel=1e-12)
     for gradient, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-12)
+
+
+SMALL_MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 48, "device": "cpu", "recipe": "gpt2"}
+RUN = {**SMALL_MODEL, "batch_size": 4, "max_steps": 8, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 300, "log_every": 1,
+       "save_every": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(corpus, tmp_path_factory):
+    """A run on text, to fine-tune."""
+    out = tmp_path_factory.mktemp("base") / "base"
+    train.main(from_dict({**RUN, "data": str(corpus), "out": str(out)}))
+    return out
+
+
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run) -> dict:
+    return torch.load(run / "ckpt_last.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_fine_tuning_run_that_was_stopped_resumes_bit_for_bit(examples, corpus, base, tmp_path, mixed):
+    data = [f"{examples}:3", f"{corpus}:1"] if mixed else str(examples)
+    fields = {**RUN, "data": data, "init_from": str(base), "dispersion": 0.1, "noisy_embedding": 1.0, "dropout": 0.1}
+    train.main(from_dict({**fields, "out": str(tmp_path / "whole")}))
+    stopped = tmp_path / "stopped"
+    train.main(from_dict({**fields, "out": str(stopped)}))
+    (stopped / "ckpt_last.pt").unlink()
+    train.main(from_dict({**fields, "out": str(tmp_path / "half"), "keep": 9}))
+    (stopped / "ckpt_last.pt").write_bytes((tmp_path / "half" / "ckpt_00000004.pt").read_bytes())
+    train.main(parse(["--resume", "--out", str(stopped)]))
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(stopped)[name]), name
+    kept = [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines(tmp_path / "whole")
+    ]
+    again = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines(stopped)]
+    assert again == kept
+    assert (stopped / "template.json").exists()
+    if mixed:
+        assert {tuple(line["share_by_corpus"]) for line in kept if "ce" in line} == {(0.75, 0.25)}
+        last = [line for line in kept if "val_loss" in line][-1]
+        assert min(last["val_loss_by_corpus"]) < last["val_loss"] < max(last["val_loss_by_corpus"])
+
+
+def test_training_counts_the_answers_alone_whatever_the_micro_batch(examples, tmp_path):
+    """The loss of a step is the mean over its counted targets, and so it is for every split into micro-batches."""
+    fields = {**RUN, "data": str(examples), "max_steps": 3, "eval_every": 3}
+    for size, accum in ((4, 1), (1, 4)):
+        train.main(from_dict({**fields, "batch_size": size, "grad_accum": accum, "out": str(tmp_path / str(size))}))
+    logged = [[line["ce"] for line in lines(tmp_path / size) if "ce" in line] for size in ("4", "1")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257))
+    x, y, segments = map(torch.from_numpy, Examples(Dataset(examples).split("train"), 48, 0).batch(0, 4))
+    assert logged[0][0] == pytest.approx(model(x, y, segments=segments).loss.item(), rel=1e-5)
+
+
+def test_a_mixture_takes_its_share_of_each_and_each_in_its_own_order(examples, corpus):
+    parts = [Examples(Dataset(examples).split("train"), 48, 1), Batches(Dataset(corpus).split("train"), 48, 1)]
+    alone = [part.batch(0, 60) for part in parts]
+    taken = [0, 0]
+    mixture = Mixture(parts, (3, 2))
+    for k in range(50):
+        x, y, segments = mixture.batch(k, 1)
+        i = int(np.array_equal(x[0], alone[1][0][taken[1]]))
+        assert np.array_equal(x[0], alone[i][0][taken[i]])
+        assert np.array_equal(y[0], alone[i][1][taken[i]])
+        assert np.array_equal(segments[0], alone[0][2][taken[0]] if i == 0 else np.zeros(48))
+        taken[i] += 1
+        assert abs(taken[0] - 0.6 * (k + 1)) < 1
+    assert taken == [30, 20]
+    assert shares((3, 2), 5, 10) == {"share_by_corpus": [0.6, 0.4]}
+    whole = mixture.batch(7, 12)
+    for i in range(3):
+        assert np.array_equal(whole[i], np.concatenate([mixture.batch(k, 1)[i] for k in range(7, 19)]))
+
+
+@pytest.mark.parametrize(
+    ("data", "pairs"),
+    [
+        ("a", [("a", 1)]),
+        (("a:3", "b:1"), [("a", 3), ("b", 1)]),
+        (("a:0.5", "b"), [("a", 1), ("b", 2)]),
+        (("a:6", "data/b:4"), [("a", 3), ("data/b", 2)]),
+        ("C:\\corpus", [("C:\\corpus", 1)]),
+    ],
+)
+def test_weights(data, pairs):
+    assert from_dict({"data": data}).corpora == pairs
+    saved = json.loads(json.dumps(to_dict(from_dict({"data": data}))))
+    assert from_dict(saved).corpora == pairs
+    line = command_line({"data": saved["data"]})
+    assert parse(line).corpora == pairs
+
+
+@pytest.mark.parametrize(
+    "data", [["a:0", "b"], ["a:-1", "b"], ["a:1.2.3", "b"], ["a", "a:2"], ["a:99999999", "b"], ["a:0.001", "b:999999"]]
+)
+def test_weights_that_make_no_sense_are_refused(data):
+    with pytest.raises(InputError, match=r"^--data"):
+        from_dict({"data": data})

@@ -24,7 +24,6 @@ from minidisp.config import Config, kebab, to_dict
 from minidisp.data import SPLITS, Corpora, Dataset
 from minidisp.ops import attention
 from minidisp.runtime.processes import World
-from minidisp.shards import files_state
 
 try:
     import resource
@@ -251,7 +250,7 @@ def describe_environment(dataset: Dataset, device: torch.device, processes: int)
         "cores": os.cpu_count(),
         "memory_gib": round((memory or 0) / 2**30, 1),
         "data_hash": dataset.hash,
-        "data_files": files_state(dataset.folder),
+        "data_files": dataset.files_state,
         "tokenizer_sha256": dataset.tokenizer.hash,
         "shards_sha256": {
             name: [shard["sha256"] for part in dataset.parts for shard in part.meta["splits"][name]["shards"]]

@@ -22,7 +22,6 @@ from minidisp.runtime.command import warn
 from minidisp.runtime.device import describe_environment
 from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
-from minidisp.shards import files_state
 from minidisp.template import FILE as TEMPLATE
 
 # What lies in a run folder beside config.json and checkpoints.
@@ -93,7 +92,7 @@ class RunFolder:
         saved = self.path / "config.json"
         environment = read_json(saved).get("environment") if saved.exists() else None
         known = environment.get("data_files") if isinstance(environment, dict) else None
-        if known != files_state(dataset.folder):
+        if known != dataset.files_state:
             self._say(f"checking the shards of {dataset.folder}: their times are not those of this run's start")
             dataset.verify()
 
@@ -256,6 +255,10 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
     if not isinstance(taught_by, str | None) or taught_by != teacher_hash:
         raise InputError(f"--resume: {path} was not trained with what is now in --distill {config.distill}")
     changed = []
+    weights, saved_weights = ([weight for _, weight in each.corpora] for each in (config, saved))
+    if weights != saved_weights:  # the corpora are the same, by their hashes
+        now, before = (":".join(map(str, each)) for each in (weights, saved_weights))
+        changed.append(f"weights of --data {now} instead of {before}")
     for field in dataclasses.fields(Config):
         before, now = getattr(saved, field.name), getattr(config, field.name)
         may_change = field.metadata.get("resume", "refused")  # vocab_size has no flag
