@@ -291,11 +291,12 @@ def read_meta(path: Path) -> dict:
     if not path.exists():
         raise InputError(f"{path.parent} is not a prepared corpus: it has no {path.name}")
     meta = parse_json(read_bytes(path), path)
-    formats = (FORMAT, EXAMPLES_FORMAT)
-    if not isinstance(meta, dict) or meta.get("format") not in formats or isinstance(meta["format"], bool):
-        known = " or ".join(map(str, formats))
-        raise InputError(f"{path} is not the meta.json of a corpus of format {known}; prepare the corpus again")
-    of_examples = meta["format"] == EXAMPLES_FORMAT
+    of_examples = isinstance(meta, dict) and meta.get("format") == EXAMPLES_FORMAT and "template" in meta
+    if not isinstance(meta, dict) or (meta.get("format") != FORMAT and not of_examples):
+        raise InputError(
+            f"{path} is not the meta.json of a corpus of format {FORMAT} (text) or {EXAMPLES_FORMAT} (examples); "
+            "prepare the corpus again"
+        )
 
     def check(what: str, value: object) -> None:
         for key, kind in _META_FIELDS[what].items():
