@@ -1,16 +1,18 @@
-"""Evaluate runs: how well they predict, how far they have condensed, and what they write; one, or several side by side.
+"""Evaluate runs on held-out text and on tasks, compare them, sample from them, and talk to them.
 
     python eval.py runs/NAME
-    python eval.py runs/BASELINE runs/OTHER --split test --json results.json
-    python eval.py runs/BASELINE runs/OTHER --html report.html --figures figures
+    python eval.py runs/BASELINE-s{0,1,2} runs/OTHER-s{0,1,2} --html report.html --figures figures
     python eval.py runs/NAME --sample "def main("
     python eval.py runs/NAME --sample -
-    python eval.py runs/NAME --minimal-pairs "blimp/*.jsonl" --split none
+    python eval.py runs/NAME --choices "tasks/arc*.jsonl"
+    python eval.py runs/NAME --completions lambada.jsonl.gz --json scores.json
+    python eval.py runs/NAME --chat
+    python eval.py runs/NAME --text-file letter.txt
     python eval.py --hf FOLDER --data NAME
 
-Every token of the split is predicted exactly once, from as much text before it as fits: windows are as long as the
-model's context, and each one advances by --stride tokens. The first token of the split follows an end-of-document
-token. Exit codes: 0 done; 2 bad usage or input.
+Every token of the held-out text is predicted exactly once, from as much text before it as fits: windows are as long as
+the model's context and advance by --stride tokens. The first token follows an end-of-document token. With several runs,
+configurations are compared over their seeds. Exit codes: 0 done; 2 bad usage or input.
 """
 
 import os
@@ -21,6 +23,8 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported
     __import__("minidisp").end_on_interrupt()
 
 import argparse
+import codecs
+import dataclasses
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +33,7 @@ from typing import NamedTuple
 import torch
 
 from data.prepare import find_or_prepare
-from minidisp import InputError, hf, printable, report
+from minidisp import InputError, hf, printable, read_bytes, report
 from minidisp.comparison import Comparison, Run, short_names
 from minidisp.config import Config, read_json, to_dict
 from minidisp.data import Dataset
@@ -37,7 +41,18 @@ from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
 from minidisp.runtime.device import pick_device
-from minidisp.sampling import Sampling, check_text, read_prompts, sample_all, stream_sample, typed_prompts, visible
+from minidisp.sampling import (
+    Sampling,
+    answer_all,
+    chat,
+    check_text,
+    read_prompts,
+    sample_all,
+    stream_sample,
+    typed_lines,
+    typed_prompts,
+    visible,
+)
 from minidisp.scoring import (
     CONTINUATION_TOKENS,
     PROMPT_TOKENS,
@@ -47,7 +62,25 @@ from minidisp.scoring import (
     score_text,
     writing,
 )
-from minidisp.tasks import compare_pairs, read_pairs, score_pairs, summarise_pairs
+from minidisp.tasks import (
+    Completion,
+    Pair,
+    Question,
+    compare_choices,
+    compare_completions,
+    compare_pairs,
+    complete,
+    no_sacrebleu,
+    read_choices,
+    read_completions,
+    read_pairs,
+    score_choices,
+    score_pairs,
+    summarise_choices,
+    summarise_completions,
+    summarise_pairs,
+)
+from minidisp.template import Template
 
 
 class Subject(NamedTuple):
@@ -59,6 +92,15 @@ class Subject(NamedTuple):
     config: dict | None  # settings of its training
     metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
     data_hash: str | None = None  # of the corpus that it was trained on
+    folder: Path | None = None  # of the run
+
+    @property
+    def template(self) -> Template:
+        """The prompt template of a run that was trained on examples, else that of its tokenizer."""
+        path = self.folder / "template.json" if self.folder else None
+        if path and path.is_file():
+            return Template.from_meta(read_json(path), self.tokenizer)
+        return Template.of(self.tokenizer)
 
     @property
     def run(self) -> Run:
@@ -88,10 +130,34 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     device = pick_device(args.device)
     pairs = read_pairs(args.minimal_pairs) if args.minimal_pairs is not None else []
+    questions = read_choices(args.choices) if args.choices is not None else []
+    completions = read_completions(args.completions) if args.completions is not None else []
     prompts = read_prompts(args.prompts) if args.prompts is not None else []
+    written = read_text(args.text_file) if args.text_file is not None else ""
+    if only_curves(args):
+        return draw_curves(args)
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
-    if args.sampling or args.texts:
+    if args.sampling or args.texts or args.chat or any(row.answered for row in completions):
         refuse_broken(subjects)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        if args.chat:
+            (subject,) = subjects
+            chat(subject.model, subject.tokenizer, subject.template, typed_lines(), args.sampling, args.system or "")
+            return []
+        return evaluate(args, subjects, pairs, questions, completions, prompts, written, device)
+
+
+def evaluate(
+    args: argparse.Namespace,
+    subjects: list[Subject],
+    pairs: list[Pair],
+    questions: list[Question],
+    completions: list[Completion],
+    prompts: list[str],
+    written: str,
+    device: torch.device,
+) -> list[dict]:
+    """Measure everything, write the files, print, and sample. written: a text to measure on instead of a corpus."""
     scores = [
         {
             "name": s.name,
@@ -101,24 +167,32 @@ def main(argv: list[str] | None = None) -> list[dict]:
         }
         for s in subjects
     ]
-    found, measured_on = Findings([], [], []), ""
-    if args.split != "none":
+    found, measured_on = Findings([], [], []), []
+    if written:
+        text, where = Text.of(written, subjects[0].tokenizer), printable(args.text_file)
+    elif args.split != "none":
         corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
+        text, where = Text.read(corpus, args.split, args.tokens), f"{corpus.meta['name']}, {args.split} split"
         if not args.data:
             found.sentences.extend(other_corpus(subjects, corpus))
-        text = Text.read(corpus, args.split, args.tokens)
+    if with_text := bool(written) or args.split != "none":
         chosen = choose_texts(text, [s.tokenizer for s in subjects], args.texts) if args.texts else None
         measure_text(subjects, scores, found, text, args.stride, device)
-        measured_on = (
-            f"{corpus.meta['name']}, {args.split} split: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"
-        )
+        measured_on = [f"{where}: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"]
     if pairs:
         measure_pairs(subjects, scores, found, pairs, device)
+        measured_on.append(f"{len(pairs):,} minimal pairs")
+    if questions:
+        measure_choices(subjects, scores, found, questions, device)
+        measured_on.append(f"{len(questions):,} questions")
+    if completions:
+        measure_completions(subjects, scores, found, completions, args, device)
+        measured_on.append(f"{len(completions):,} completions")
     if args.texts:
         measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
     if seeds := report.seeds_table(scores):
         found.tables.append(seeds)
-    if args.split != "none":  # last, since it is long
+    if with_text:  # last, since it is long
         found.tables.extend([report.condensation_table(scores), report.further_table(scores)])
 
     # Files first: whatever is printed or sampled then can fail without taking the numbers along.
@@ -126,8 +200,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         write_json(args.json, scores)
     figures = report.draw_comparison(scores, [s.metrics for s in subjects], args.figures) if args.figures else []
     if args.html:
-        write_page(args.html, measured_on, subjects, scores, found)
-    layers = [] if args.split == "none" or not args.layers else [report.layer_table(s) for s in scores]
+        write_page(args.html, "; ".join(measured_on), subjects, scores, found)
+    layers = [report.layer_table(s) for s in scores] if args.layers else []
     blocks = ["\n".join(found.sentences)] if found.sentences else []  # the answer first
     if blocks := [*blocks, *found.tables, *layers]:
         print(*blocks, sep="\n\n")
@@ -145,6 +219,39 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return scores
 
 
+def only_curves(args: argparse.Namespace) -> bool:
+    """Whether nothing but figures of the training is asked for, which metrics.jsonl is enough for."""
+    other = (args.json, args.html, args.sampling, args.minimal_pairs, args.choices, args.completions, args.text_file)
+    return bool(args.figures) and args.split == "none" and all(asked is None for asked in other)
+
+
+def draw_curves(args: argparse.Namespace) -> list[dict]:
+    """Draw the training curves of the runs, without their models."""
+    if args.hf:
+        raise InputError("--figures --split none draws the training of runs, which --hf models do not come with")
+    metrics = []
+    for run in args.runs:
+        path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run).parent / "metrics.jsonl"
+        if not path.is_file():
+            raise InputError(f"{run} has no metrics.jsonl: --figures --split none draws the training of runs")
+        metrics.append(report.read_metrics(path))
+    scores = [{"name": name} for name in short_names(args.runs)]
+    for path in report.draw_comparison(scores, metrics, args.figures):
+        print(f"figure  {printable(path)}")
+    return scores
+
+
+def read_text(path: str) -> str:
+    """A text file. Raises InputError where it is empty or not UTF-8."""
+    try:
+        text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start:,}") from None
+    if not text.strip():
+        raise InputError(f"{path} has no text in it")
+    return text
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -160,27 +267,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # a RUN may stand anywhere
     if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
         raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
-    if args.block_size and not args.hf:
-        raise InputError("--block-size goes with --hf: a run is evaluated with the context that it was trained with")
-    if wrong := next((run for run in args.runs if run.endswith(".jsonl")), None):
-        raise InputError(f"{wrong} is no run: if it is for --minimal-pairs, put the pattern in quotes")
-    needs_text = [
-        flag for flag in ("data", "tokens", "stride", "layers", "figures", "html", "texts") if getattr(args, flag)
-    ]
+    if wrong := next((run for run in args.runs if run.endswith((".jsonl", ".jsonl.gz"))), None):
+        raise InputError(f"{wrong} is no run: if it is for --minimal-pairs or a task, put the pattern in quotes")
+    tasks = [flag for flag in ("choices", "completions", "chat") if getattr(args, flag) not in (None, False)]
+    if args.text_file is not None and (args.data or args.tokens or args.split not in (None, "none")):
+        raise InputError(
+            "--text-file is measured as a whole instead of a corpus: leave out --data, --split and --tokens"
+        )
+    of_text = [flag for flag in ("data", "tokens", "stride", "layers", "texts") if getattr(args, flag)]
     if args.split is None:
-        args.split = "none" if args.sample == "-" and not needs_text else "val"
-    if args.split == "none" and needs_text:
-        raise InputError(f"--{needs_text[0]} goes with held-out text: leave --split none out, or that flag")
-    if args.split == "none" and args.sample is args.prompts is args.minimal_pairs is None:
-        raise InputError("--split none leaves nothing to do: add --sample, --prompts or --minimal-pairs")
+        silent = tasks or args.sample == "-"
+        args.split = "none" if args.text_file is not None or (silent and not of_text) else "val"
+    no_text = args.split == "none" and args.text_file is None
+    measured = tasks or not args.minimal_pairs is args.text_file is None
+    if no_text and not measured and args.html is not None:
+        of_text.append("html")
+    if no_text and of_text:
+        raise InputError(f"--{of_text[0]} goes with held-out text: leave --split none out, or that flag")
+    if no_text and not measured and args.sample is args.prompts is args.figures is None:
+        raise InputError(
+            "--split none leaves nothing to do: add --sample, --prompts, --choices, --completions or --chat"
+        )
     if not args.runs and not (args.hf and (args.data or args.split == "none")):
         raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
+    if args.chat:
+        refuse_beside_chat(args)
+    elif args.system is not None:
+        raise InputError("--system goes with --chat: add it")
     given = {name: value for name in Sampling.__dataclass_fields__ if (value := getattr(args, name)) is not None}
     args.sampling = Sampling(**given)
-    if args.sample is args.prompts is None:
+    if args.sample is args.prompts is None and not args.chat:
         args.sampling = None
-        if alone := next((name for name in given if name != "seed" or not args.texts), None):
+        allowed = {"seed"} if args.texts else set()
+        allowed |= {"max_new_tokens"} if args.completions is not None else set()
+        if alone := next((name for name in given if name not in allowed), None):
             raise InputError(f"--{alone.replace('_', '-')} goes with --sample or --prompts: add one of them")
+    args.answering = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens or Sampling.max_new_tokens)
+    check_text(args.system or "", "--system")
     check_text(args.sample or "", "--sample")
     for flag in ("json", "html", "figures"):
         if getattr(args, flag) is not None:
@@ -191,6 +314,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.figures and (reason := report.cannot_draw()):
         raise InputError(f"--figures: {reason}")
     return args
+
+
+def refuse_beside_chat(args: argparse.Namespace) -> None:
+    """Raise InputError naming what does not go with --chat, which takes the terminal and one model."""
+    if len(args.runs) + len(args.hf) != 1:
+        raise InputError("--chat is with one model: give one RUN, or one --hf DIR")
+    others = ("minimal_pairs", "choices", "completions", "sample", "prompts", "text_file", "json", "html", "figures")
+    if found := next((flag for flag in others if getattr(args, flag) is not None), None):
+        raise InputError(f"--{found.replace('_', '-')} does not go with --chat: run them one after the other")
+    if args.split != "none":
+        raise InputError("--chat measures nothing on held-out text: leave out --split, and flags that go with it")
+    if args.samples is not None or args.stop is not None:
+        raise InputError("--samples and --stop do not go with --chat")
 
 
 def _add_flags(parser: Parser) -> None:
@@ -207,16 +343,28 @@ def _add_flags(parser: Parser) -> None:
         "be repeated",
     )
     what.add_argument(
-        "--block-size", type=int, default=0, metavar="N", help="context of the --hf models in tokens; 0 = their own"
+        "--block-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="context in tokens; longer than that of the training only with rotary positions; 0 = the model's own",
+    )
+    what.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of matrix products; bfloat16 is faster where the processor has it, see docs/evaluation.md for its error "
+        "(default float32)",
     )
     what.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
 
     text = parser.add_argument_group("held-out text")
     text.add_argument("--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own")
+    text.add_argument("--text-file", metavar="FILE", help="measure on this text file instead of a corpus")
     text.add_argument(
         "--split",
         choices=("val", "test", "none"),
-        help="held-out part of the corpus; none: measure nothing on it (default: val, but none for --sample - alone)",
+        help="held-out part of the corpus; none: measure nothing on it (default: val, but none where only a task, --chat or --sample - is asked for)",
     )
     text.add_argument(
         "--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)"
@@ -235,26 +383,42 @@ def _add_flags(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help=f"let every run go on with the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} "
-        "more, greedy and nucleus, and measure how often it repeats itself",
+        help=f"continue the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} tokens, greedily and with "
+        "nucleus sampling, and measure how often the text repeats itself",
     )
 
     pairs = parser.add_argument_group("minimal pairs")
     pairs.add_argument(
         "--minimal-pairs",
         metavar="GLOB",
-        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: how often is the good one likelier? Put a "
+        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: how often is the good one more likely? Put a "
         'pattern in quotes, such as "blimp/*.jsonl"',
     )
+
+    tasks = parser.add_argument_group("tasks: JSON lines, maybe .gz; put a pattern in quotes")
+    tasks.add_argument(
+        "--choices",
+        metavar="GLOB",
+        help="rows of context, choices and answer (the index of the right one): accuracy by log-probability, as "
+        "lm-evaluation-harness computes acc and acc_norm",
+    )
+    tasks.add_argument(
+        "--completions",
+        metavar="GLOB",
+        help="rows of context and completion are scored (accuracy, perplexity); rows of prompt and completion are answered "
+        "greedily (exact match, and chrF and BLEU with sacrebleu)",
+    )
+    tasks.add_argument("--chat", action="store_true", help="talk to a run; Ctrl-C stops an answer, Ctrl-D leaves")
+    tasks.add_argument("--system", metavar="TEXT", help="system message of the chat")
 
     default = Sampling()
     sample = parser.add_argument_group("samples")
     sample.add_argument(
         "--sample",
         metavar="TEXT",
-        help="let every run go on with this text; -: with what you type, until an empty line or Ctrl-D",
+        help="continue this text with every run; -: what you type, until an empty line or Ctrl-D",
     )
-    sample.add_argument("--prompts", metavar="FILE", help="let every run go on with each line of this file")
+    sample.add_argument("--prompts", metavar="FILE", help="continue each line of this file with every run")
     sample.add_argument(
         "--samples", type=int, metavar="N", help=f"continuations of every prompt (default {default.samples})"
     )
@@ -265,14 +429,14 @@ def _add_flags(parser: Parser) -> None:
         "--temperature",
         type=float,
         metavar="T",
-        help=f"lower is tamer, higher wilder; 0 takes the likeliest token (default {default.temperature})",
+        help=f"sampling temperature; 0 is greedy decoding (default {default.temperature})",
     )
-    sample.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
+    sample.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (default: all)")
     sample.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="draw among the fewest tokens that have probability P together (default: all)",
+        help="nucleus (top-p) sampling: among the fewest tokens with a total probability of P (default: all)",
     )
     sample.add_argument(
         "--seed",
@@ -324,17 +488,34 @@ def output_path(flag: str, given: str, folder: bool) -> Path:
 def load_subjects(runs: list[str], folders: list[str], block_size: int, device: torch.device) -> list[Subject]:
     """Run folders or checkpoint files, and Hugging Face models behind them, as evaluation needs them.
 
-    block_size: the context of the Hugging Face models in tokens, 0 = their own.
+    block_size: their context in tokens, 0 = their own.
     """
     subjects, names = [], short_names([*runs, *folders])
     for run, name in zip(runs, names, strict=False):
         model, vocabulary, config = checkpoint.load_run(run, device)
         metrics = checkpoint.find(run).parent / "metrics.jsonl"
         lines = report.read_metrics(metrics) if metrics.is_file() else []
-        subjects.append(Subject(name, model, vocabulary, _recipe(config), lines, _data_hash(metrics.parent)))
+        if block_size:
+            model = with_context(model, block_size, run)
+        subjects.append(
+            Subject(name, model, vocabulary, _recipe(config), lines, _data_hash(metrics.parent), metrics.parent)
+        )
     for folder, name in zip(folders, names[len(runs) :], strict=True):
         subjects.append(Subject(name, *hf.load(folder, device, block_size), None, []))
     return subjects
+
+
+def with_context(model: GPT, block_size: int, name: str) -> GPT:
+    """The model with another context. Raises InputError where it has no positions for it."""
+    weights, device = model.state_dict(), model.wte.weight.device
+    if "wpe.weight" in weights:
+        if block_size > len(weights["wpe.weight"]):
+            most = len(weights["wpe.weight"])
+            raise InputError(f"--block-size {block_size}: {name} has learned positions for {most} tokens only")
+        weights["wpe.weight"] = weights["wpe.weight"][:block_size]
+    other = GPT(dataclasses.replace(model.config, block_size=block_size))
+    other.load_state_dict(weights)
+    return other.to(device).eval()
 
 
 def _recipe(config: Config) -> dict:
@@ -391,6 +572,42 @@ def measure_pairs(
     found.tables.append(report.pairs_table(scores))
 
 
+def measure_choices(
+    subjects: list[Subject], scores: list[dict], found: Findings, questions: list[Question], device: torch.device
+) -> None:
+    """Accuracy on questions with choices."""
+    chosen = [score_choices(s.model, s.tokenizer, questions, device) for s in subjects]
+    summaries = summarise_choices(questions, chosen)
+    for key, comparison in compare_choices([s.run for s in subjects], chosen, summaries).items():
+        found.add(comparison, scores, f"choices {key}")
+    for score, summary in zip(scores, summaries, strict=True):
+        score["choices"] = summary
+    found.tables.append(report.choices_table(scores))
+
+
+def measure_completions(
+    subjects: list[Subject],
+    scores: list[dict],
+    found: Findings,
+    rows: list[Completion],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Completions that are scored, and prompts that are answered."""
+    completed = []
+    for s in subjects:
+        answer = lambda prompts, s=s: answer_all(s.model, s.tokenizer, s.template, prompts, args.answering)  # noqa: E731
+        completed.append(complete(s.model, s.tokenizer, rows, answer, device))
+    summaries = summarise_completions(rows, completed)
+    for key, comparison in compare_completions([s.run for s in subjects], rows, completed, summaries).items():
+        found.add(comparison, scores, f"completions {key}")
+    for score, summary in zip(scores, summaries, strict=True):
+        score["completions"] = summary
+    if any(row.answered for row in rows) and (why := no_sacrebleu()):
+        found.sentences.append(why)
+    found.tables.extend(report.completions_tables(scores))
+
+
 def measure_writing(
     subjects: list[Subject],
     scores: list[dict],
@@ -428,8 +645,9 @@ def write_json(path: Path, scores: list[dict]) -> None:
 
 
 def write_page(path: Path, measured_on: str, subjects: list[Subject], scores: list[dict], found: Findings) -> None:
-    metrics = [s.metrics for s in subjects]
-    page = report.html_page(measured_on, found.sentences, found.tables, found.details, scores, metrics)
+    shown = [(score, s.metrics) for score, s in zip(scores, subjects, strict=True) if "condensation" in score]
+    drawn, metrics = [score for score, _ in shown], [lines for _, lines in shown]
+    page = report.html_page(measured_on, found.sentences, found.tables, found.details, drawn, metrics)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, lambda file: file.write(page.encode()))
 
@@ -439,7 +657,8 @@ def sample_prompts(
 ) -> None:
     """Let every run go on with each prompt, the same seeds for all, and show it; at last, how fast that was.
 
-    typed: prompts that are answered one by one, and shown as they are. prompts: those that are answered together.
+    typed: prompts that are continued one by one; a single sample is shown as it is written. prompts: those that are
+    continued together.
     """
     for score in scores:
         score["samples"] = []
@@ -447,25 +666,24 @@ def sample_prompts(
     def head(name: str, seed: int) -> str:
         return f"\n--- {name}" + (f", seed {seed}" if sampling.samples > 1 else "")
 
-    for prompt in typed:
-        for subject, score in zip(subjects, scores, strict=True):
-            for seed in range(sampling.seed, sampling.seed + sampling.samples):
-                print(head(subject.name, seed), visible(prompt), sep="\n", end="", flush=True)
-                sample = stream_sample(
-                    subject.model,
-                    subject.tokenizer,
-                    prompt,
-                    sampling,
-                    seed,
-                    lambda bit: print(visible(bit), end="", flush=True),
-                )
-                print()
-                score["samples"].append(sample)
-    if prompts:
+    def show_together(prompts: list[str]) -> None:
         for subject, score in zip(subjects, scores, strict=True):
             for sample in sample_all(subject.model, subject.tokenizer, prompts, sampling):
                 print(head(subject.name, sample["seed"]), visible(sample["prompt"] + sample["continuation"]), sep="\n")
                 score["samples"].append(sample)
+
+    for prompt in typed:
+        if sampling.samples > 1:
+            show_together([prompt])
+            continue
+        for subject, score in zip(subjects, scores, strict=True):
+            print(head(subject.name, sampling.seed), visible(prompt), sep="\n", end="", flush=True)
+            write = lambda bit: print(visible(bit), end="", flush=True)  # noqa: E731
+            sample = stream_sample(subject.model, subject.tokenizer, prompt, sampling, sampling.seed, write)
+            print()
+            score["samples"].append(sample)
+    if prompts:
+        show_together(prompts)
     for subject, score in zip(subjects, scores, strict=True):
         if score["samples"]:
             tokens, seconds = (sum(sample[key] for sample in score["samples"]) for key in ("new_tokens", "seconds"))

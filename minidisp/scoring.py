@@ -53,6 +53,11 @@ class Text(NamedTuple):
         documents = [vocabulary.decode(piece.tolist()) for piece in pieces if len(piece)]
         return cls(documents, len(ends) > 0 and ends[-1] == len(tokens) - 1, tokens, vocabulary)
 
+    @classmethod
+    def of(cls, text: str, tokenizer) -> "Text":
+        """A text from elsewhere as one document, of which this is the beginning."""
+        return cls([text], False, np.array(tokenizer.encode(text), dtype=np.int64), tokenizer)
+
     def encode(self, vocabulary) -> np.ndarray:
         """The text in the tokens of another tokenizer, (M,) int64; every document ends with its EOS."""
         if vocabulary.hash == self.tokenizer.hash:
@@ -227,12 +232,12 @@ def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str],
         return [text.documents[i] for i in which], "documents"
     joined = "".join(text.documents)
     size = len(joined) // count
-    stretches = [joined[i * size : (i + 1) * size] for i in range(count)]
-    if any(len(vocabulary.encode(stretch)) < least for vocabulary in vocabularies for stretch in stretches):
+    stretches = (joined[i * size : (i + 1) * size] for i in range(count))  # the count may be any number
+    if not size or any(len(vocabulary.encode(stretch)) < least for stretch in stretches for vocabulary in vocabularies):
         raise InputError(
             f"--texts {count}: the text is too short for so many times {least} tokens: give a lower number"
         )
-    return stretches, "stretches of the text"
+    return [joined[i * size : (i + 1) * size] for i in range(count)], "stretches of the text"
 
 
 @torch.no_grad()

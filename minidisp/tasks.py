@@ -493,14 +493,14 @@ def read_completions(pattern: str) -> list[Completion]:
         if ("prompt" in record) == ("context" in record):
             raise InputError(f"{where} must have either a prompt or a context, with a completion")
         key = "prompt" if "prompt" in record else "context"
+        start = _text(record, key, where, empty=key == "context")
+        completion = _text(record, "completion", where)
+        if key == "prompt" and not completion.strip():
+            raise InputError(f"{where} has an empty completion")
         if kinds.setdefault(file, key) != key:
             raise InputError(
                 f"{where} has a {key}, but the rows before it have a {kinds[file]}: use a file for each kind"
             )
-        start = _text(record, key, where, empty=key == "context")
-        completion = _text(record, "completion", where)
-        if key == "prompt" and not completion.strip():
-            raise InputError(f"{where}: its completion is empty")
         rows.append(Completion(start, completion, key == "prompt", where, file))
     return rows
 

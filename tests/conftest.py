@@ -99,3 +99,10 @@ def run(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
     main(small_config(corpus, out, dispersion=0.1))
     return out
+
+
+@pytest.fixture(scope="session")
+def bpe_run(bpe_corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bpe"
+    main(small_config(bpe_corpus, out))
+    return out

@@ -30,13 +30,6 @@ from tests.conftest import small_config, write_text
 from train import main as train_main
 
 
-@pytest.fixture(scope="session")
-def bpe_run(bpe_corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "bpe"
-    train_main(small_config(bpe_corpus, out))
-    return out
-
-
 def test_every_token_is_predicted_once_from_the_text_before_it(run, corpus):
     """One token after the other through the whole model, in float64."""
     model, vocabulary = load(run)
@@ -428,7 +421,7 @@ def test_files_are_there_before_anything_is_printed_or_sampled(run, tmp_path, mo
     with pytest.raises(RuntimeError, match="no more output"):
         evaluation.main([*flags, "--sample", "x"])
     assert json.loads(files[0].read_text())[0]["tokens"] == 300
-    assert "Condensation report" in files[1].read_text()
+    assert "minidisp: evaluation report" in files[1].read_text()
     for file in files:
         file.unlink()
     monkeypatch.setattr("sys.stdout", types.SimpleNamespace(write=refuse, flush=refuse))
@@ -787,5 +780,5 @@ def test_a_context_of_one_token_and_a_context_for_no_model_are_refused(run, corp
     base = ["--hf", str(tmp_path / "hf"), "--data", str(corpus), "--tokens", "100"]
     assert evaluation.cli([*base, "--block-size", "1"]) == 2
     assert "a context of one token" in capsys.readouterr().err
-    assert evaluation.cli([str(run), "--block-size", "16"]) == 2
-    assert "--block-size goes with --hf" in capsys.readouterr().err
+    assert evaluation.cli([str(run), "--block-size", "33"]) == 2
+    assert "small has learned positions for 32 tokens only" in capsys.readouterr().err

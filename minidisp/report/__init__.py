@@ -11,8 +11,8 @@ _HOME = {
     "page": ("html_page",),
     "progress": ("Progress",),
     "summary": ("introduction", "summarise", "summary_table"),
-    "tables": ("FURTHER", "Table", "condensation_table", "further_table", "layer_table", "number", "pairs_table",
-               "score_table", "seeds_table", "settings_table", "table", "writing_table"),
+    "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "further_table",
+               "layer_table", "number", "pairs_table", "score_table", "seeds_table", "settings_table", "table", "writing_table"),
     "trackers": ("loggers",),
 }  # fmt: skip
 _MODULES = {name: f"minidisp.report.{module}" for module, names in _HOME.items() for name in names}

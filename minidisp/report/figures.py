@@ -278,43 +278,45 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
 
     heatmap: a row per model, the paper's averaged matrices on the left and the individual pairs on the right.
     cosine_by_layer: mean cosine against layer fraction. loss_by_step: the training curves of the models with metrics (a
-    list each, which may be empty), if there are any.
+    list each, which may be empty), if there are any. Scores without condensation give the last one alone.
     """
     paths = []
 
     def both(figure, name: str) -> None:
         paths.extend(save(figure, folder / (name + suffix)) for suffix in (".png", ".pdf"))
 
-    measured = [s["condensation"] for s in scores]
-    kinds = (
-        ("average over sequences, i = j included", "histogram_by_layer", "mean_cosine_by_layer", 10),
-        ("pairs i != j of single sequences", "pair_histogram_by_layer", "off_diagonal_mean_by_layer",
-         pair_density([m["pair_histogram_by_layer"] for m in measured])),
-    )  # fmt: skip
-    figure, rows = subplots(len(scores), 2, size=(9, 1.6 + 2.6 * len(scores)), sharey="col", squeeze=False)
-    for column, (title, histogram, mean, density) in zip(rows.T, kinds, strict=True):
-        cosines = _cosine_range([m[histogram] for m in measured])
-        for axes, m in zip(column, measured, strict=True):
-            image = draw_heatmap(axes, m[histogram], m[mean], cosines, density)
-        column[0].set_title(title, fontsize=11)
-        column[-1].set_xlabel("layer (0 = embeddings)")
-        bar = figure.colorbar(image, ax=list(column), location="bottom", shrink=0.8, aspect=30)
-        bar.set_label(f"density (clipped at {density:g})")
-    for left, s in zip(rows[:, 0], scores, strict=True):
-        left.set_ylabel(f"{_shorten(s['name'])}\ncosine similarity", fontsize=10)
-    rows[0][0].legend(frameon=False, loc="upper left")
-    both(figure, "heatmap")
+    if all("condensation" in s for s in scores):
+        measured = [s["condensation"] for s in scores]
+        kinds = (
+            ("average over sequences, i = j included", "histogram_by_layer", "mean_cosine_by_layer", 10),
+            ("pairs i != j of single sequences", "pair_histogram_by_layer", "off_diagonal_mean_by_layer",
+             pair_density([m["pair_histogram_by_layer"] for m in measured])),
+        )  # fmt: skip
+        figure, rows = subplots(len(scores), 2, size=(9, 1.6 + 2.6 * len(scores)), sharey="col", squeeze=False)
+        for column, (title, histogram, mean, density) in zip(rows.T, kinds, strict=True):
+            cosines = _cosine_range([m[histogram] for m in measured])
+            for axes, m in zip(column, measured, strict=True):
+                image = draw_heatmap(axes, m[histogram], m[mean], cosines, density)
+            column[0].set_title(title, fontsize=11)
+            column[-1].set_xlabel("layer (0 = embeddings)")
+            bar = figure.colorbar(image, ax=list(column), location="bottom", shrink=0.8, aspect=30)
+            bar.set_label(f"density (clipped at {density:g})")
+        for left, s in zip(rows[:, 0], scores, strict=True):
+            left.set_ylabel(f"{_shorten(s['name'])}\ncosine similarity", fontsize=10)
+        rows[0][0].legend(frameon=False, loc="upper left")
+        both(figure, "heatmap")
 
-    figure, axes = subplots(size=(7, 4.2))
-    for s, style in zip(scores, line_styles(len(scores)), strict=True):
-        mu = s["condensation"]["mean_cosine_by_layer"]
-        axes.plot(np.arange(len(mu)) / (len(mu) - 1), mu, label=_label(s["name"]), **style)
-    axes.axhline(0, color=GREY, lw=0.8, zorder=0)
-    axes.set(
-        xlabel="layer / n_layer (0 = embeddings, 1 = after the final norm)", ylabel="mean pairwise cosine similarity"
-    )
-    axes.legend(frameon=False)
-    both(figure, "cosine_by_layer")
+        figure, axes = subplots(size=(7, 4.2))
+        for s, style in zip(scores, line_styles(len(scores)), strict=True):
+            mu = s["condensation"]["mean_cosine_by_layer"]
+            axes.plot(np.arange(len(mu)) / (len(mu) - 1), mu, label=_label(s["name"]), **style)
+        axes.axhline(0, color=GREY, lw=0.8, zorder=0)
+        axes.set(
+            xlabel="layer / n_layer (0 = embeddings, 1 = after the final norm)",
+            ylabel="mean pairwise cosine similarity",
+        )
+        axes.legend(frameon=False)
+        both(figure, "cosine_by_layer")
 
     if any(metrics):
         names = _unique([s["name"] for s in scores])

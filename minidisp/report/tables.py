@@ -175,6 +175,72 @@ def _percent(part: dict, key: str, sign: str) -> str:
     return f"{value} ({low} to {high})"
 
 
+def choices_table(scores: list[dict]) -> Table:
+    """Accuracy on questions with choices in per cent, overall and per file, two rows each: acc and acc_norm."""
+    measured = [s["choices"] for s in scores]
+    keys = {"acc": "", "acc_norm": ", per character"}
+    rows = []
+    for name, first in measured[0].items():
+        for key, how in keys.items():
+            parts = [m[name] for m in measured]
+            label = f"{name}{how} ({key})"
+            cells = [f"{first['questions']:,}", number(100 * first["chance"], 1)]
+            rows.append([label, *cells, *_with_differences(parts, key, share=True)])
+    if len(measured[0]) == 2:  # one file: overall says the same
+        rows = rows[:2]
+    note = "% of the questions whose right choice has the highest log-probability (95 % interval over the questions)"
+    return Table("choices", ["", "questions", "chance", *_names_and_differences(scores)], rows, note)
+
+
+def completions_tables(scores: list[dict]) -> list[Table]:
+    """Completions that were scored, and prompts that were answered: a table for each of the two that there is."""
+    measured = [s["completions"] for s in scores]
+    single = len(measured[0]) == 2
+    kinds = [
+        ("completions", "rows", {"acc": ("accuracy (acc), %", True), "perplexity": ("perplexity", False),
+                                 "token_perplexity": ("perplexity per token", False)},
+         "acc: every token of the completion is the most likely one; perplexity: of a completion"),
+        ("answers", "rows", {"exact_match": ("exact match, %", True), "chrf": ("chrF", False), "bleu": ("BLEU", False)},
+         "greedy answers; 95 % intervals over the prompts"),
+    ]  # fmt: skip
+    tables = []
+    for caption, count, keys, note in kinds:
+        rows = []
+        for name in measured[0]:
+            parts = [m[name] for m in measured]
+            for key, (label, share) in keys.items():
+                if key in parts[0] and not (single and name == "overall"):
+                    cells = _with_differences(parts, key, share)
+                    rows.append([f"{name}, {label}", f"{parts[0]['rows']:,}", *cells])
+        if rows:
+            if caption == "answers":
+                speeds = [f"{m['overall']['tokens_per_second']:,.0f}" for m in measured]
+                rows.append(["tokens per second", "", *speeds, *[""] * (len(scores) - 1)])
+            tables.append(Table(caption, ["", count, *_names_and_differences(scores)], rows, note))
+    return tables
+
+
+def _names_and_differences(scores: list[dict]) -> list[str]:
+    names = [s["name"] for s in scores]
+    return [*names, *(f"{name} - {names[0]}" for name in names[1:])]
+
+
+def _with_differences(parts: list[dict], key: str, share: bool) -> list[str]:
+    """A score of every run with its interval, and the differences to the first."""
+
+    def cell(part: dict, sign: str) -> str:
+        scale, digits = (100, 1) if share else (1, 2)
+        if key not in part:
+            return ""
+        value = number(scale * part[key], digits, sign)
+        if f"{key}_interval" not in part:
+            return value
+        low, high = (number(scale * end, digits, sign) for end in part[f"{key}_interval"])
+        return f"{value} ({low} to {high})"
+
+    return [*(cell(part, "") for part in parts), *(cell(part.get("versus_first", {}), "+") for part in parts[1:])]
+
+
 def seeds_table(scores: list[dict]) -> Table | None:
     """Mean and standard deviation over seeds, a row per score and configuration; None if no configuration has two seeds."""
     rows, several = [], False
