@@ -1,10 +1,11 @@
-"""Does the dispersion loss help, and which part of it matters? Beside it, the other counter-measures of arXiv 2602.00217.
+"""Does the dispersion loss help, and which part of it matters? With the other mitigation methods of arXiv 2602.00217.
 
     python experiments/ablation.py --scale laptop --threads 1
 
-Against plain cross-entropy, and then against the paper's default: that default (lambda 0.1, tau 1, all layers, angular_spread, all
-tokens), then one thing changed at a time; noisy embeddings and active forgetting under the same conditions. The paper's averages over ten tasks, GPT-2
-in mid-training: lambda .01/.1/.5/1 35.36/35.61/35.37/35.29; tau .1/.5/1/2 35.33/35.42/35.61/35.27; early half 34.96, late half 35.37.
+Compares with cross-entropy alone, and then with the paper's default: that default (lambda 0.1, tau 1, all layers,
+angular_spread, all tokens), then one thing changed at a time; noisy embeddings and active forgetting under the same
+conditions. The paper's averages over ten tasks, GPT-2 in mid-training: lambda .01/.1/.5/1 35.36/35.61/35.37/35.29;
+tau .1/.5/1/2 35.33/35.42/35.61/35.27; early half 34.96, late half 35.37.
 """
 
 import sys
@@ -63,7 +64,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def against_the_default(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """The arms at the end, the paper's default first."""
+    """The conditions at the end, the paper's default first."""
     end = study.at_the_end(evaluations)
     return {DEFAULT: end.pop(DEFAULT), **end}
 

@@ -1,9 +1,9 @@
-"""Does distillation from a larger model rid a small one of condensation? Observation 4 of arXiv 2602.00217: it does not.
+"""Does distillation from a larger model remove condensation from a small one? Observation 4 of arXiv 2602.00217: it does not.
 
     python experiments/distillation.py --scale laptop --threads 1
 
-A small model learns from the text alone, from the text and a larger teacher, or from both and with the dispersion loss. The
-teacher has the same seed and is trained first, on the same text; it is compared, too.
+A small model learns from the text alone, from the text and a larger teacher, or from both with the dispersion loss. The
+teacher has the same seed and is trained first, on the same text; it is part of the comparison.
 """
 
 import sys

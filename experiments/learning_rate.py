@@ -2,9 +2,9 @@
 
     python experiments/learning_rate.py --scale laptop --threads 1
 
-A regulariser may only make up for a learning rate that suits the plain model badly. So both arms are trained at several
-rates. The last tables compare each arm at its best rate: for every seed, the one where the mean over the other seeds is
-best, so that no evaluation takes part in the choice that it is reported under.
+A regulariser may only compensate for a learning rate that suits the baseline badly. So both conditions are trained at
+several learning rates. The last tables compare each condition at its best one: for every seed, the rate with the best
+mean over the other seeds, so that no evaluation helps to select the rate that it is reported under.
 """
 
 import sys
@@ -39,7 +39,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """Each arm at the end, every seed at the rate that is best for the others (a single seed at its own best)."""
+    """Each condition at the end, every seed at the learning rate that is best for the others (a single seed at its own)."""
     end = study.at_the_end(evaluations)
     rows = {}
     for arm in study.PAIR:

@@ -3,8 +3,8 @@
     python experiments/mlp_width.py --scale laptop --threads 1
 
 The paper trains 12 layers of width 768 on 1B tokens with MLPs of 64, 256, 1024 and 4096: the wider, the lower the rank
-correlation of mean cosine and depth (.967, .912, .692, .429). Here everything but the width of the MLP is the same. The laptop
-scale took 26 minutes on one thread of a 2-core CPU that other work kept busy.
+correlation of mean cosine and depth (.967, .912, .692, .429). Here everything but the width of the MLP is the same. The
+laptop scale took 26 minutes on one thread of a busy 2-core CPU.
 """
 
 import sys

@@ -1,19 +1,28 @@
-"""What does each ingredient of --recipe fast give?
+"""What does each ingredient of --recipe fast contribute?
 
     python data/prepare.py shakespeare --tokenizer byte --out data/shakespeare-bytes
     python experiments/recipe.py --scale laptop --threads 1 --data shakespeare-bytes
     python experiments/recipe.py --scale laptop --threads 1 --data pystdlib-bytes        # prepared likewise
 
-Begins with nanoGPT's setting for a CPU (4 layers x 128, context 64, batch 12, AdamW, learning rate 1e-3, cosine to a tenth) and
-adds one ingredient after the other, all with the same number of steps; the first table has the seconds that each arm took. Bytes
-as tokens, so one token is one character of English.
+Starts from nanoGPT's setting for a CPU (4 layers x 128, context 64, batch 12, AdamW, learning rate 1e-3, cosine decay to
+a tenth) and adds one ingredient after the other, with the same number of steps; the first table has the seconds of each
+condition. Tokens are bytes, so one token is one character of English.
 """
 
 import sys
 
 import study
 
-SETTING = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 1e-3, "device": "cpu"}
+SETTING = {
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "block_size": 64,
+    "batch_size": 12,
+    "lr": 1e-3,
+    "recipe": "gpt2",
+    "device": "cpu",
+}
 SCALES = {
     "smoke": {
         "seeds": 2,
@@ -26,7 +35,7 @@ SCALES = {
     },
     "gpu": {
         "seeds": 3,
-        "train": {"preset": "mini", "max_steps": 2000, "lr": 1e-3, "warmup_steps": 100, "eval_every": 500, "eval_tokens": 102_400},
+        "train": {"preset": "mini", "recipe": "gpt2", "max_steps": 2000, "lr": 1e-3, "warmup_steps": 100, "eval_every": 500, "eval_tokens": 102_400},
     },
 }  # fmt: skip
 
@@ -37,10 +46,10 @@ def arms(scale: dict) -> dict[str, dict]:
         "+ wsd schedule to 0": {"schedule": "wsd", "min_lr": 0.0},
         "+ RMSNorm, RoPE, QK-norm, SwiGLU": {"arch": "qwen3"},
         "+ ReLU^2": {"mlp": "relu2"},
-        "+ projections from 0": {"zero_init": True},
+        "+ zero-initialised projections": {"zero_init": True},
         "+ Muon at 6e-3": {"optimizer": "muon", "lr": 6e-3},
         "+ linear schedule from step 10": {"schedule": "linear", "warmup_steps": 10},
-        "+ embeddings apart, at five times lr": {"tied": False, "embedding_lr": 5.0},
+        "+ untied embeddings at five times lr": {"tied": False, "embedding_lr": 5.0},
         "+ momentum 0.9 (fast)": {"momentum": 0.9},
     }
     arms, so_far = {"gpt2": {}}, {}

@@ -2,9 +2,9 @@
 
     python experiments/size.py --scale laptop --threads 1
 
-The paper measures the published GPT-2 of four sizes: the rank correlation of mean cosine and depth is .385, -.07, .12 and
--.59. Here models of several sizes, in depth and width, are trained on the same tokens with the same settings. Published
-models themselves are measured by eval.py.
+The paper measures the published GPT-2 models of four sizes: the rank correlation of mean cosine and depth is .385, -.07,
+.12 and -.59. Here models of several depths and widths are trained on the same tokens with the same settings. To measure
+published models themselves, use eval.py --hf.
 """
 
 import sys

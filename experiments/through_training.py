@@ -1,10 +1,10 @@
-"""Is condensation there before the first step, and does training reduce it? Observation 3 of arXiv 2602.00217.
+"""Are hidden states condensed before the first step, and does training reduce it? Observation 3 of arXiv 2602.00217.
 
     python experiments/through_training.py --scale laptop --threads 1
 
-The paper follows Olmo-3-7B, whose rank correlation of mean cosine and depth goes from 1.0 at initialisation to -.47. Here a
-small model is measured every few steps, without and with the dispersion loss, and later moments are compared with step 0;
-then the two arms at the end. The laptop scale took 38 minutes on one thread of a 2-core CPU that other work kept busy.
+The paper follows Olmo-3-7B, whose rank correlation of mean cosine and depth falls from 1.0 at initialisation to -.47. Here
+a small model is measured every few steps, with and without the dispersion loss, and later steps are compared with step
+0; then the two conditions at the end. The laptop scale took 38 minutes on one thread of a busy 2-core CPU.
 """
 
 import sys
@@ -32,7 +32,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def moments(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """Step 0, which both arms share, then of each arm the evaluations 1, 2, 4, 8, ... and the last: one per seed."""
+    """Step 0, which both conditions share, then of each the evaluations 1, 2, 4, 8, ... and the last: one per seed."""
     rows = {"step 0": [of_seed[0] for of_seed in evaluations["cross-entropy"]]}
     for arm, over_seeds in evaluations.items():
         last = len(over_seeds[0]) - 1

@@ -47,7 +47,7 @@ def test_every_study_runs_at_the_smoke_scale(load, corpus, tmp_path, capsys, nam
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
-    study, script = load("study"), load(name)
+    script, study = load(name), load("study")  # study takes this folder off sys.path
     args = study.parse_arguments(name, "", script.SCALES, ["--scale", scale])
     arms = script.arms(script.SCALES[scale])
     plan = study.make_plan(script.SCALES[scale], arms, tmp_path, args)
