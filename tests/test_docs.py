@@ -365,6 +365,8 @@ def provide(words: list[str], corpus: Path) -> None:
             pairs = Path(word.replace("*", "some"))
             pairs.parent.mkdir(parents=True, exist_ok=True)
             pairs.write_text('{"sentence_good": "they are", "sentence_bad": "they is"}\n')
+        if flag == "--text-file":
+            write_texts(word)
         if flag == "--prompts":
             Path(word).write_text("a text of\n")
     for word in itertools.takewhile(
@@ -425,6 +427,7 @@ def run_all(corpus: Path) -> None:
     print(f"\n{len(done)} commands were run")
 
 
+@pytest.mark.slow
 def test_the_commands_run(bpe_corpus, tmp_path):
     """As a newcomer types them, one after the other, in a fresh copy of the project; tiny, and in one process."""
     copy = tmp_path / "minidisp"
