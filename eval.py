@@ -32,11 +32,11 @@ from typing import NamedTuple
 
 import torch
 
-from data.prepare import find_or_prepare
+from data.prepare import open_corpora
 from minidisp import InputError, hf, printable, read_bytes, report
 from minidisp.comparison import Comparison, Run, short_names
-from minidisp.config import Config, read_json, to_dict
-from minidisp.data import Dataset
+from minidisp.config import Config, parse_corpora, read_json, to_dict
+from minidisp.data import Corpora, Dataset
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
@@ -56,6 +56,7 @@ from minidisp.sampling import (
 from minidisp.scoring import (
     CONTINUATION_TOKENS,
     PROMPT_TOKENS,
+    Examples,
     Text,
     choose_texts,
     compare_texts,
@@ -80,7 +81,7 @@ from minidisp.tasks import (
     summarise_completions,
     summarise_pairs,
 )
-from minidisp.template import Template
+from minidisp.template import Template, load_template
 
 
 class Subject(NamedTuple):
@@ -97,10 +98,8 @@ class Subject(NamedTuple):
     @property
     def template(self) -> Template:
         """The prompt template of a run that was trained on examples, else that of its tokenizer."""
-        path = self.folder / "template.json" if self.folder else None
-        if path and path.is_file():
-            return Template.from_meta(read_json(path), self.tokenizer)
-        return Template.of(self.tokenizer)
+        own = load_template(self.folder, self.tokenizer) if self.folder else None
+        return own or Template.of(self.tokenizer)
 
     @property
     def run(self) -> Run:
@@ -168,16 +167,20 @@ def evaluate(
         for s in subjects
     ]
     found, measured_on = Findings([], [], []), []
+    texts: dict[str, Text | Examples] = {}
     if written:
-        text, where = Text.of(written, subjects[0].tokenizer), printable(args.text_file)
+        where = printable(args.text_file)
+        texts[where] = Text.of(written, subjects[0].tokenizer)
     elif args.split != "none":
-        corpus = Dataset(find_or_prepare(args.data or subjects[0].config["data"]))
-        text, where = Text.read(corpus, args.split, args.tokens), f"{corpus.meta['name']}, {args.split} split"
+        corpus = open_corpora(parse_corpora(args.data or subjects[0].config["data"]))
+        where = f"{corpus.meta['name']}, {args.split} split"
+        for part, name in zip(corpus.parts, short_names([str(part.folder) for part in corpus.parts]), strict=True):
+            texts[name] = (Examples if part.template else Text).read(part, args.split, args.tokens)
         if not args.data:
             found.sentences.extend(other_corpus(subjects, corpus))
-    if with_text := bool(written) or args.split != "none":
-        chosen = choose_texts(text, [s.tokenizer for s in subjects], args.texts) if args.texts else None
-        measure_text(subjects, scores, found, text, args.stride, device)
+    if texts:
+        chosen = choose_texts(only_text(texts), [s.tokenizer for s in subjects], args.texts) if args.texts else None
+        measure_text(subjects, scores, found, texts, args.stride, device)
         measured_on = [f"{where}: {scores[0]['bytes']:,} bytes, {scores[0]['words']:,} words"]
     if pairs:
         measure_pairs(subjects, scores, found, pairs, device)
@@ -192,7 +195,7 @@ def evaluate(
         measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
     if seeds := report.seeds_table(scores):
         found.tables.append(seeds)
-    if with_text:  # last, since it is long
+    if texts:  # last, since it is long
         found.tables.extend([report.condensation_table(scores), report.further_table(scores)])
 
     # Files first: whatever is printed or sampled then can fail without taking the numbers along.
@@ -210,13 +213,21 @@ def evaluate(
     if args.html:
         print(f"page    {printable(args.html)}")
     if args.sampling:
-        texts = typed_prompts() if args.sample == "-" else [] if args.sample is None else [args.sample]
-        sample_prompts(subjects, scores, texts, prompts, args.sampling)
+        typed = typed_prompts() if args.sample == "-" else [] if args.sample is None else [args.sample]
+        sample_prompts(subjects, scores, typed, prompts, args.sampling)
         if args.json:
             write_json(args.json, scores)
         if args.html:
             write_page(args.html, measured_on, subjects, scores, found)
     return scores
+
+
+def only_text(texts: dict[str, Text | Examples]) -> Text:
+    """The one plain text. Raises InputError where there are several, or examples."""
+    text, *others = texts.values()
+    if others or isinstance(text, Examples):
+        raise InputError("--texts continues the documents of one corpus of plain text: name it with --data")
+    return text
 
 
 def only_curves(args: argparse.Namespace) -> bool:
@@ -544,16 +555,23 @@ def refuse_broken(subjects: list[Subject]) -> None:
 
 
 def measure_text(
-    subjects: list[Subject], scores: list[dict], found: Findings, text: Text, stride: int, device: torch.device
+    subjects: list[Subject],
+    scores: list[dict],
+    found: Findings,
+    texts: dict[str, Text | Examples],
+    stride: int,
+    device: torch.device,
 ) -> None:
     """Prediction and condensation on held-out text."""
-    results = [score_text(s.name, s.model, s.tokenizer, text, stride, device) for s in subjects]
+    results = [score_text(s.name, s.model, s.tokenizer, texts, stride, device) for s in subjects]
     found.add(compare_texts([s.run for s in subjects], results), scores, "bits_per_byte")
     for score, result in zip(scores, results, strict=True):
         score.update(result.scores)
     names, configs = [s.name for s in subjects], [s.config for s in subjects]
     settings = report.settings_table(names, configs)
     found.tables.append(report.score_table(scores))
+    if len(texts) > 1:
+        found.tables.append(report.corpora_table(scores))
     if settings.rows:
         found.tables.append(settings)
     found.details.extend(report.layer_table(score) for score in scores)
@@ -624,7 +642,7 @@ def measure_writing(
     found.tables.append(report.writing_table(scores))
 
 
-def other_corpus(subjects: list[Subject], corpus: Dataset) -> list[str]:
+def other_corpus(subjects: list[Subject], corpus: Dataset | Corpora) -> list[str]:
     """A sentence for runs that were trained on another state of the corpus than the one that is measured on."""
     same = [s for s in subjects if s.config and s.config["data"] == subjects[0].config["data"]]
     changed = [s.name for s in same if s.data_hash not in (None, corpus.hash)]
@@ -645,9 +663,8 @@ def write_json(path: Path, scores: list[dict]) -> None:
 
 
 def write_page(path: Path, measured_on: str, subjects: list[Subject], scores: list[dict], found: Findings) -> None:
-    shown = [(score, s.metrics) for score, s in zip(scores, subjects, strict=True) if "condensation" in score]
-    drawn, metrics = [score for score, _ in shown], [lines for _, lines in shown]
-    page = report.html_page(measured_on, found.sentences, found.tables, found.details, drawn, metrics)
+    metrics = [s.metrics for s in subjects]
+    page = report.html_page(measured_on, found.sentences, found.tables, found.details, scores, metrics)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, lambda file: file.write(page.encode()))
 

@@ -22,6 +22,8 @@ from minidisp.metrics import (
 )
 from minidisp.model import GPT
 from minidisp.runtime.device import to_device
+from minidisp.shards import COUNTED
+from minidisp.tasks import Passage, score
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
 BLOCK_BYTES = 1024  # what the bootstrap resamples
@@ -46,6 +48,8 @@ class Text(NamedTuple):
         """The first `limit` tokens of a split (0 = all), less a last character that this would cut in two."""
         source, vocabulary = dataset.split(split), dataset.tokenizer
         tokens = source.slice(0, min(limit, source.tokens) if limit else source.tokens)
+        if not limit:
+            refuse_lost_bytes(_bytes_of(vocabulary, tokens), source.bytes, f"the tokenizer of {dataset.folder}")
         while len(tokens) and not _whole(b"".join(vocabulary.token_bytes[token] for token in tokens[-4:])):
             tokens = tokens[:-1]
         ends = np.flatnonzero(tokens == vocabulary.eos_id)
@@ -56,16 +60,52 @@ class Text(NamedTuple):
     @classmethod
     def of(cls, text: str, tokenizer) -> "Text":
         """A text from elsewhere as one document, of which this is the beginning."""
-        return cls([text], False, np.array(tokenizer.encode(text), dtype=np.int64), tokenizer)
+        found = cls([text], False, np.array([], dtype=np.int64), None)
+        return found._replace(tokens=found._encoded(tokenizer), tokenizer=tokenizer)
 
     def encode(self, vocabulary) -> np.ndarray:
         """The text in the tokens of another tokenizer, (M,) int64; every document ends with its EOS."""
-        if vocabulary.hash == self.tokenizer.hash:
-            return self.tokens
+        return self.tokens if vocabulary.hash == self.tokenizer.hash else self._encoded(vocabulary)
+
+    def _encoded(self, vocabulary) -> np.ndarray:
         encoded: list[int] = []
         for document in self.documents:
             encoded += [*vocabulary.encode(document), vocabulary.eos_id]
-        return np.array(encoded if self.ends else encoded[:-1], dtype=np.int64)
+        tokens = np.array(encoded if self.ends else encoded[:-1], dtype=np.int64)
+        n_bytes = sum(len(document.encode("utf-8")) for document in self.documents)
+        refuse_lost_bytes(_bytes_of(vocabulary, tokens), n_bytes, "a tokenizer")
+        return tokens
+
+
+def _bytes_of(vocabulary, tokens: np.ndarray) -> int:
+    return sum(len(vocabulary.token_bytes[token]) for token in tokens.tolist())
+
+
+def refuse_lost_bytes(found: int, wanted: int, whose: str) -> None:
+    """Raise InputError unless the tokens stand for all bytes of the text: losses per byte would not be of this text."""
+    if found != wanted:
+        raise InputError(f"{whose} keeps {found:,} of the {wanted:,} bytes of this text: it cannot be measured with it")
+
+
+class Examples(NamedTuple):
+    """Held-out examples, of which the completions are measured, each example by itself."""
+
+    passages: list[Passage]
+    tokens: np.ndarray  # of all of them, prompts included, (N,) int64
+    tokenizer: object
+
+    @classmethod
+    def read(cls, dataset: Dataset, split: str, limit: int) -> "Examples":
+        """The examples of a split, or the first ones that have `limit` tokens together (0 = all)."""
+        source = dataset.split(split)
+        places = source.examples.tolist()
+        if limit:
+            places = [place for place in places if place[1] <= limit] or places[:1]
+        passages = []
+        for start, end in places:
+            counted = (source.mask.slice(start, end) & COUNTED).astype(bool).tolist()
+            passages.append(Passage(source.slice(start, end).tolist(), counted))
+        return cls(passages, source.slice(0, places[-1][1]), dataset.tokenizer)
 
 
 def _whole(tail: bytes) -> bool:
@@ -79,8 +119,9 @@ def _whole(tail: bytes) -> bool:
 
 class Result(NamedTuple):
     scores: dict  # what goes into the JSON file
-    block_nats: np.ndarray  # nats per block of BLOCK_BYTES of text, to compare runs with
-    token_nats: np.ndarray  # nats per token
+    block_nats: np.ndarray  # nats per block of text, or per example, to compare runs with
+    block_bytes: np.ndarray  # its bytes
+    token_nats: np.ndarray | None  # nats per token; None where not every token counts
 
 
 @torch.no_grad()
@@ -132,15 +173,33 @@ def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
     return collected.result()
 
 
-def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device) -> Result:
-    """All scores of one model on the text. stride: tokens that a window advances by, 0 = half the context.
+def score_text(
+    name: str, model: GPT, vocabulary, texts: dict[str, Text | Examples], stride: int, device: torch.device
+) -> Result:
+    """All scores of one model on the texts, together and, if there are several, each by its name.
 
-    Raises InputError if the text is too short, or the context, or the stride too long.
+    stride: tokens that a window advances by, 0 = half the context; of plain text. Raises InputError if a text is too short,
+    or the context, or the stride too long.
     """
     if model.config.block_size < 2:
         raise InputError(
             f"{name} has a context of one token, which has no cosine with another: give --block-size 2 or more"
         )
+    parts, streams = {}, []
+    for part, text in texts.items():
+        measure = _score_examples if isinstance(text, Examples) else _score_plain
+        parts[part], tokens = measure(name, model, vocabulary, text, stride, device)
+        streams.append(tokens)
+    whole = _joined([*parts.values()])
+    scores = {"name": name, "tokenizer": vocabulary.hash, **whole.scores}
+    if len(parts) > 1:
+        scores["corpora"] = {part: result.scores for part, result in parts.items()}
+    return whole._replace(scores={**scores, "condensation": condensation(model, np.concatenate(streams), device)})
+
+
+def _score_plain(
+    name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device
+) -> tuple[Result, np.ndarray]:
     tokens = text.encode(vocabulary)
     if len(tokens) < 2:
         raise InputError(
@@ -151,29 +210,52 @@ def score_text(name: str, model: GPT, vocabulary, text: Text, stride: int, devic
     # A token belongs to the block of text in which it ends.
     ends = np.cumsum([len(vocabulary.token_bytes[token]) for token in tokens])
     block_nats = np.bincount(np.maximum(ends - 1, 0) // BLOCK_BYTES, weights=nats)
-    total, n_bytes, words = float(nats.sum()), int(ends[-1]), sum(len(document.split()) for document in text.documents)
-    scores = {
-        "name": name,
-        "tokenizer": vocabulary.hash,
-        "tokens": len(tokens),
+    block_bytes = np.full(len(block_nats), BLOCK_BYTES)
+    block_bytes[-1] = ends[-1] - BLOCK_BYTES * (len(block_nats) - 1)
+    words = sum(len(document.split()) for document in text.documents)
+    return Result(_scores(float(nats.sum()), len(tokens), int(ends[-1]), words), block_nats, block_bytes, nats), tokens
+
+
+def _score_examples(
+    name: str, model: GPT, vocabulary, examples: Examples, stride: int, device: torch.device
+) -> tuple[Result, np.ndarray]:
+    if vocabulary.hash != examples.tokenizer.hash:
+        raise InputError(f"{name} has another tokenizer than the corpus of examples: give --data for one with its own")
+    nats = score(model, examples.passages, device).nats
+    answers = [[token for token, counts in zip(*passage, strict=True) if counts] for passage in examples.passages]
+    n_bytes = np.array([sum(len(vocabulary.token_bytes[token]) for token in ids) for ids in answers])
+    words = sum(len(vocabulary.decode(ids).split()) for ids in answers)
+    scores = _scores(float(nats.sum()), sum(map(len, answers)), int(n_bytes.sum()), words)
+    return Result(scores, nats, n_bytes, None), examples.tokens
+
+
+def _joined(parts: list[Result]) -> Result:
+    """The results of several texts as that of one."""
+    if len(parts) == 1:
+        return parts[0]
+    nats = float(sum(part.block_nats.sum() for part in parts))
+    counts = (sum(part.scores[key] for part in parts) for key in ("tokens", "bytes", "words"))
+    blocks = (np.concatenate([getattr(part, key) for part in parts]) for key in ("block_nats", "block_bytes"))
+    return Result(_scores(nats, *counts), *blocks, None)
+
+
+def _scores(nats: float, tokens: int, n_bytes: int, words: int) -> dict:
+    return {
+        "tokens": tokens,
         "bytes": n_bytes,
         "words": words,
-        "loss": total / len(tokens),
-        "perplexity": perplexity(total, len(tokens)),
-        "bits_per_byte": bits_per_byte(total, n_bytes),
-        "word_perplexity": word_perplexity(total, words),
-        "condensation": condensation(model, tokens, device),
+        "loss": nats / tokens,
+        "perplexity": perplexity(nats, tokens),
+        "bits_per_byte": bits_per_byte(nats, n_bytes),
+        "word_perplexity": word_perplexity(nats, words),
     }
-    return Result(scores, block_nats, nats)
 
 
 def text_measure(results: list[Result]) -> Measure:
     """Bits per byte of every run, and what two runs differ by on the same text."""
-    n_bytes = np.full(len(results[0].block_nats), BLOCK_BYTES)
-    n_bytes[-1] = results[0].scores["bytes"] - BLOCK_BYTES * (len(n_bytes) - 1)
 
     def difference(i: int, j: int) -> tuple[float, float, float]:
-        return paired_bootstrap(results[i].block_nats, results[j].block_nats, n_bytes)
+        return paired_bootstrap(results[i].block_nats, results[j].block_nats, results[i].block_bytes)
 
     def remark(i: int, j: int) -> str:
         first, other = results[i], results[j]
@@ -204,7 +286,7 @@ def compare_texts(runs: list[Run], results: list[Result]) -> Comparison:
 
 def _by_token(first: Result, other: Result) -> dict[str, float]:
     """The difference in nats per token, and the share of tokens that `other` predicts better; {} for other tokens."""
-    if other.scores["tokenizer"] != first.scores["tokenizer"]:
+    if other.scores["tokenizer"] != first.scores["tokenizer"] or first.token_nats is None:
         return {}
     per_token = other.token_nats - first.token_nats
     better = float((per_token < 0).mean() + (per_token == 0).mean() / 2)

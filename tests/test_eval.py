@@ -108,7 +108,8 @@ def text_results(runs, *nats):
     n_bytes = 200 * scoring.BLOCK_BYTES
     scores = [{"name": r.name, "tokenizer": r.tokenizer, "bytes": n_bytes,
                "bits_per_byte": x.sum() / math.log(2) / n_bytes} for r, x in zip(runs, nats, strict=True)]  # fmt: skip
-    return [scoring.Result(s, x, x) for s, x in zip(scores, nats, strict=True)]
+    blocks = np.full(200, scoring.BLOCK_BYTES)
+    return [scoring.Result(s, x, blocks, x) for s, x in zip(scores, nats, strict=True)]
 
 
 def test_a_plain_sentence_for_every_outcome():

@@ -11,10 +11,21 @@ import pytest
 import torch
 
 import eval as evaluation  # not the builtin
+from data import prepare
 from minidisp import InputError, hf, load, sampling, tasks
 from minidisp.template import Template
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """80 exchanges in bytes, most of them longer than the context of 32 tokens."""
+    folder, rng = tmp_path_factory.mktemp("examples"), np.random.default_rng(0)
+    rows = [{"prompt": words(rng, 3), "completion": words(rng, int(rng.integers(1, 9)))} for _ in range(80)]
+    source = write(folder / "rows.jsonl", rows)
+    assert prepare.main(["--input", source, "--tokenizer", "byte", "--out", str(folder / "prepared")]) == 0
+    return folder / "prepared"
 
 
 @pytest.fixture(scope="module", params=["gpt2", "qwen3"])
@@ -408,6 +419,76 @@ def test_a_top_p_below_float32_is_greedy(run):
     (scores,) = evaluation.main([str(run), "--split", "none", "--sample", "abc", "--top-p", "1e-320"])
     (greedy,) = evaluation.main([str(run), "--split", "none", "--sample", "abc", "--temperature", "0"])
     assert scores["samples"][0]["continuation"] == greedy["samples"][0]["continuation"]
+
+
+# Examples and several corpora
+
+
+def test_examples_are_measured_one_by_one(examples, run, tmp_path, capsys):
+    """Completions alone, each example by itself, in float64 and one token after the other; then with text beside them."""
+    from minidisp.data import Dataset
+
+    assert prepared_alike(run, examples)
+    (score,) = evaluation.main([str(run), "--data", str(examples), "--split", "test"])
+    split = Dataset(examples).split("test")
+    model, tokenizer = load(run)
+    double, total, count, n_bytes = model.double(), 0.0, 0, 0
+    for start, end in split.examples.tolist():
+        ids, mask = split.slice(start, end).tolist(), split.mask.slice(start, end) & 1
+        for piece in tasks._pieces(tasks.Passage(ids, mask.astype(bool).tolist()), 32):
+            for i in (i for i, counts in enumerate(piece.counted) if counts):
+                total -= double(torch.tensor([piece.ids[:i]])).logits[0, -1].log_softmax(-1)[piece.ids[i]].item()
+        count += int(mask.sum())
+        n_bytes += sum(len(tokenizer.token_bytes[token]) for token, c in zip(ids, mask, strict=True) if c)
+    assert (score["tokens"], score["bytes"]) == (count, n_bytes) == (count, split.bytes)
+    assert score["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
+    with pytest.raises(InputError, match="--texts continues the documents of one corpus of plain text"):
+        evaluation.main([str(run), "--data", str(examples), "--texts", "2"])
+
+
+def prepared_alike(run, corpus):
+    from minidisp.data import Dataset
+
+    return load(run)[1].hash == Dataset(corpus).tokenizer.hash
+
+
+def test_a_mixture_is_measured_by_corpus_and_in_sum(examples, corpus, tmp_path, capsys):
+    from tests.conftest import small_config
+    from train import main as train_main
+
+    data = (f"{examples}:1", f"{corpus}:2")
+    train_main(small_config(corpus, tmp_path / "mixed", max_steps=2, warmup_steps=1, data=data))
+    capsys.readouterr()
+    (score,) = evaluation.main([str(tmp_path / "mixed")])
+    parts = [evaluation.main([str(tmp_path / "mixed"), "--data", str(part)])[0] for part in (examples, corpus)]
+    assert len(score["corpora"]) == 2
+    for got, want in zip(score["corpora"].values(), parts, strict=True):
+        assert got["loss"] == want["loss"]
+    nats = sum(part["loss"] * part["tokens"] for part in parts)
+    assert score["loss"] == pytest.approx(nats / sum(part["tokens"] for part in parts), rel=1e-12)
+    shown = capsys.readouterr().out
+    assert "by corpus" in shown
+    assert "was trained on" not in shown
+
+
+def test_a_tokenizer_that_loses_text_is_refused(corpus):
+    from minidisp.data import Dataset
+    from minidisp.scoring import Text
+    from minidisp.tokenizer import ByteTokenizer
+
+    class WithoutDigits(ByteTokenizer):
+        hash = "other"
+
+        def encode(self, text):
+            return super().encode("".join(c for c in text if not c.isdigit()))
+
+    text = Text(["a1b2"], True, np.array([97]), ByteTokenizer())
+    with pytest.raises(InputError, match=r"keeps 2 of the 4 bytes of this text"):
+        text.encode(WithoutDigits())
+    with pytest.raises(InputError, match=r"keeps 2 of the 4 bytes of this text"):
+        Text.of("a1b2", WithoutDigits())
+    assert len(Text.read(Dataset(corpus), "val", 0).tokens)
 
 
 # lm-evaluation-harness, where it is installed: pip install "minidisp[lm-eval]", with a clone in the working directory

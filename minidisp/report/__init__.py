@@ -11,7 +11,7 @@ _HOME = {
     "page": ("html_page",),
     "progress": ("Progress",),
     "summary": ("introduction", "summarise", "summary_table"),
-    "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "further_table",
+    "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "corpora_table", "further_table",
                "layer_table", "number", "pairs_table", "score_table", "seeds_table", "settings_table", "table", "writing_table"),
     "trackers": ("loggers",),
 }  # fmt: skip

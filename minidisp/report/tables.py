@@ -96,6 +96,17 @@ def score_table(scores: list[dict]) -> Table:
     return Table("scores", ["", *(s["name"] for s in scores)], rows, note)
 
 
+def corpora_table(scores: list[dict]) -> Table:
+    """Loss and bits per byte of each corpus, one column per run."""
+    rows = []
+    for name in scores[0]["corpora"]:
+        parts = [s["corpora"][name] for s in scores]
+        rows.append([f"{name}: tokens", *(f"{part['tokens']:,}" for part in parts)])
+        rows.append([f"{name}: loss (nats/token)", *(number(part["loss"]) for part in parts)])
+        rows.append([f"{name}: bits per byte", *(number(part["bits_per_byte"]) for part in parts)])
+    return Table("by corpus", ["", *(s["name"] for s in scores)], rows)
+
+
 def condensation_table(scores: list[dict]) -> Table:
     """Mean cosine per layer, one column per run, and its scores below."""
     measured = [s["condensation"] for s in scores]
