@@ -81,6 +81,11 @@ class Template:
         """The template as JSON can hold it, for meta.json and for template.json of a run."""
         return {"chat_template": self.chat_template, "token_names": self._token_names, "now": self._now}
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it came with the tokenizer, among whose settings it is."""
+        return self.chat_template == _own(self._tokenizer)[0]
+
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
         """The token ids of a dialogue, with what opens an assistant's turn behind it if asked.
 

@@ -1,12 +1,21 @@
 """The prompt template: the ids of transformers' apply_chat_template, and which of them count."""
 
+import hashlib
 import json
+import random
+from pathlib import Path
 
 import pytest
-from conftest import write_text
+from conftest import SMALL, write_text
 
-from minidisp import InputError
-from minidisp.template import PLAIN, Template
+import train
+from data import prepare
+from data.examples import as_text
+from minidisp import InputError, hf
+from minidisp.config import from_dict
+from minidisp.data import Dataset
+from minidisp.hf.gguf import export_run
+from minidisp.template import PLAIN, Template, load_template
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, to_tokenizer, train_sentencepiece
 
 # As Qwen3 writes it: no <think> in earlier turns, an empty one in the last, and white space behind the closing token.
@@ -85,6 +94,11 @@ KINDS = {
     "thinking": lambda folder: bpe(folder, THINKING),
     "stripping": lambda folder: bpe(folder, STRIPPING),
 }  # fmt: skip
+
+
+def split_of(text: str) -> str:
+    percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+    return "train" if percent < 90 else "val" if percent < 95 else "test"
 
 
 def counted_text(tokenizer, rendered) -> str:
@@ -181,3 +195,84 @@ def test_a_date_is_that_of_the_template_and_meta_brings_it_back(tmp_path):
 def test_templates_that_cannot_be_used_are_refused(tmp_path, source, message):
     with pytest.raises(InputError, match=message):
         Template.of(bpe(tmp_path, source)).render(DIALOGUES[0])
+
+
+def tuned_run(folder, tokenizer, rows: str):
+    """A run of two steps on dialogues in these tokens, with its corpus beside it."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder / "tokenizer.model")
+    flags = [
+        "--input",
+        rows,
+        "--tokenizer-from",
+        str(folder / "tokenizer.model"),
+        "--name",
+        "t",
+        "--out",
+        str(folder / "corpus"),
+    ]
+    assert prepare.main(flags) == 0
+    train.main(
+        from_dict(
+            {
+                **SMALL,
+                "data": str(folder / "corpus"),
+                "out": str(folder / "run"),
+                "max_steps": 1,
+                "eval_tokens": 99,
+                "gelu": "tanh",
+            }
+        )
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> str:
+    path, rng = tmp_path_factory.mktemp("rows") / "rows.jsonl", random.Random(0)
+    words = ["one", "two", "three", "\u00f6", "it's", "A\u030a", "4", "?\n"]
+    say = lambda: " ".join(rng.choices(words, k=rng.randint(1, 6)))  # noqa: E731
+    lines = [
+        {"messages": [{"role": r, "content": say()} for r in ("user", "assistant") * rng.randint(1, 3)]}
+        for _ in range(90)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_run_has_the_ids_of_training_in_transformers(tmp_path, kind, rows):
+    """And its chat template; special tokens in a text are tokens there, as in the ecosystem."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = KINDS[kind](tmp_path)
+    run = tuned_run(tmp_path / "tuned", tokenizer, rows)
+    folder = hf.export(run, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    split = Dataset(tmp_path / "tuned" / "corpus").split("train")
+    trained = []
+    for line in Path(rows).read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        if split_of(as_text(messages)) == "train":
+            trained += theirs.apply_chat_template(messages, return_dict=False)
+    assert trained == split.slice(0, split.tokens).tolist()
+    template = load_template(run, tokenizer)
+    prompt = theirs.apply_chat_template(DIALOGUES[0][:1], add_generation_prompt=True, return_dict=False)
+    assert prompt == template.render(DIALOGUES[0][:1], add_generation_prompt=True).ids
+    assert theirs.encode(tokenizer.eos_token, add_special_tokens=False) == [tokenizer.eos_id]
+    ends = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert template.stop_id in (ends if isinstance(ends, list) else [ends])
+    again = hf.load_tokenizer(folder)
+    assert Template.of(again).render(DIALOGUES[2]) == template.render(DIALOGUES[2])
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "thinking"])
+def test_a_gguf_file_has_the_chat_template_and_the_token_that_ends_a_turn(tmp_path, kind, rows):
+    gguf = pytest.importorskip("gguf")
+    tokenizer = KINDS[kind](tmp_path)
+    run = tuned_run(tmp_path / "tuned", tokenizer, rows)
+    template = load_template(run, tokenizer)
+    fields = gguf.GGUFReader(export_run(run, tmp_path / "out")).fields
+    assert fields["tokenizer.chat_template"].contents() == template.chat_template
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    end = fields["tokenizer.ggml.eot_token_id" if kind == "thinking" else "tokenizer.ggml.eos_token_id"]
+    assert end.contents() == template.stop_id

@@ -9,6 +9,7 @@ from minidisp import InputError
 from minidisp.hf.families import WEIGHTS, in_dtype
 from minidisp.hf.reference import stored_form
 from minidisp.runtime import checkpoint, files
+from minidisp.template import Template, load_template
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 
@@ -18,7 +19,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
     The tokenizer gives the same ids for every text and the same text back; special tokens in a text are text, as in
     training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the
-    settings that lay beside it; there, special tokens are special.
+    settings that lay beside it; there, special tokens are special. So they are in the tokenizer of a run that was trained on
+    examples, which has the run's chat template: transformers' apply_chat_template gives the token ids of training.
     Raises InputError, with nothing left behind, if the folder is there already or no family can represent the model.
     """
     try:
@@ -33,7 +35,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
         raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
-    texts = _files(config | {"dtype": dtype}, vocabulary)
+    template = load_template(checkpoint.find(run).parent, vocabulary)
+    texts = _files(config | {"dtype": dtype}, vocabulary, template)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
     building.mkdir(parents=True)
@@ -54,14 +57,15 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
-    """The texts of config.json and of the tokenizer's files by name."""
+def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> dict[str, str]:
+    """The texts of config.json and of the tokenizer's files by name. template: of a run that was trained on examples."""
     # Documents follow one another, each behind the end of the one before, which so is the beginning, too.
     config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
     kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
     if kept:
         config |= json.loads(kept.pop("config.json", "{}"))
-        return {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
+        texts = {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
+        return texts | _chat(json.loads(kept.get("tokenizer_config.json", "{}")), vocabulary, template, {*kept})
     tokenizer_json, eos_token = to_tokenizer(vocabulary)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,7 +76,23 @@ def _files(config: dict, vocabulary: Tokenizer) -> dict[str, str]:
         "split_special_tokens": True,
     }
     files = {"config.json": config, "tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config}
-    return {name: _json(values) for name, values in files.items()}
+    return {name: _json(values) for name, values in files.items()} | _chat(
+        tokenizer_config, vocabulary, template, set()
+    )
+
+
+def _chat(tokenizer_config: dict, vocabulary: Tokenizer, template: Template | None, there: set[str]) -> dict[str, str]:
+    """The files, by name, in which a run that was trained on examples differs: its chat template, in which special tokens are
+    special, and the token that ends an answer. there: files that are kept as they came."""
+    if template is None:
+        return {}
+    changed = {name: value for name, value in tokenizer_config.items() if name != "split_special_tokens"}
+    if not template.is_own:
+        changed |= {"eos_token": vocabulary.eos_token, "chat_template": template.chat_template}
+    texts = {"tokenizer_config.json": _json(changed)} if changed != tokenizer_config else {}
+    if template.stop_id != vocabulary.eos_id and "generation_config.json" not in there:
+        texts["generation_config.json"] = _json({"eos_token_id": [vocabulary.eos_id, template.stop_id]})
+    return texts
 
 
 def _json(values: dict) -> str:

@@ -19,6 +19,7 @@ from minidisp.hf.families import Names, family_of, in_dtype, parameters_of, to_t
 from minidisp.hf.reference import stored_form
 from minidisp.model import GPTConfig
 from minidisp.runtime import checkpoint
+from minidisp.template import Template, load_template
 from minidisp.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of matrices; vectors stay float32
@@ -77,7 +78,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(temporary, family)
     _write_settings(writer, model.config, family, dtype, name)
-    _write_tokenizer(writer, vocabulary)
+    _write_tokenizer(writer, vocabulary, load_template(checkpoint.find(run).parent, vocabulary))
     tensors = to_tensors(model.config, parameters_of(model), ARCHITECTURES[family])
     if family == "apertus":  # which has no tied matrix there
         tensors.setdefault("output.weight", tensors["token_embd.weight"])
@@ -154,8 +155,9 @@ def _write_settings(writer, config: GPTConfig, family: str, dtype: str, name: st
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(writer, vocabulary: Tokenizer) -> None:
-    """Tokens, their kinds, and how they merge. No space is added, and the name of a special token is text."""
+def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -> None:
+    """Tokens, their kinds, and how they merge. No space is added, and the name of a special token is text, except in the chat
+    template of a run that was trained on examples."""
     import gguf
 
     kinds = gguf.TokenType
@@ -182,12 +184,12 @@ def _write_tokenizer(writer, vocabulary: Tokenizer) -> None:
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_token_list([tokens.get(i, f"[UNUSED{i}]").encode() for i in rows])
     writer.add_token_types([types[i] for i in rows])
-    _write_special_tokens(writer, vocabulary, {token["content"]: token["id"] for token in added})
+    _write_special_tokens(writer, vocabulary, {token["content"]: token["id"] for token in added}, template)
 
 
-def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int]) -> None:
-    """The tokens at the ends of a text: as in training, where a text begins behind the end of the one before; for an
-    imported tokenizer as its settings say. ids: those of the added tokens."""
+def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], template: Template | None) -> None:
+    """The tokens at the ends of a text: as in training, where a text begins behind the end of the one before, and an example
+    with its template; for an imported tokenizer as its settings say. ids: those of the added tokens."""
     files = vocabulary.files if isinstance(vocabulary, HuggingFaceTokenizer) else {}
     settings = json.loads(files.get("tokenizer_config.json", "{}"))
 
@@ -201,11 +203,14 @@ def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int]) ->
     writer.add_eos_token_id(vocabulary.eos_id)
     if pad is not None:
         writer.add_pad_token_id(pad)
-    writer.add_add_bos_token(settings.get("add_bos_token") is True if files else True)
+    writer.add_add_bos_token(settings.get("add_bos_token") is True if files else template is None)
     writer.add_add_eos_token(False)
-    template = files.get("chat_template.jinja") or settings.get("chat_template")
-    if isinstance(template, str):
-        writer.add_chat_template(template)
+    source = files.get("chat_template.jinja") or settings.get("chat_template")
+    source = template.chat_template if template else source
+    if isinstance(source, str):
+        writer.add_chat_template(source)
+    if template and template.stop_id != vocabulary.eos_id:
+        writer.add_eot_token_id(template.stop_id)
 
 
 def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[str, float]:
