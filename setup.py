@@ -1,4 +1,4 @@
-"""Builds the extension ahead: pip install --no-build-isolation -e . (csrc/ops.cpp says what it contains).
+"""Builds the extension ahead: pip install --no-build-isolation -e ..
 
 Without torch, or without a compiler, only the Python part is installed; minidisp/ops/ then builds on first use, or
 streams.
@@ -6,6 +6,7 @@ MINIDISP_BUILD=0 leaves the extension out, MINIDISP_BUILD=1 makes its failure an
 """
 
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,20 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # whose complaint about pypr
     )
 
 
+def compiler_environment(command: list[str], folder: Path) -> dict[str, str]:
+    """What makes torch compile with a command. Writes a script into folder.
+
+    torch takes CXX for the path of one program. A script in the path can be any command, and its name has no spaces.
+    Nothing is put before it that CXX does not say: torch would put ccache there. That it works is seen from what it
+    makes: torch would ask the first word for its version.
+    """
+    script = folder / "minidisp-c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o700)
+    path = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
+    return {"CXX": script.name, "PATH": path, "TORCH_NO_COMPILER_WRAPPER": "1", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+
+
 def extension(tools: Path) -> dict:
     """What setup() needs to build the extension. tools: an empty folder that is there while it does."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,16 +43,16 @@ def extension(tools: Path) -> dict:
     from minidisp.ops import build
 
     if os.environ.get("CXX") and build.compiler():
-        os.environ.update(build.compiler_environment(tools))
+        os.environ.update(compiler_environment(build.compiler(), tools))
     cuda = build.builds_cuda()
     if cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
     make = CUDAExtension if cuda else CppExtension
     module = make(
         f"minidisp.{build.file_stem(build.builds_cuda())}",
-        [f"csrc/{path.name}" for path in build.sources(cuda)],
+        [os.path.relpath(path, build.PACKAGE.parent) for path in build.sources(cuda)],
         extra_compile_args={
-            "cxx": [*build.CXX_FLAGS, *(["-DMINIDISP_CUDA"] if cuda else [])],
+            "cxx": [*build.CXX_FLAGS, "-fopenmp"],
             "nvcc": list(build.NVCC_FLAGS),
         },
         extra_link_args=["-fopenmp", "-s"],

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidisp.ops import attention
+from minidisp.ops import attention, registered
 from minidisp.runtime.device import cpu_model, resident_peak_kib
 
 SHAPES = "12x4x64x32,8x6x256x32,16x6x256x64,2x12x1024x64,4x12x256x64"
@@ -75,7 +75,7 @@ def peak_mem_mib(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 
 def print_peak(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """In a child process: the growth of the peak of the resident memory over one step."""
-    attention.find_or_build()
+    registered("cpu")
     small, grad = inputs((1, 1, 8, 8), dtype)
     compute(form, small, 1).backward(grad)
     qkv, grad = inputs(shape, dtype)
@@ -129,7 +129,7 @@ def main() -> None:
     if args.peak_of:
         print_peak(args.peak_of, shapes[0], dtypes[0])
         return
-    if missing := attention.find_or_build():
+    if missing := registered("cpu"):
         raise SystemExit(f"there is no operator to time: {missing}")
 
     instructions = torch.ops.minidisp.instruction_set()

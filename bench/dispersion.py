@@ -34,8 +34,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minidisp import InputError, ops
+from minidisp import InputError
 from minidisp.dispersion import DispersionLoss, dispersion_loss
+from minidisp.ops import registered
+from minidisp.ops.dispersion import FUSED_VARIANTS, STREAMED_VARIANTS
 from minidisp.runtime.cli import Parser, exit_code
 from minidisp.runtime.device import resident_peak_kib
 
@@ -77,7 +79,7 @@ def forms(variant: str, with_compile: bool, device: str) -> dict:
     if with_compile:
         # The clamp and arccos in one kernel between two products is what the compiler does best.
         chosen["compiled"] = torch.compile(chosen["eager"], dynamic=False)
-    if variant in ops.FUSED_VARIANTS and not ops.find_or_build(device):
+    if variant in FUSED_VARIANTS and not registered(device):
         chosen["fused"] = lambda z: dispersion_loss(z, variant, impl="fused")
     return chosen
 
@@ -192,7 +194,7 @@ def read_shapes(text: str) -> list[tuple[int, int, int]]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--variant", choices=ops.STREAMED_VARIANTS, default="angular_spread")
+    parser.add_argument("--variant", choices=STREAMED_VARIANTS, default="angular_spread")
     parser.add_argument(
         "--shapes", type=read_shapes, default=SHAPES, help="B x T x C, such as 4x1024x768, separated by commas"
     )

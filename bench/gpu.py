@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidisp import ops
 from minidisp.dispersion import dispersion_loss
 from minidisp.loss import IGNORE, chunked, plain
-from minidisp.ops import build
+from minidisp import ops
+from minidisp.ops import build, registered
+from minidisp.ops.dispersion import FUSED_VARIANTS, select
 from minidisp.ops.__main__ import diagnosis
 from minidisp.ops.streamed import float32_precision
 
@@ -62,7 +63,7 @@ def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
 
 def build_it() -> bool:
     """Build the extension for CUDA, or find it, and say which."""
-    missing = ops.find_or_build("cuda")
+    missing = registered("cuda")
     found = build.find_or_build("cuda")
     print(f"{found.about}: {found.path}{found.note}")
     print(f"missing: {missing}" if missing else f"for {torch.cuda.get_device_name()}")
@@ -82,7 +83,7 @@ def check(dry: bool) -> bool:
     print("| T | C | variant | tau | precision, dtype | loss | gradient |\n|---|---|---|---|---|---|---|")
     cases = [(T, C, "angular_spread", 1.0) for T, C in itertools.product((129, 1000, 1024), (768, 770))]
     cases += [(5001, 768, "angular_spread", 1.0), (1000, 770, "angular_spread", 1e-3)]
-    cases += [(1000, 770, variant, 1.0) for variant in ops.FUSED_VARIANTS[1:]]
+    cases += [(1000, 770, variant, 1.0) for variant in FUSED_VARIANTS[1:]]
     for T, C, variant, tau in cases:
         z = torch.randn(1, T, C, generator=torch.Generator().manual_seed(T + C)).bfloat16()
         value, exact = loss_and_gradient(z.double(), "streamed", variant, tau)
@@ -107,7 +108,7 @@ def check(dry: bool) -> bool:
         shown = " | ".join(f"{error:.0e}" for error in errors) + ("" if passed else " FAILED")
         print(f"| {N} | {V} | {str(dtype).removeprefix('torch.')} | {shown} |", flush=True)
 
-    for precision, variant in itertools.product(("high", "highest"), ops.FUSED_VARIANTS):
+    for precision, variant in itertools.product(("high", "highest"), FUSED_VARIANTS):
         with float32_precision(precision):
             z = torch.randn(4, 1000, 768, device="cuda")
             once = loss_and_gradient(z, variant=variant)
@@ -151,11 +152,11 @@ def cross_entropy_errors(N: int, V: int, dtype: torch.dtype) -> list[float]:
 
 def small() -> bool:
     """All kernels at small shapes, for compute-sanitizer."""
-    ops.select("fused", "angular_spread", torch.float32, "cuda")  # finds the extension, or says why there is none
+    select("fused", "angular_spread", torch.float32, "cuda")  # finds the extension, or says why there is none
     for V, dtype in itertools.product((33, 5000, 4999), (torch.float32, torch.bfloat16, torch.float16)):
         logits, targets = torch.randn(20, V, device="cuda").to(dtype), torch.arange(-1, 19, device="cuda")
         torch.ops.minidisp.cross_entropy_(logits, targets, IGNORE, True)
-    for precision, variant, C in itertools.product(("high", "highest"), ops.FUSED_VARIANTS, (40, 33)):
+    for precision, variant, C in itertools.product(("high", "highest"), FUSED_VARIANTS, (40, 33)):
         for tau in (1.0, 1e-3):
             with float32_precision(precision):
                 loss_and_gradient(torch.randn(1, 150, C, device="cuda"), variant=variant, tau=tau)
@@ -175,7 +176,7 @@ def strips() -> bool:
 
 def profile() -> bool:
     """The kernels of a training step at (16, 1024, 768), for ncu, twice: once to warm up, once to look at."""
-    ops.select("fused", "angular_spread", torch.float32, "cuda")
+    select("fused", "angular_spread", torch.float32, "cuda")
     with float32_precision("high"):
         z = torch.randn(16, 1024, 768, device="cuda")
         logits, targets = torch.randn(2048, 50304, device="cuda").bfloat16(), torch.arange(2048, device="cuda")

@@ -1,9 +1,7 @@
-// What the devices share: the options of a call with their checks, and which blocks of tokens make up a sequence's pairs.
+// What the devices share: the options of a call, and which blocks of tokens make up a sequence's pairs.
 // The weights of the pairs stand in dispersion_pair.h.
 
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cmath>
 #include <cstdint>
@@ -37,16 +35,6 @@ struct Options {
   }
 };
 
-// What torch's settings say about rounding products. It refuses to say where its older and newer ones are mixed: then, no.
-template <class Question>
-bool allows_rounding(Question question) {
-  try {
-    return question();
-  } catch (const c10::Error&) {
-    return false;
-  }
-}
-
 // False if the name is not one of those above.
 inline bool parse_variant(std::string_view name, Variant* variant) {
   if (name == "angular_spread") *variant = Variant::angular_spread;
@@ -55,19 +43,6 @@ inline bool parse_variant(std::string_view name, Variant* variant) {
   else if (name == "decorrelation") *variant = Variant::decorrelation;
   else return false;
   return true;
-}
-
-// The options of a call, or ValueError. Both devices take the same.
-inline Options checked_options(const at::Tensor& z, c10::string_view variant, double tau, double clamp, double eps) {
-  Options options{Variant::angular_spread, tau, clamp, eps};
-  TORCH_CHECK_VALUE(parse_variant(std::string_view(variant.data(), variant.size()), &options.variant),
-                    "minidisp::dispersion does not know the variant ", variant);
-  TORCH_CHECK_VALUE(z.dim() == 3 && z.size(0) >= 1 && z.size(1) >= 2 && z.size(2) >= 1,
-                    "z must be (B, T, C) with B >= 1, T >= 2 and C >= 1, not ", z.sizes());
-  const at::ScalarType dtype = z.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-                    "minidisp::dispersion takes float32, bfloat16 and float16, not ", dtype);
-  return options;
 }
 
 // The pairs of blocks I <= J of a sequence are numbered column by column: (0,0) (0,1) (1,1) (0,2) (1,2) (2,2) ...

@@ -15,10 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from minidisp import InputError, is_plain, ops, parse_json, read_bytes
+from minidisp import InputError, is_plain, parse_json, read_bytes
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.flags import MOST, flag, kebab, shown
 from minidisp.model import GPTConfig
+from minidisp.ops.dispersion import IMPLEMENTATIONS
 from minidisp.optim import OPTIMIZERS, SCHEDULES
 from minidisp.runtime.cli import Parser
 
@@ -116,7 +117,7 @@ class Config(GPTConfig):
     dispersion_tokens: int = flag(
         0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256", low=0, resume="reported"
     )
-    dispersion_impl: Literal[ops.IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
+    dispersion_impl: Literal[IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
                                                          "reference: plain; auto: fused where it is, else streamed", resume="silent")  # fmt: skip
     # other counter-measures
     noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "

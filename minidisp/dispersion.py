@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minidisp import InputError, ops
+from minidisp import InputError
+from minidisp.ops import dispersion as ops
 
 
 def full_precision(function: Callable) -> Callable:
@@ -201,7 +202,7 @@ def dispersion_loss(
 
     chosen, _ = ops.select(impl, variant, z.dtype, z.device.type)
     if chosen != "reference":
-        return ops.dispersion(chosen, z, variant, float(tau), float(clamp), float(eps))
+        return ops.run(chosen, z, variant, float(tau), float(clamp), float(eps))
     options = {"tau": tau, "clamp": clamp, "eps": eps}
     return VARIANTS[variant](z, **{name: options[name] for name in _OPTIONS[variant]})
 
@@ -270,7 +271,7 @@ class DispersionLoss(nn.Module):
 
         device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used.
         Without this call, the first forward does the same. Raises InputError if impl is fused and there is none.
-        Returns "fused", "fused, built now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found", ...
+        Returns "fused", "fused, compiled now in 14 s (PATH)", "streamed in PyTorch: no C++ compiler was found", ...
         """
         if self.variant in CLOSED_FORM:
             return "closed form"

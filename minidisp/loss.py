@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidisp import InputError, ops
+from minidisp import InputError
 from minidisp.ops.attention import compute_dtype
+from minidisp.ops.cross_entropy import fuses
 
 IGNORE = -1  # a target that is not counted
 CHUNKED_MIN_VOCAB: int | None = 1024  # from this vocabulary on in chunks of tokens; for 256 bytes it would not pay
@@ -64,7 +65,7 @@ def _chunked(
     size = max(1, min(chunk_tokens(x), len(x)))
     x_grad = x.new_empty(x.shape if want_x else 0)
     weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)
-    fused = x.is_cuda and dtype != torch.float64 and not ops.find_or_build("cuda")
+    fused = fuses(x, dtype)
     # One buffer for all chunks: the system hands out new memory of this size page by page, which is slow.
     # The operator reads rows in pieces of 16 bytes, so there they begin at multiples of that.
     logits = x.new_empty(size, -(-len(weight) // 8) * 8 if fused else len(weight))[:, : len(weight)]
@@ -96,7 +97,7 @@ def _chunked(
 
 
 def _cross_entropy_(logits: Tensor, z: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
-    """The sum of the losses; with need_grad, logits become its gradient, as csrc/cross_entropy_cuda.cu does it on CUDA.
+    """The sum of the losses; with need_grad, logits become its gradient, as csrc/cuda/cross_entropy.cu does it on CUDA.
 
     z: memory for logits in the dtype of the sums, or logits itself if they have it. It holds in turn logits, their
     exponentials, and the gradient, softmax - one-hot.

@@ -1,5 +1,6 @@
 """A small corpus and a small trained run that several test files share."""
 
+import os
 import random
 import signal
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+os.environ.setdefault("MINIDISP_CPU", "amx")  # all instruction sets are compiled, as the tests go through them
 
 from data import prepare
 from minidisp.config import from_dict

@@ -241,8 +241,8 @@ void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add
 }  // namespace
 }  // namespace minidisp
 
-#include "../csrc/cross_entropy_cuda.cu"
-#include "../csrc/dispersion_cuda.cu"
+#include "../csrc/cuda/cross_entropy.cu"
+#include "../csrc/cuda/dispersion.cu"
 
 // workspace: the fields of Workspace in order, or nothing.
 static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau, double clamp,

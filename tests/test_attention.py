@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from minidisp.ops import attention
+from minidisp.ops import registered
 from minidisp.ops.attention import causal_attention, choose, torch_attention
 
-MISSING = attention.find_or_build()  # builds the extension, if need be
+MISSING = registered("cpu")  # builds the extension, if need be
 needs_operator = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 DTYPES = (torch.float32, torch.bfloat16)
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best where it has less

@@ -20,14 +20,14 @@ from test_ops import value_and_gradient
 from minidisp import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
-KERNELS = [*SOURCES, ROOT / "csrc" / "cuda_block.h", *sorted((ROOT / "csrc").glob("dispersion_cuda_*.h"))]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNELS = [*SOURCES, ROOT / "csrc" / "cuda" / "block.h", *sorted((ROOT / "csrc" / "cuda").glob("dispersion_*.h"))]
 INCLUDE = Path(torch.__file__).parent / "include"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 TILED = ("angular_spread", "orthogonalization", "decorrelation")  # which have a tensor-core kernel
-TENSOR_CORE_LOSS, TENSOR_CORE_GRADIENT = 5e-4, 2e-3  # the largest errors, as csrc/dispersion_cuda.cu states them
+TENSOR_CORE_LOSS, TENSOR_CORE_GRADIENT = 5e-4, 2e-3  # the largest errors, as csrc/cuda/dispersion.cu states them
 DEFAULTS = {"tau": 1.0, "clamp": 0.25, "eps": 1e-2}
 RUNS = [(variant, dtype) for variant in TILED[:2] for dtype in DTYPES]
 RUNS += [("l2_repel", torch.float32), ("l2_repel", torch.bfloat16), ("decorrelation", torch.float16)]  # all types alike

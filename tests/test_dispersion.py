@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minidisp import dispersion, ops
+from minidisp import dispersion
+from minidisp.ops.dispersion import select
 from minidisp.dispersion import VARIANTS, select_layers
 
 # Here the reference is held against the oracle; test_ops.py holds the other implementations against both.
@@ -556,7 +557,7 @@ def test_positions_first_drawn_in_inference_mode_serve_training():
 @pytest.mark.parametrize("impl", ["fused", "streamed"])
 def test_torchs_newer_precision_settings(impl):
     """Once one of them is set, torch no longer says what the older one is."""
-    if impl == "fused" and ops.select("auto", "angular_spread", torch.float32, "cpu")[0] != "fused":
+    if impl == "fused" and select("auto", "angular_spread", torch.float32, "cpu")[0] != "fused":
         pytest.skip("there is no extension")
     z = torch.randn(2, 40, 16)
     exact, settings = (

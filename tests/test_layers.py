@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from minidisp.model import GPT, GPTConfig
-from minidisp.ops import layers
+from minidisp.ops import layers, registered
 
-MISSING = layers.find_or_build()  # builds the extension, if need be
+MISSING = registered("cpu")  # builds the extension, if need be
 needs_operators = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best where it has less
 DTYPES = (torch.float32, torch.bfloat16)
@@ -225,7 +225,7 @@ def operator_inputs():
 
 
 @needs_operators
-@pytest.mark.parametrize("name", layers.FAKES)
+@pytest.mark.parametrize("name", layers.OPERATORS)
 def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name).default, operator_inputs()[name])
 
@@ -317,7 +317,7 @@ def test_choice(monkeypatch):
         assert not layers.fuses(x.double())
     with torch.autocast("cpu", torch.float16):
         assert not layers.fuses(x)
-    monkeypatch.setattr(layers, "find_or_build", lambda: "there is no compiler")
+    monkeypatch.setattr(layers, "registered", lambda device: "there is no compiler")
     assert not layers.fuses(half)
 
 

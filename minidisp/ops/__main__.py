@@ -11,16 +11,15 @@ import platform
 import shlex
 import shutil
 import sys
-from pathlib import Path
+from argparse import RawDescriptionHelpFormatter
 
 import torch
 from torch import Tensor
 
-from minidisp import ops
 from minidisp.dispersion import VARIANTS, DispersionLoss, dispersion_loss
-from minidisp.ops import build
+from minidisp.ops import TRY_AGAIN, build, dispersion, registered
 from minidisp.ops.streamed import float32_precision
-from minidisp.runtime.cli import take_over
+from minidisp.runtime.cli import Parser, exit_code, take_over
 
 # The largest error that passes: of the loss, relative to 1 + |loss|, and of the gradient, relative to its norm.
 EXACT, TENSOR_CORES, STEEP = (1e-5, 1e-5), (1e-4, 2e-3), (1e-5, 3e-4)
@@ -45,7 +44,7 @@ def self_test(impl: str, device: str) -> tuple[str, bool]:
     repeats = True
     for shape, tau in cases:
         z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # numbers that all dtypes hold
-        for variant in ops.FUSED_VARIANTS if impl == "fused" else ops.STREAMED_VARIANTS:
+        for variant in dispersion.FUSED_VARIANTS if impl == "fused" else dispersion.STREAMED_VARIANTS:
             if tau < 1 and variant not in ("angular_spread", "l2_repel"):
                 continue  # has no tau, or at this one no gradient
             exact = z.double().requires_grad_()
@@ -99,7 +98,7 @@ def cross_entropy_errors(device: str) -> dict[torch.dtype, float]:
 def _loss_and_gradient(impl: str, z: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
     """On the CPU, in float64."""
     z.requires_grad_()
-    loss = ops.dispersion(impl, z, variant, tau, 0.25, 1e-2)
+    loss = dispersion.run(impl, z, variant, tau, 0.25, 1e-2)
     scale = 2**16 * tau  # or float16 would underflow
     (grad,) = torch.autograd.grad(scale * loss, z)
     return loss.detach().cpu().double(), grad.cpu().double() / scale
@@ -112,7 +111,7 @@ def diagnosis() -> tuple[str, bool]:
         f"torch     {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads",
         f"CUDA      torch {torch.version.cuda or 'without'}, nvcc {shutil.which('nvcc') or 'none'}, {gpu}",
-        f"compiler  {shlex.join(build.compiler()) or 'none'}, ninja {build.ninja() or 'none'}",
+        f"compiler  {shlex.join(build.compiler()) or 'none'}",
     ]
     passed = True
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -121,7 +120,7 @@ def diagnosis() -> tuple[str, bool]:
             in_words.setdefault(DispersionLoss(variant).prepare(device, torch.float32), []).append(variant)
         in_words.setdefault(DispersionLoss().prepare(device, torch.float64), []).append("any in float64")
         lines += [f"{device:9s} {', '.join(variants)}: {words}" for words, variants in in_words.items()]
-        has_fused = not ops.find_or_build(device)
+        has_fused = not registered(device)
         for impl in ("fused", "streamed") if has_fused else ("streamed",):
             text, good = self_test(impl, device)
             passed &= good
@@ -132,11 +131,10 @@ def diagnosis() -> tuple[str, bool]:
 
 
 def check(device: str) -> int:
-    """Self-test the CUDA kernels; returns the exit code, ops.TRY_AGAIN if card or memory was not to be had."""
+    """Self-test the CUDA kernels; returns the exit code, TRY_AGAIN if card or memory was not to be had."""
     try:
         torch.cuda.set_device(device)
         build.find()
-        ops.register_fused()
         text, good = self_test("fused", device)
     except (RuntimeError, MemoryError) as error:
         transient = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
@@ -146,24 +144,24 @@ def check(device: str) -> int:
         if not transient:
             raise
         print(build.first_line(error))
-        return ops.TRY_AGAIN
+        return TRY_AGAIN
     print(text)
     return 0 if good else 1
 
 
 def main() -> int:
-    take_over()
-    if sys.argv[1:2] == ["compile"]:  # in a process of its own, which build.py starts
-        build.compile_into(Path(sys.argv[2]))
-        return 0
-    if sys.argv[1:2] == ["check"]:  # the CUDA kernels; likewise, ops.check_cuda
+    if sys.argv[1:2] == ["check"]:  # in a process of its own, which ops.check_cuda starts
+        take_over()
         return check(sys.argv[2])
-    if sys.argv[1:]:
-        print(__doc__)
-        return 0 if sys.argv[1] in ("-h", "--help") else 2
-    text, good = diagnosis()
-    print(text)
-    return 0 if good else 1
+    good = True
+
+    def command() -> None:
+        nonlocal good
+        Parser("python -m minidisp.ops", description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
+        text, good = diagnosis()
+        print(text)
+
+    return exit_code("minidisp.ops", command) or (0 if good else 1)
 
 
 if __name__ == "__main__":

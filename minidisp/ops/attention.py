@@ -10,14 +10,13 @@ choose() says what would run, and why not the operator. MINIDISP_CPU=baseline|av
 that the operator may use; the results of float32 differ in rounding only.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidisp.ops import build
+from minidisp.ops import registered
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 FUSED_MOST_WIDTH = 256  # channels of a head
@@ -54,24 +53,21 @@ def _backward(ctx, grad: Tensor | None, _):
     return torch.ops.minidisp.causal_attention_backward(grad, *ctx.saved_tensors, *ctx.heads), None, None
 
 
-@functools.cache
-def _register() -> None:
-    """Give the operators of the extension, which has been loaded, their shapes and their gradient."""
-    torch.library.register_fake("minidisp::causal_attention", _fake)
-    torch.library.register_fake("minidisp::causal_attention_backward", _fake_backward)
-    torch.library.register_autograd("minidisp::causal_attention", _backward, setup_context=_save)
-
-
-def find_or_build() -> str:
-    """Find the extension or build it, now at the latest. Returns "", or why there is none."""
-    found = build.find_or_build("cpu")
-    if not found.path:
-        return found.about + found.note
-    _register()
-    return ""
-
-
-find_or_build._dynamo_marked_constant = True  # for torch.compile, as in the package's __init__.py
+# qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and the values, float32 or bfloat16, rows at any
+# stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled scores, float32 (B, n_head, T), from which
+# backward computes the gradient of qkv.
+torch.library.define(
+    "minidisp::causal_attention", "(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "minidisp::causal_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor",
+)
+torch.library.register_fake("minidisp::causal_attention", _fake)
+torch.library.register_fake("minidisp::causal_attention_backward", _fake_backward)
+torch.library.register_autograd("minidisp::causal_attention", _backward, setup_context=_save)
+# The highest instruction set that the CPU operators use here: baseline, avx2, avx512 or amx.
+torch.library.define("minidisp::instruction_set", "() -> str")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -128,7 +124,7 @@ def causal_attention(
     dtype, tokens, width = compute_dtype(qkv), qkv.shape[1], qkv.shape[2] // (n_head + 2 * n_kv_head)
     gradient = torch.is_grad_enabled() and qkv.requires_grad
     chosen, _ = choose(dtype, qkv.device.type, width, dropout, kept is not None)
-    if chosen == "fused" and not find_or_build() and not torch_is_faster(dtype, tokens, gradient):
+    if chosen == "fused" and not registered("cpu") and not torch_is_faster(dtype, tokens, gradient):
         return torch.ops.minidisp.causal_attention(qkv, n_head, n_kv_head)[0]
     return torch_attention(qkv, n_head, n_kv_head, dropout, kept)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidisp.ops import attention
+from minidisp.ops import registered
 from minidisp.ops.attention import compute_dtype
 
 
@@ -42,21 +42,35 @@ def _fake_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
 
 
 EITHER = (torch.float32, torch.bfloat16)
-FAKES = {
-    "norm": _fake_norm, "norm_backward": _fake_norm_backward, "rotate": _fake_like, "rotate_backward": _fake_rotate_backward,
-    "squared_relu": _fake_like, "squared_relu_backward": _fake_like, "lookup": _fake_like, "lookup_backward": _fake_like,
-    "linear": _fake_linear, "linear_backward": _fake_linear_backward,
+# Float32 and bfloat16, computed in float32. Backward returns the gradient of the input, and those of the weights as the rows
+# of one float32 tensor (2, width). The gradients are registered in C++ (csrc/cpu/layers_autograd.cpp).
+OPERATORS = {
+    # LayerNorm (centred) or RMSNorm over the last dimension, the output in dtype
+    "norm": ("(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> Tensor", _fake_norm),
+    "norm_backward": (
+        "(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred) -> (Tensor, Tensor)", _fake_norm_backward
+    ),
+    # RMSNorm of every head of the queries and keys in qkv, then rotary positions: cos and sin are float32 (T, D)
+    "rotate": (
+        "(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int n_head, int n_kv_head, float eps)"
+        " -> Tensor", _fake_like
+    ),
+    "rotate_backward": (
+        "(Tensor grad_out, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int n_head,"
+        " int n_kv_head, float eps) -> (Tensor, Tensor)", _fake_rotate_backward
+    ),
+    "squared_relu": ("(Tensor x) -> Tensor", _fake_like),
+    "squared_relu_backward": ("(Tensor grad_out, Tensor x) -> Tensor", _fake_like),
+    # any function of one bfloat16 number: values (65536) in bfloat16 and slopes (65536) in float32, by the bits of x
+    "lookup": ("(Tensor x, Tensor values, Tensor slopes) -> Tensor", _fake_like),
+    "lookup_backward": ("(Tensor grad_out, Tensor x, Tensor slopes) -> Tensor", _fake_like),
+    # x weight^T + bias in bfloat16; backward returns the gradients of x and weight, and that of bias in float32
+    "linear": ("(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake_linear),
+    "linear_backward": ("(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)", _fake_linear_backward),
 }  # fmt: skip
-
-
-@functools.cache
-def find_or_build() -> str:
-    """Find the extension or build it, now at the latest. Returns "", or why there is none."""
-    missing = attention.find_or_build()
-    if not missing:
-        for name, fake in FAKES.items():
-            torch.library.register_fake(f"minidisp::{name}", fake)
-    return missing
+for _name, (_schema, _fake) in OPERATORS.items():
+    torch.library.define(f"minidisp::{_name}", _schema)
+    torch.library.register_fake(f"minidisp::{_name}", _fake)
 
 
 def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
@@ -67,7 +81,7 @@ def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> boo
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(x) not in dtypes:
         return False
-    return x.dtype in EITHER and not find_or_build()
+    return x.dtype in EITHER and not registered("cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ import minidisp
 from minidisp import InputError
 from minidisp.config import Config, kebab, to_dict
 from minidisp.data import SPLITS, Corpora, Dataset
-from minidisp.ops import attention
+from minidisp.ops import attention, registered
 from minidisp.runtime.processes import World
 
 try:
@@ -146,7 +146,7 @@ def describe_use(
     if dataset.template and config.packing != "joined":
         words += ", attention by torch (with a mask that keeps examples apart)"
     elif attention.choose(dtype, device.type, config.head_dim, config.dropout)[0] == "fused":
-        lacking = attention.find_or_build()
+        lacking = registered("cpu")
         words += f", attention by torch: {lacking}" if lacking else ", attention fused"
     words += f", compile {'on' if compiled else 'off'}"
     if world.launched:

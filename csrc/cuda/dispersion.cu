@@ -45,10 +45,10 @@
 #include <tuple>
 #include <type_traits>
 
-#include "dispersion.h"
+#include "../dispersion.h"
 
 #if defined(__CUDACC__)
-#include "cuda_device.h"
+#include "device.h"
 #endif
 
 namespace minidisp {
@@ -62,7 +62,7 @@ PAIR_INLINE float magnitude(float a) { return fabsf(a); }
 PAIR_INLINE float choose(float sign, float negative, float positive) { return sign < 0.0f ? negative : positive; }
 PAIR_INLINE float inverse_root(float x) { return rsqrtf(x); }
 PAIR_INLINE float exponential(float x) { return expf(x); }
-#include "dispersion_pair.h"
+#include "../dispersion_pair.h"
 
 struct Largest {  // the cosine itself, of which the largest is wanted
   PAIR_INLINE void operator()(float c, float* value, float* weight) const { *value = c, *weight = 0; }
@@ -71,8 +71,8 @@ struct Largest {  // the cosine itself, of which the largest is wanted
 }  // namespace
 }  // namespace minidisp
 
-#include "dispersion_cuda_token.h"
-#include "dispersion_cuda_tile.h"
+#include "dispersion_token.h"
+#include "dispersion_tile.h"
 
 namespace minidisp {
 namespace {

@@ -14,7 +14,7 @@
 #include <climits>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "dispersion_cuda.cu needs sm_80 or later: leave older devices out of TORCH_CUDA_ARCH_LIST"
+#error "dispersion.cu needs sm_80 or later: leave older devices out of TORCH_CUDA_ARCH_LIST"
 #endif
 
 namespace minidisp {

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cuda_block.h"
+#include "block.h"
 
 namespace minidisp {
 namespace {

@@ -180,7 +180,7 @@ void squared_relu_backward(const void* grad, const void* x, void* out, int64_t b
   });
 }
 
-using B16 = c10::BFloat16;
+using B16 = BFloat16;
 
 // table[index[l]] in lane l.
 PAIR_INLINE F gather(const float* table, const uint16_t* index) {
@@ -202,7 +202,7 @@ void lookup_backward(const void* grad, const void* x, const float* slopes, void*
   B16* y = static_cast<B16*>(out) + begin;
   int64_t i = 0;
   for (; i + W <= end - begin; i += W) write(y + i, read(g + i) * gather(slopes, in + i));
-  for (; i < end - begin; ++i) y[i] = static_cast<float>(g[i]) * slopes[in[i]];
+  for (; i < end - begin; ++i) y[i] = BFloat16::of(static_cast<float>(g[i]) * slopes[in[i]]);
 }
 
 // In strips of 64 columns, so that few rows of out are written at a time, 32 rows after 32, which make whole lines of memory there.

@@ -1,10 +1,29 @@
-// What the implementations of causal attention share: the piece of work of one thread.
+// What causal attention is told, and what its implementations share: the piece of work of one thread.
 
 #pragma once
 
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace minidisp {
+
+// All heads of all sequences, forward, or backward if there is a grad. Strides are of sequences and tokens, in elements; features
+// are contiguous. type: float32 or bfloat16, of everything but lse.
+struct AttentionCall {
+  Type type;
+  int64_t B, T, D, n_head, n_kv_head;
+  const void* qkv;
+  int64_t qkv_stride[2];
+  void* out;  // backward reads it
+  int64_t out_stride[2];
+  float* lse;  // (B, n_head, T)
+  // backward only
+  const void* grad_out;  // strides as out
+  void* grad;            // of qkv
+  int64_t grad_stride[2];
+};
+void attention(const AttentionCall& call);
 
 // One key and value head of one sequence, with the query heads that read it. Rows are tokens; strides are in elements, and the
 // features of a row are contiguous. The elements are float or bfloat16, the sums always float.

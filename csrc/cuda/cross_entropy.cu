@@ -11,9 +11,9 @@
 #include <type_traits>
 
 #if defined(__CUDACC__)
-#include "cuda_device.h"
+#include "device.h"
 #endif
-#include "cuda_block.h"
+#include "block.h"
 
 namespace minidisp {
 namespace {

@@ -44,7 +44,7 @@ template <class V> PAIR_INLINE V exponential(V x) {
   return p * (V)(((N)shifted << 23) + 0x3f800000);
 }
 
-#include "dispersion_pair.h"
+#include "../dispersion_pair.h"
 
 // C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the lanes.
 // upper: skips what lies wholly below the diagonal of C.

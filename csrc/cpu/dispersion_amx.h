@@ -1,10 +1,10 @@
-// The part of angular_spread that matrix tiles (AMX) compute on the CPU: dispersion_amx.cpp says how, dispersion_cpu.cpp when.
+// The part of angular_spread that matrix tiles (AMX) compute on the CPU: dispersion_amx.cpp says how, dispersion.cpp when.
 
 #pragma once
 
 #include <cstdint>
 
-#include "dispersion.h"
+#include "../dispersion.h"
 
 namespace minidisp {
 

@@ -34,7 +34,7 @@ constexpr int64_t W = lanes<float>();
 
 // W elements as floats, or the first count of them and zeros.
 PAIR_INLINE F read(const float* p) { return load<F>(p); }
-PAIR_INLINE F read(const c10::BFloat16* p) { return (F)(__builtin_convertvector(load<Short>(p), U) << 16); }
+PAIR_INLINE F read(const BFloat16* p) { return (F)(__builtin_convertvector(load<Short>(p), U) << 16); }
 template <class T>
 PAIR_INLINE F read(const T* p, int64_t count) {
   if (count >= W) return read(p);
@@ -43,7 +43,7 @@ PAIR_INLINE F read(const T* p, int64_t count) {
   return read(part);
 }
 PAIR_INLINE void write(float* p, F x) { store(p, x); }
-PAIR_INLINE void write(c10::BFloat16* p, F x) {  // rounded to the nearest, ties to even
+PAIR_INLINE void write(BFloat16* p, F x) {  // rounded to the nearest, ties to even
   U bits = (U)x;
   bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   bits = x == x ? bits : U{} + 0x7fc0;

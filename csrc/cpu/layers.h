@@ -52,4 +52,11 @@ struct BFloat16Kernels {
   void (*transpose)(const void* g, int64_t rows, int64_t columns, void* out, float* sums, int64_t begin, int64_t end);
 };
 
+struct BlockKernels {
+  LayerKernels norms[2][2];  // [x in bfloat16][out in bfloat16]
+  RowKernels rows[2];        // [in bfloat16]
+  BFloat16Kernels bfloat16;
+};
+const BlockKernels& layer_kernels();  // of the best instruction set
+
 }  // namespace minidisp

@@ -1,11 +1,12 @@
 // What the code on matrix tiles (AMX) shares: bfloat16 in, sums in float. A tile of A holds 16 rows of 32 numbers, one of B 16
 // columns of 32 numbers as pairs (row r has numbers 2r and 2r + 1 of each column), one of C 16 x 16 floats.
 //
-// MINIDISP_AMX is defined where the compiler knows the instructions; what uses them stands between MINIDISP_AMX_BEGIN and _END.
+// MINIDISP_AMX is defined where the compiler knows the instructions, and is to compile for them (instruction_sets.h); what uses them stands between MINIDISP_AMX_BEGIN and _END.
 
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11) && \
+    (!defined(MINIDISP_ONLY) || MINIDISP_ONLY >= 3)
 #define MINIDISP_AMX
 
 #include <cpuid.h>

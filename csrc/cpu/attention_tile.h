@@ -332,4 +332,4 @@ void backward(const HeadGroup& g, float* memory) {
 }
 
 const Kernels kernels = {{forward<float>, backward<float>, forward_floats, backward_floats},
-                         {forward<c10::BFloat16>, backward<c10::BFloat16>, forward_floats, backward_floats}};
+                         {forward<BFloat16>, backward<BFloat16>, forward_floats, backward_floats}};

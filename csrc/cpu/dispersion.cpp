@@ -15,23 +15,17 @@
 // Memory beyond the gradient: U and at most two G, 3 L D floats, for each sequence that is being worked on (l2_repel: G in
 // double, no U; on matrix tiles half as much again), and for each thread tiles of half a megabyte.
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <torch/library.h>
+#include "dispersion.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "dispersion.h"
 #include "dispersion_amx.h"
+#include "host.h"
 
 namespace minidisp {
 namespace {
@@ -75,11 +69,11 @@ void read_as(const void* z, int64_t offset, int64_t stride, int64_t n, To* out) 
 }
 
 template <class To>
-void read_token(const at::Tensor& z, int64_t b, int64_t i, int64_t d, int64_t n, To* out) {
-  const int64_t offset = b * z.stride(0) + i * z.stride(1) + d * z.stride(2);
-  if (z.scalar_type() == at::kFloat) read_as<float>(z.const_data_ptr(), offset, z.stride(2), n, out);
-  else if (z.scalar_type() == at::kBFloat16) read_as<c10::BFloat16>(z.const_data_ptr(), offset, z.stride(2), n, out);
-  else read_as<c10::Half>(z.const_data_ptr(), offset, z.stride(2), n, out);
+void read_token(const TokenVectors& z, int64_t b, int64_t i, int64_t d, int64_t n, To* out) {
+  const int64_t offset = b * z.stride[0] + i * z.stride[1] + d * z.stride[2];
+  if (z.type == Type::float32) read_as<float>(z.data, offset, z.stride[2], n, out);
+  else if (z.type == Type::bfloat16) read_as<BFloat16>(z.data, offset, z.stride[2], n, out);
+  else read_as<Half>(z.data, offset, z.stride[2], n, out);
 }
 
 // Beside the sum of weights, what a thread works with, and what it has found out.
@@ -106,18 +100,18 @@ struct Sequence {
 
 // One call: the sizes, and the phases through which a sequence goes.
 struct Call {
-  const at::Tensor& z;
+  const TokenVectors& z;
   const Options o;
   const bool need_grad;
   float* const grad;
   const Kernels& k;
   const SpreadKernels* const spread;  // matrix tiles, if they compute it
   const SpreadFit fit = spread != nullptr ? fit_spread(o, o.smallest_angle()) : SpreadFit{};
-  const int64_t B = z.size(0), L = z.size(1), D = z.size(2);
+  const int64_t B = z.size[0], L = z.size[1], D = z.size[2];
   const bool by_distance = o.variant == Variant::l2_repel;
   const int64_t width = round_up(by_distance ? D + 1 : D, spread ? 32 : kPad);  // by distances, column D sums the weights
   const int64_t stride = width % 64 == 0 ? width + kPad : width;
-  const bool direct = z.scalar_type() == at::kFloat && z.stride(2) == 1 && D % kPad == 0;  // rows of z can be read as they are
+  const bool direct = z.type == Type::float32 && z.stride[2] == 1 && D % kPad == 0;  // rows of z can be read as they are
   const int64_t rows = round_up(L, kTileTokens), matrix = (spread ? rows : L) * stride;
 
   int64_t thread_bytes() const {
@@ -195,7 +189,7 @@ struct Call {
       if (!by_distance) {
         float* u = s.u + i * stride;
         std::fill(u + D, u + width, 0.0f);
-        const float* row = direct ? z.const_data_ptr<float>() + b * z.stride(0) + i * z.stride(1) : u;
+        const float* row = direct ? static_cast<const float*>(z.data) + b * z.stride[0] + i * z.stride[1] : u;
         if (!direct) read_token(z, b, i, 0, D, u);
         t.bad += k.unit_row(o, row, u, D, s.norm + i, s.length + i);
         continue;
@@ -446,25 +440,21 @@ struct Call {
   }
 };
 
-// Matrix tiles round to bfloat16. So they are for callers who let products round, by autocast or by torch's float32 matmul precision,
-// and for options under which the weight of a pair does not change much with its cosine.
-const SpreadKernels* spread_kernels_for(const Options& o, const at::Tensor& z) {
+// Matrix tiles round to bfloat16. So they are for callers who let products round, and for options under which the weight of a pair
+// does not change much with its cosine.
+const SpreadKernels* spread_kernels_for(const Options& o, const TokenVectors& z, bool may_round) {
   const bool gentle = o.variant == Variant::angular_spread && o.tau >= 0.5 && o.clamp >= 0.2;
-  const bool allowed = at::autocast::is_autocast_enabled(at::kCPU) || allows_rounding([] {
-                         return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
-                       });
-  const bool large = z.size(1) >= kTileTokens && z.size(2) >= kPad;  // errors average out, and it pays
-  if (!gentle || !allowed || !large || best_instruction_set() != InstructionSet::amx) return nullptr;
+  const bool large = z.size[1] >= kTileTokens && z.size[2] >= kPad;  // errors average out, and it pays
+  if (!gentle || !may_round || !large || best_instruction_set() != InstructionSet::amx) return nullptr;
   return spread_kernels();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c10::string_view variant, double tau,
-                                                          double clamp, double eps, bool need_grad) {
-  const Options options = checked_options(z, variant, tau, clamp, eps);
-  at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), z.options().dtype(at::kFloat));
-  const Call call{z, options, need_grad, need_grad ? grad.mutable_data_ptr<float>() : nullptr, choose_kernels(), spread_kernels_for(options, z)};
+}  // namespace
 
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+double dispersion(const TokenVectors& z, const Options& options, bool may_round, float* grad) {
+  const Call call{z, options, grad != nullptr, grad, choose_kernels(), spread_kernels_for(options, z, may_round)};
+
+  const int64_t threads = minidisp::threads();
   const int64_t dealt = call.B / threads * threads, left = call.B - dealt;
   // Those that are left over go at once if that gives each of them two threads, else in two turns.
   const int64_t teams = 2 * left <= threads ? left : (left + 1) / 2;
@@ -474,9 +464,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c
   const int64_t thread_bytes = spaced(call.thread_bytes());
   const int64_t dealt_bytes = spaced(call.sequence_bytes(1)), team_bytes = spaced(call.sequence_bytes(team_gradients));
   const int64_t bytes = threads * thread_bytes + std::max(dealt ? threads * dealt_bytes : 0, teams * team_bytes);
-  const at::Tensor memory = at::empty({bytes + 64}, z.options().dtype(at::kByte));
-  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data_ptr()) % 64);
-  char* const start = static_cast<char*>(memory.data_ptr()) + (misaligned ? 64 - misaligned : 0);
+  const Memory memory(bytes + 64);
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data()) % 64);
+  char* const start = static_cast<char*>(memory.data()) + (misaligned ? 64 - misaligned : 0);
   char* const rest = start + threads * thread_bytes;
   std::vector<Thread> all(threads);
   std::vector<Sequence> sequences(threads);
@@ -485,7 +475,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c
   std::vector<double> losses(call.B);
   if (dealt > 0) {
     for (int64_t t = 0; t < threads; ++t) sequences[t] = call.sequence_at(rest + t * dealt_bytes, 1);
-    at::parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
+    parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {
       for (; t < stop; ++t)
         for (int64_t b = t; b < dealt; b += threads)
           call.run(&sequences[t], 1, &all[t], 1, b, losses.data(), [](const auto& function) { function(0, 0); });
@@ -495,7 +485,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c
   for (int64_t b = dealt; b < call.B; b += teams) {
     const int64_t count = std::min(teams, call.B - b), n = threads / count;
     call.run(sequences.data(), count, all.data(), n, b, losses.data(), [&](const auto& function) {
-      at::parallel_for(0, count * n, 1, [&](int64_t i, int64_t stop) {
+      parallel_for(0, count * n, 1, [&](int64_t i, int64_t stop) {
         for (; i < stop; ++i) function(i / n, i % n);
       });
     });
@@ -503,11 +493,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion(const at::Tensor& z, c
 
   double loss = 0;
   for (double x : losses) loss += x;
-  const at::TensorOptions floats = z.options().dtype(at::kFloat);
-  return {at::full({}, loss / static_cast<double>(call.B), floats), grad, at::empty({0}, floats)};
+  return loss / static_cast<double>(call.B);
 }
 
-}  // namespace
 }  // namespace minidisp
-
-TORCH_LIBRARY_IMPL(minidisp, CPU, m) { m.impl("dispersion", minidisp::dispersion); }
