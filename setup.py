@@ -77,7 +77,7 @@ if os.environ.get("MINIDISP_BUILD") != "0" and os.name == "posix" and sys.platfo
                 f"building the extension needs torch: install it, then use --no-build-isolation ({error})"
             ) from None
         print(
-            f"minidisp: the extension is not built ahead ({error}); use --no-build-isolation to build it",
+            f"minidisp: the extension is not prebuilt ({error}); use --no-build-isolation to build it",
             file=sys.stderr,
         )
 with tools:

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidisp import ops
 from minidisp.dispersion import dispersion_loss
 from minidisp.loss import IGNORE, chunked, plain
-from minidisp import ops
 from minidisp.ops import build, registered
-from minidisp.ops.dispersion import FUSED_VARIANTS, select
 from minidisp.ops.__main__ import diagnosis
+from minidisp.ops.dispersion import FUSED_VARIANTS, select
 from minidisp.ops.streamed import float32_precision
 
 L2_BYTES = 128 << 20  # more than any card's: inputs that take turns come from memory

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidisp import dispersion
-from minidisp.ops.dispersion import select
 from minidisp.dispersion import VARIANTS, select_layers
+from minidisp.ops.dispersion import select
 
 # Here the reference is held against the oracle; test_ops.py holds the other implementations against both.
 dispersion_loss = functools.partial(dispersion.dispersion_loss, impl="reference")

@@ -523,7 +523,10 @@ def test_what_is_said_is_what_runs_and_only_that_is_built(impl, variant, dtype, 
         (build.Extension(None, "no C++ compiler was found"), "streamed in PyTorch: no C++ compiler was found"),
         (build.Extension(None, "why", "; and more"), "streamed in PyTorch: why; and more"),
         (build.Extension("/x/y.so", "cached"), "fused"),
-        (build.Extension("/x/y.so", "compiled now in 14 s", "; a note"), "fused, compiled now in 14 s (/x/y.so); a note"),
+        (
+            build.Extension("/x/y.so", "compiled now in 14 s", "; a note"),
+            "fused, compiled now in 14 s (/x/y.so); a note",
+        ),
     ],
 )
 def test_the_path_is_said_when_it_has_just_been_built(extension, words, monkeypatch):

@@ -56,9 +56,7 @@ def _backward(ctx, grad: Tensor | None, _):
 # qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and the values, float32 or bfloat16, rows at any
 # stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled scores, float32 (B, n_head, T), from which
 # backward computes the gradient of qkv.
-torch.library.define(
-    "minidisp::causal_attention", "(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)"
-)
+torch.library.define("minidisp::causal_attention", "(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)")
 torch.library.define(
     "minidisp::causal_attention_backward",
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, int n_kv_head) -> Tensor",

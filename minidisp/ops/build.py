@@ -32,7 +32,13 @@ from minidisp import InputError
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE_FOLDER = PACKAGE.parent / "csrc"
 CXX_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fPIC")
-BINDINGS_FLAGS = ("-O1", "-std=c++20", "-fopenmp", "-fPIC", "-DAT_PER_OPERATOR_HEADERS")  # where compiling takes longest
+BINDINGS_FLAGS = (
+    "-O1",
+    "-std=c++20",
+    "-fopenmp",
+    "-fPIC",
+    "-DAT_PER_OPERATOR_HEADERS",
+)  # where compiling takes longest
 NVCC_FLAGS = ("-O3", "-std=c++20", "-ftz=true")  # numbers below 1e-38 are 0, or every root would ask for them
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")  # each includes all before it; csrc/cpu/host.h numbers them so
@@ -66,7 +72,9 @@ def has_sources() -> bool:
 
 
 def sources(cuda: bool) -> list[Path]:
-    return [path for kind in ("cpu", *(["cuda"] if cuda else [])) for path in sorted((SOURCE_FOLDER / kind).glob("*.c*"))]
+    return [
+        path for kind in ("cpu", *(["cuda"] if cuda else [])) for path in sorted((SOURCE_FOLDER / kind).glob("*.c*"))
+    ]
 
 
 def wanted_instruction_set() -> str:
@@ -76,7 +84,9 @@ def wanted_instruction_set() -> str:
     """
     asked = os.environ.get("MINIDISP_CPU", "")
     if asked and asked not in INSTRUCTION_SETS:
-        raise InputError(f"MINIDISP_CPU is {asked}, but must be {', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}")
+        raise InputError(
+            f"MINIDISP_CPU is {asked}, but must be {', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}"
+        )
     return "all" if asked else processor_instruction_set()
 
 
@@ -423,7 +433,9 @@ def units(cuda: bool, instruction_set: str) -> list[Unit]:
     headers.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     result = []
     for source in sources(cuda):
-        expected = SECONDS.get(source.stem if source.suffix == ".cpp" else source.name, (10, 10))[instruction_set == "all"]
+        expected = SECONDS.get(source.stem if source.suffix == ".cpp" else source.name, (10, 10))[
+            instruction_set == "all"
+        ]
         if source.suffix == ".cu":
             command = [*nvcc_command(), "-c", str(source)]
         elif source.stem == "bindings":
@@ -488,6 +500,8 @@ def compile_into(
         said = child.communicate()[0]
         with guard:
             del running[child.pid]
+            if child.returncode:
+                stopped.set()  # nothing more is begun
         return Failure(f"{shlex.join(command)}\n".encode() + said, child.returncode) if child.returncode else None
 
     def compile_unit(unit: Unit) -> Failure | None:

@@ -1,6 +1,6 @@
 """The cross-entropy of rows of logits and its gradient, as an operator on CUDA.
 
-    minidisp::cross_entropy_  C++ in csrc/cuda/cross_entropy.cu; minidisp/loss.py calls it between its matrix products
+minidisp::cross_entropy_  C++ in csrc/cuda/cross_entropy.cu; minidisp/loss.py calls it between its matrix products
 """
 
 import torch
