@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: each is told what metrics.jsonl holds, and goes on with a run that is resumed."""
+"""TensorBoard and Weights & Biases: each logs what metrics.jsonl holds, and continues when a run is resumed."""
 
 import importlib
 import re
@@ -11,19 +11,19 @@ from minidisp.runtime.metrics_log import read_metrics
 
 
 def _import(module: str, package: str, extra: str, need: str):
-    """An optional package, or InputError that says how to get it."""
+    """An optional package. Raises InputError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise InputError(
-            f"{need} needs a package that is not there: pip install {package}, or the extra minidisp[{extra}]"
+            f"{need} needs a package that is not installed: pip install {package}, or the extra minidisp[{extra}]"
         ) from None
 
 
 def loggers(tensorboard: bool, wandb: bool) -> list:
-    """The loggers asked for: open(run, config, step), then log(line of metrics.jsonl), at last close().
+    """The loggers that were requested, used as open(run, config, step), log(line of metrics.jsonl) ..., close().
 
-    Raises InputError if a package is missing, so that a run does not begin without them.
+    Raises InputError if a package is missing, so that no run starts without them.
     """
     return [*([TensorBoardLogger()] if tensorboard else ()), *([WandbLogger()] if wandb else ())]
 
@@ -31,20 +31,20 @@ def loggers(tensorboard: bool, wandb: bool) -> list:
 class TensorBoardLogger:
     """Writes scalars to <run>/tensorboard: view them with `tensorboard --logdir runs`."""
 
-    outside = False  # nothing but this machine takes part
+    outside = False  # does not use the network
 
     def __init__(self):
         self._module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard", "--tensorboard")
 
     def open(self, run: Path, config: dict, step: int) -> None:
-        """What an earlier session has logged behind the lines that metrics.jsonl still has is hidden: it runs again."""
+        """Hide what an earlier session logged after the last line of metrics.jsonl: those steps are repeated."""
         lines = read_metrics(run / "metrics.jsonl") if config["resume"] else []
         self._writer = self._module.SummaryWriter(run / "tensorboard", purge_step=lines[-1]["step"] + 1 if lines else 0)
 
     def log(self, line: dict) -> None:
         for name, value in _scalars(line).items():
             self._writer.add_scalar(name, value, line["step"])
-        self._writer.flush()  # to be seen now, and there after a crash
+        self._writer.flush()  # visible at once, and kept after a crash
 
     def close(self) -> None:
         self._writer.close()
@@ -53,8 +53,8 @@ class TensorBoardLogger:
 class WandbLogger:
     """Logs to the project minidisp under the run folder's name; wandb's own files go into the run folder.
 
-    The run's id there is kept in the run folder: --resume goes on with the same one. Steps that it was told already it
-    does not take again; as a resumed run repeats them exactly, nothing is lost.
+    The wandb id is saved in the run folder, and --resume continues under it. wandb ignores steps that were logged before;
+    a resumed run repeats them exactly, so nothing is lost.
     """
 
     outside = True
@@ -75,10 +75,10 @@ class WandbLogger:
 
     @staticmethod
     def _id(path: Path) -> str:
-        """The id that an earlier session has left."""
+        """The id that an earlier session saved."""
         name = read_bytes(path).decode("ascii", errors="replace").strip()
         if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
-            raise InputError(f"{path} holds no id of a wandb run: remove it, and a new run begins there")
+            raise InputError(f"{path} does not hold a wandb run id: remove it to start a new wandb run")
         return name
 
     def log(self, line: dict) -> None:
@@ -89,7 +89,7 @@ class WandbLogger:
 
 
 def _scalars(line: dict) -> dict[str, float]:
-    """The numbers in a line of metrics.jsonl; a list by layer becomes name/00, name/01, ...; histograms stay behind."""
+    """The numbers in a line of metrics.jsonl: a list by layer becomes name/00, name/01, ...; histograms are omitted."""
     scalars = {}
     for name, value in line.items():
         if isinstance(value, list) and not isinstance(value[0], list):
