@@ -591,7 +591,7 @@ def test_wandb_goes_on_with_the_same_run(corpus, tmp_path, monkeypatch):
     assert len({first, anew, late}) == 3
     assert {options["resume"] for options in begun} == {"allow"}  # also where it was removed there meanwhile
     (out / "wandb_id").write_bytes(b"../\xff x")
-    with pytest.raises(InputError, match=r"wandb_id holds no id"):
+    with pytest.raises(InputError, match=r"wandb_id does not hold a wandb run id"):
         train.main(small_config(corpus, out, wandb=True, max_steps=2, resume=True))
 
 
