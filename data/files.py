@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from minidisp import InputError, printable
 
+MAX_WINDOW = 1 << 28  # of a zstd file, held in memory; zstd -19 uses 8 MiB, --ultra and --long 128 MiB
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a packed file raises if it is damaged
 
 
@@ -157,7 +158,7 @@ class _Unzstd(io.RawIOBase):
             raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
         self._file, self._new_frame, self._damage = (
             file,
-            zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj,
+            zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj,
             zstandard.ZstdError,
         )
         self._frame, self._packed, self._content = None, b"", memoryview(b"")
@@ -167,7 +168,7 @@ class _Unzstd(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._content:
-            self._packed = self._packed or self._file.read(1 << 13)
+            self._packed = self._packed or self._file.read(256)  # which can become 8 MiB
             if not self._packed:
                 if self._frame:
                     raise EOFError
@@ -176,6 +177,10 @@ class _Unzstd(io.RawIOBase):
             try:
                 self._content = memoryview(self._frame.decompress(self._packed))
             except self._damage as error:
+                if "memory" in str(error):
+                    raise InputError(
+                        f"a .zst file needs a window of more than {MAX_WINDOW:,} bytes: compress it again without --long"
+                    ) from error
                 raise zlib.error(str(error)) from error
             self._packed = b""
             if self._frame.eof:

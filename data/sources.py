@@ -17,7 +17,10 @@ from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regu
 from minidisp import InputError, printable
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
-MAX_ROW_BYTES = 1 << 28  # of a line of .jsonl and a row of .json: it is held in memory
+# Of a line of .jsonl and a row of .json, which is held in memory, twice and with up to four bytes per character; and of
+# commas and brackets in it, since a JSON value can take 170 bytes per comma.
+MAX_ROW_BYTES, MAX_ROW_VALUES = 1 << 26, 2_000_000
+MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a column of Parquet that is larger and was compressed by more is no text
 KINDS = {
     ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"
 }  # fmt: skip
@@ -162,12 +165,19 @@ def _jsonl_row(line: bytes, field: str, name: str, number: int) -> Document | Ba
         return None
     if len(line) == MAX_ROW_BYTES:
         return BadRow("too long", f"{where}: longer than {MAX_ROW_BYTES:,} bytes")
+    if len(line) > MAX_ROW_VALUES and _values(line) > MAX_ROW_VALUES:
+        return BadRow("too many values", f"{where}: more than {MAX_ROW_VALUES:,} commas and brackets in one row")
     try:
         return row(json.loads(line.decode("utf-8")), field, "--field", where)
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"{name}: not UTF-8 text ({error.reason}), in line {number}")
     except (ValueError, RecursionError) as error:
         return BadRow("not JSON", f"{where}: not JSON ({error})")
+
+
+def _values(json_text: str | bytes) -> int:
+    """A bound for the number of values in it: its commas and brackets, also those inside strings."""
+    return sum(map(json_text.count, ",[{" if isinstance(json_text, str) else b",[{"))
 
 
 def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
@@ -192,12 +202,17 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                         raise ValueError("it may go on")
                 except (ValueError, RecursionError) as error:  # not JSON, or not all of it
                     buffer, at = buffer[at:], 0
-                    more = text.read(max(BLOCK_CHARS, len(buffer))) if len(buffer) < MAX_ROW_BYTES else ""
+                    left = MAX_ROW_BYTES - len(buffer)
+                    more = text.read(min(max(BLOCK_CHARS, len(buffer)), left)) if left > 0 else ""
                     if not more:
                         if buffer or array:
                             yield BadRow("not JSON", f"{where}: not JSON ({error})")
                         return
                     buffer += more
+                    if len(buffer) > MAX_ROW_VALUES and _values(buffer) > MAX_ROW_VALUES:
+                        fault = f"more than {MAX_ROW_VALUES:,} commas and brackets in one row, or not JSON"
+                        yield BadRow("too many values", f"{where}: {fault}")
+                        return
                     continue
                 number, at = number + 1, end
                 yield row(value, field, "--field", where)
@@ -226,7 +241,10 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                 message = f"{file.name}: no column {field!r} but {printable(', '.join(names[:20]))}; see --field"
                 yield BadRow("no such field", message)
                 return
-            for batch in table.iter_batches(batch_size=1000, columns=columns):
+            if fault := _bomb(table.metadata, columns):
+                yield BadRow("too long", f"{file.name}: {fault}")
+                return
+            for batch in table.iter_batches(batch_size=32, columns=columns):
                 for values in batch.to_struct_array():
                     number += 1
                     where = f"{file.name}, row {number}"
@@ -234,8 +252,21 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                         yield row(values.as_py(), field, "--field", where)
                     except UnicodeDecodeError as error:
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
+    except MemoryError as error:
+        raise InputError(f"{file.name}, after row {number}: not enough memory to read it ({error})") from error
     except (pyarrow.ArrowException, OSError, ValueError):  # the last for names that are not UTF-8
         yield damaged(file, f"row {number}")
+
+
+def _bomb(metadata: "pyarrow.parquet.FileMetaData", names: list[str]) -> str:  # noqa: F821
+    """What is wrong with the size of a column in a Parquet file; "" if all of these can be texts."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for column in map(group.column, range(group.num_columns)):
+            size, packed, name = column.total_uncompressed_size, column.total_compressed_size, column.path_in_schema
+            if name.startswith(tuple(names)) and size > MAX_UNPACKED and size > MAX_RATIO * packed:
+                return f"{packed:,} bytes of column {printable(name)!r} would become {size:,}: that is no text"
+    return ""
 
 
 READERS = {"text": text_rows, "jsonl": jsonl_rows, "json": json_rows, "parquet": parquet_rows}

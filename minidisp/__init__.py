@@ -49,7 +49,7 @@ def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
         if found.st_size > most:
             raise InputError(f"{path}: {found.st_size:,} bytes are too many for such a file")
         with open(path, "rb") as file:
-            return file.read(most)
+            return file.read()  # with a number, Python would allocate that much
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 

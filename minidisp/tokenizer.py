@@ -7,9 +7,11 @@
 An id stands for the same bytes wherever it occurs: decoding is a join, and bits per byte are counted token by token.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from minidisp import InputError, read_bytes
+from minidisp import InputError, printable, read_bytes
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
 SENTENCE_CHARS = 2000  # training text is fed in pieces of about this size
@@ -26,8 +28,8 @@ BYTE_FILE = b'{"tokenizer": "byte", "version": 1}\n'
 HUGGING_FACE_FILE = b'{"tokenizer": "huggingface", "version": 1,'  # and so on: see HuggingFaceTokenizer.pack
 MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a file that says more is damaged
 
-# A text that comes back changed if a tokenizer normalises, strips or adds anything.
-_PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> c  "
+# A text that comes back changed if a tokenizer normalises, strips, drops or adds anything.
+_PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> 20 3-4.5 (x) {y} B_c #!? c  "
 
 
 class Tokenizer(ABC):
@@ -220,10 +222,8 @@ class HuggingFaceTokenizer(Tokenizer):
         # What it is used for here: text to ids, with nothing changed, added, cut off or filled up.
         unused = dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
         self.as_used = {**self.tokenizer_json, **unused, "added_tokens": [t for t in added if t["content"] in names]}
-        try:
+        with _errors_of_tokenizers("not a tokenizer file, or a damaged one"):
             self._model = tokenizers.Tokenizer.from_str(json.dumps(self.as_used))
-        except Exception as error:  # the package raises nothing narrower
-            raise ValueError(f"not a tokenizer file, or a damaged one ({str(error)[:200]})") from error
         self.eos_id = self._model.token_to_id(eos_token)
         if self.eos_id is None:
             why = (
@@ -245,21 +245,64 @@ class HuggingFaceTokenizer(Tokenizer):
             self.token_bytes[ids[token]] = token.encode("utf-8") if token in names else _bytes_of(token, in_bytes)
         if not {*self.token_bytes} >= {bytes([byte]) for byte in range(256)}:
             raise ValueError("this tokenizer has no token for some bytes, so it cannot encode every text")
-        if any(self.decode(self.encode(text)) != text for text in (_PROBE, _PROBE.strip())):
-            raise ValueError("this tokenizer changes the text: it adds, strips or replaces something")
+        for text in (_PROBE, _PROBE.strip(), eos_token):
+            self.encode(text)
         if self.eos_id in self.encode(eos_token):
             raise ValueError(f"this tokenizer makes its end-of-sequence token out of the text {eos_token!r}")
 
     def encode(self, text: str) -> list[int]:
+        """As of every Tokenizer. Raises InputError also where this one loses or changes a part of the text."""
         text.encode("utf-8")  # raises the error promised above
-        return self._model.encode(text, add_special_tokens=False).ids
+        with _errors_of_tokenizers("this tokenizer cannot encode the text"):
+            ids = self._model.encode(text, add_special_tokens=False).ids
+        return self._checked(text, ids)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         if threads == 1:
             return super().encode_batch(texts)
         for text in texts:
             text.encode("utf-8")
-        return [encoded.ids for encoded in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        with _errors_of_tokenizers("this tokenizer cannot encode the text"):
+            batch = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._checked(text, encoded.ids) for text, encoded in zip(texts, batch, strict=True)]
+
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        # No look at the file tells whether it keeps every text: a pattern in it may drop digits, say.
+        if b"".join(map(self.token_bytes.__getitem__, ids)) != text.encode("utf-8"):
+            raise InputError(f"this tokenizer changes the text {text[:40]!a}: it adds, strips or replaces something")
+        return ids
+
+
+@contextlib.contextmanager
+def _errors_of_tokenizers(what: str) -> Iterator[None]:
+    """Raise InputError for any error in the package tokenizers.
+
+    It raises nothing narrower than Exception. Where its Rust code panics, that is a BaseException, after a backtrace on
+    descriptor 2, which is not shown.
+    """
+    try:
+        with _no_stderr():
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interruption
+        raise InputError(f"{what} ({printable(str(error))[:200]})") from None
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check_files(files: object) -> dict[str, str]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from test_prepare import SCRIPT, all_documents_of, assert_nothing_left, documents_of, files_of, make_texts, write_jsonl
 
 from data import files, hub, pieces, prepare, sources
-from minidisp import InputError
+from minidisp import InputError, read_bytes
 from minidisp.data import Dataset
 from minidisp.shards import SPLITS
 
@@ -213,6 +214,67 @@ def test_bad_rows_stop_or_are_counted(run, monkeypatch, reason):
     assert Dataset("out").meta["skipped"] == {reason: 2}
     assert all_documents_of(Path("out")) == sorted(texts)
     refused(run(*argv), "bad_rows 'skip', not 'stop'")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_row_of_too_many_values_is_not_parsed(run, monkeypatch, ending):
+    """A megabyte of [[],[],... takes twenty megabytes as Python's lists, and compresses to a kilobyte."""
+    monkeypatch.setattr(sources, "MAX_ROW_VALUES", 300_000)
+    rows = [json.dumps({"text": text}) for text in make_texts()] + ['{"text": [' + "[]," * 1_000_000 + "[]]}"]
+    Path(f"a{ending}.gz").write_bytes(
+        gzip.compress(("[" + ",".join(rows) + "]" if ending == ".json" else "\n".join(rows)).encode())
+    )
+    argv = ["--input", f"a{ending}.gz", *BYTES]
+    tracemalloc.start()
+    try:
+        refused(run(*argv), f"a{ending}.gz", "more than 300,000 commas and brackets in one row")
+        assert tracemalloc.get_traced_memory()[1] < 25e6
+    finally:
+        tracemalloc.stop()
+    assert run(*argv, "--bad-rows", "skip")[1].endswith("left out: 1 too many values\n")
+    assert all_documents_of(Path("out")) == sorted(make_texts())
+
+
+def test_zstd_is_unpacked_in_small_parts(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * (300 << 20)))
+    tracemalloc.start()
+    try:
+        with files.Input(tmp_path / "a.txt.zst").unpacked() as file:
+            assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 300 << 20
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(files, "MAX_WINDOW", 1 << 20)
+    parameters = zstandard.ZstdCompressionParameters(window_log=23)
+    content = "".join(make_texts(20_000)).encode()
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(content))
+    with files.Input(tmp_path / "b.txt.zst").unpacked() as file, pytest.raises(InputError, match="without --long"):
+        file.read()
+
+
+def test_parquet_that_is_no_text_or_does_not_fit(run, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(sources, "MAX_UNPACKED", 1 << 20)
+    parquet.write_table(pyarrow.table({"text": ["a" * 10_000_000]}), "a.parquet", compression="zstd")
+    refused(run("--input", "a.parquet", *BYTES), "a.parquet", "of column 'text' would become 10,0", "no text")
+    parquet.write_table(pyarrow.table({"text": make_texts()}), "b.parquet")
+    argv = ["--input", "b.parquet", *BYTES, "--bad-rows", "skip"]
+    with monkeypatch.context() as patch:
+        no_memory = pyarrow.ArrowMemoryError("malloc of size 64 failed")
+        patch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: (_ for _ in ()).throw(no_memory))
+        refused(run(*argv), "b.parquet, after row 0: not enough memory")
+    assert run(*argv)[0] == 0
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "a.json") == b"{}"
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -181,6 +181,44 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
             load(path)
 
 
+def split_first(good: dict, **step: object) -> dict:
+    return {**good, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, good["pre_tokenizer"]]}}
+
+
+def removing(pattern: dict) -> dict:
+    return {"type": "Split", "pattern": pattern, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "step", [{"type": "FixedLength", "length": 0}, removing({"Regex": "[0-9]"}), removing({"String": "#"})]
+)
+def test_a_tokenizer_that_panics_or_drops_characters_is_refused(tmp_path, capfd, step):
+    good = byte_level_bpe().tokenizer_json
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(HuggingFaceTokenizer.pack(split_first(good, **step), "<|endoftext|>", 0))
+    with pytest.raises(InputError, match=r"tokenizer\.model: this tokenizer (cannot encode|changes) the text") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_text_that_a_tokenizer_cannot_keep_is_refused(capfd, threads):
+    """What no probe can find beforehand: a pattern that meets certain texts alone, and one that takes for ever on some."""
+    good = byte_level_bpe().tokenizer_json
+    drops = HuggingFaceTokenizer(
+        HuggingFaceTokenizer.pack(split_first(good, **removing({"String": "zq"})), "<|endoftext|>", 0)
+    )
+    assert drops.encode_batch(["zebra", "q z"], threads) == [drops.encode("zebra"), drops.encode("q z")]
+    with pytest.raises(InputError, match="changes the text 'a zq'"):
+        drops.encode_batch(["zebra", "a zq"], threads)
+    slow = removing({"Regex": "(a|a|aa)+$"}) | {"behavior": "Isolated"}
+    stuck = HuggingFaceTokenizer(HuggingFaceTokenizer.pack(split_first(good, **slow), "<|endoftext|>", 0))
+    with pytest.raises(InputError, match="cannot encode the text"):
+        stuck.encode_batch(["a" * 60 + "b"], threads)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_every_byte_can_be_decoded(tokenizer):
     assert set(tokenizer.token_bytes) >= {bytes([byte]) for byte in range(256)}
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
