@@ -333,7 +333,13 @@ def conclude(args: argparse.Namespace) -> None:
 LABELS = {  # of the stages in the figures, in their order there: layers x channels, and what distinguishes it
     "small": "8 x 64", "default": "8 x 192", "half": "8 x 192, half LR", "large": "8 x 320, half LR", "124m": "12 x 768",
     "limited": "8 x 192, three books, six epochs", "mechanism": "8 x 64, 700 steps",
+    **{f"warmup-{steps}": f"8 x 192, warm-up {steps}" for steps in (40, 100, 200)},  # of warmup.py
 }  # fmt: skip
+TEXTS_OF = {
+    "test": "",
+    "validation": "validation books",
+    "python": "Python sources",
+}  # what a comparison was measured on
 MARKS = {  # of the conditions in figures/recipes.png: colour, marker, offset
     "baseline": (figures.BLUE, "o", -0.2),
     "lambda 0.1": (figures.ORANGE, "D", 0.0),
@@ -361,13 +367,13 @@ def draw_comparisons(comparisons: list[dict], path: Path) -> list[Path]:
     """Every comparison as a row: the paired difference to the baseline and its interval."""
     rows = {}
     for c in in_order(comparisons):
-        books = " (validation books)" if c["books"] == "validation" else ""
+        books = f" ({TEXTS_OF[c['books']]})" if TEXTS_OF[c["books"]] else ""
         recipe, condition = f"{c['recipe']} recipe", c["condition"]
         if c["stage"] == "mechanism":
             ingredient, condition = condition.rsplit(", ", 1)
             recipe += f" + {ingredient}" * (ingredient != "gpt2")
         rows[f"{LABELS[c['stage']]}, {recipe}: {condition}{books}"] = c
-    measures = {"test": ("bits per byte of held-out books", ("better", "worse"))}
+    measures = {"test": ("held-out bits per byte", ("better", "worse"))}
     title = "Effect of the dispersion loss on held-out bits per byte"
     return report.draw_differences({"test": {"baseline": None, **rows}}, measures, title, path)
 
@@ -378,7 +384,7 @@ def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
     rows: dict[str, dict[str, dict]] = {}
     for c in in_order(comparisons):
         if c["stage"] not in ("mechanism", "limited") and c["condition"] in MARKS:
-            books = " *" if c["books"] == "validation" else ""
+            books = f" {'*' * list(TEXTS_OF).index(c['books'])}".rstrip()
             rows.setdefault(f"{LABELS[c['stage']]}, {c['recipe']} recipe{books}", {})[c["condition"]] = c
     figure, (level, change) = figures.subplots(1, 2, size=(11, 1.9 + 0.42 * len(rows)), sharey=True)
     for y, conditions in enumerate(rows.values()):
@@ -397,7 +403,7 @@ def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
             axes.axhspan(y - 0.5, y + 0.5, color="black", alpha=0.04, lw=0)
     level.set_yticks(range(len(rows)), rows)
     level.set_ylim(len(rows) - 0.5, -0.5)
-    level.set(xlabel="bits per byte of held-out books", title="Mean (large) and every seed (small)")
+    level.set(xlabel="held-out bits per byte", title="Mean (large) and every seed (small)")
     level.annotate("\N{LEFTWARDS ARROW} better", (0.02, 0.02), xycoords="axes fraction", weight="bold")
     change.axvline(0, color="black", lw=1)
     change.set(xlabel="bits per byte, 95 % interval over paired seeds", title="Difference to the baseline")
@@ -409,9 +415,11 @@ def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
     drawn = dict(zip(names, handles, strict=True))
     figure.legend([drawn[c] for c in labels if c in drawn], [labels[c] for c in labels if c in drawn],
                   loc="outside lower center", ncols=3, frameon=False)  # fmt: skip
-    if any(name.endswith("*") for name in rows):
-        level.annotate("* validation books", (0, 0), xytext=(-6, -28), xycoords="axes fraction",
-                       textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
+    marks = (name.partition("*") for name in rows)
+    stars = sorted({star + more for _, star, more in marks if star})
+    notes = "\n".join(f"{star} {list(TEXTS_OF.values())[len(star)]}" for star in stars)
+    level.annotate(notes, (0, 0), xytext=(-6, -34), xycoords="axes fraction", textcoords="offset points", ha="right",
+                   va="top" if len(stars) > 1 else "center", fontsize=9)  # fmt: skip
     return [figures.save(figure, path)]
 
 
