@@ -106,6 +106,7 @@ class Trainer:
         elif source:
             model.load_state_dict(source.state_dict())
         model.to(device)
+        model.choose_loss()
         self.compiled = compiles(config.compile, device)
         if self.sharded:
             shard(model, device, dtype, world, self.compiled)
@@ -117,7 +118,6 @@ class Trainer:
             self.trained = data_parallel(self.trained)
 
         # --- objective ------------------------------------------------------------------------------------------------
-        loss.refuse_unlike_forms()
         dispersion = DispersionLoss(
             config.dispersion_variant, config.dispersion_layers, config.dispersion_tokens, config.dispersion_tau,
             config.dispersion_clamp, seed=config.seed, impl=config.dispersion_impl if config.dispersion else "reference",

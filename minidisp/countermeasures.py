@@ -1,6 +1,7 @@
 """What is compared with the dispersion loss: noisy embeddings, active forgetting, and distillation from a larger model."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from minidisp import InputError
 from minidisp.config import Config
 from minidisp.data import Dataset
 from minidisp.decoding import Segments
-from minidisp.loss import IGNORE, compute_dtype
+from minidisp.loss import IGNORE
 from minidisp.runtime import checkpoint
 from minidisp.shards import sha256_of
 
@@ -102,34 +103,36 @@ class Teacher:
                              f"or less, not {config.block_size}")  # fmt: skip
 
     def divergence(
-        self, idx: Tensor, x: Tensor, weight: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
+        self,
+        idx: Tensor,
+        x: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Mean over the tokens of temperature^2 KL(teacher || student) in nats, of softmax(logits / temperature).
 
         The factor keeps the gradient's size when the temperature changes. idx: (B, T) tokens; x: the student's hidden
-        states after the final norm, (B, T, C); weight: its output layer, (V, C). targets, segments: see GPT.forward; where
-        the data are examples, the mean is over the counted targets. Returns a float32 scalar (float64 if x is).
-        The logits are computed chunk by chunk, and again in the backward pass, so those of all tokens never exist at once.
+        states after the final norm, (B, T, C); logits: its output layer, from (N, C) to (N, V). targets, segments: see
+        GPT.forward; where the data are examples, the mean is over the counted targets. Returns a float32 scalar (float64 if
+        x is). The logits are computed chunk by chunk, and again in the backward pass, so those of all tokens never exist at
+        once.
         """
         with torch.no_grad():
-            target, _ = self.model._backbone(idx, cache=None if segments is None else Segments(segments))
-            # Not the student's: its gradient, the sum over the chunks, would be rounded with each of them.
-            target_weight = self.model.lm_head.weight.to(compute_dtype(target))
+            target, _ = self.model._backbone(idx, context=None if segments is None else Segments(segments))
         x, target, number = x.flatten(0, 1), target.flatten(0, 1), idx.numel()
         if self.of_examples and targets is not None:
             kept = (targets.flatten() != IGNORE).nonzero()[:, 0]
             x, target, number = x[kept], target[kept], max(1, len(kept))
-        size, total = tokens_at_once(x.device, len(weight)), x.sum() * 0.0 if not len(x) else 0.0
+        size, total = tokens_at_once(x.device, self.model.config.vocab_size), x.sum() * 0.0 if not len(x) else 0.0
         for rows in zip(x.split(size), target.split(size), strict=True):
-            total = total + recompute(
-                self._chunk, *rows, weight, target_weight, use_reentrant=False, preserve_rng_state=False
-            )
+            total = total + recompute(self._chunk, *rows, logits, use_reentrant=False, preserve_rng_state=False)
         return self.temperature**2 * total / number
 
-    def _chunk(self, x: Tensor, target: Tensor, weight: Tensor, target_weight: Tensor) -> Tensor:
+    def _chunk(self, x: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """KL summed over some tokens; x: (N, C) of the student, target: (N, C') of the teacher."""
-        logits = F.linear(x, weight), F.linear(target, target_weight)
         student, teacher = (
-            F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / self.temperature, dim=-1) for z in logits
+            F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / self.temperature, dim=-1)
+            for z in (logits(x), self.model.logits(target))
         )
         return F.kl_div(student, teacher, reduction="sum", log_target=True)

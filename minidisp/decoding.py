@@ -1,5 +1,6 @@
 """Generating text with a model: caches of keys and values, and sampling."""
 
+import functools
 import math
 from collections.abc import Collection, Iterator, Sequence
 
@@ -7,70 +8,128 @@ import torch
 from torch import Tensor
 
 from minidisp import InputError
-from minidisp.ops.attention import compute_dtype
+from minidisp.ops.attention import Kept, compute_dtype
 
 MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
 
 
-class KVCache:
+class Context:
+    """What the tokens of a forward pass see of one another; this one: texts, from their beginning.
+
+    The network asks a context for everything that depends on it: the position of a token, keys and values of earlier
+    tokens, and which of them a token sees. Attention of another kind (sliding window, ALiBi) needs `distances` alone,
+    and is then the same in training, cached generation, packed examples and scored sentences (docs/hacking.md).
+    """
+
+    length = 0  # tokens before those of this forward pass
+    fits_in_context = True  # whether length + T must not exceed the model's context
+
+    def positions(self, T: int, relative: bool) -> slice | Tensor:
+        """The positions of T new tokens: a slice, or (B, T) int64. relative: only differences matter, as for rotations."""
+        return slice(self.length, self.length + T)
+
+    def distances(self, T: int, device: torch.device) -> Tensor:
+        """How many tokens key s lies before query t, below 0 where t does not see s: (B or 1, 1, T, length + T) int64."""
+        at = torch.arange(self.length + T, device=device)
+        return (at[self.length :, None] - at)[None, None]
+
+    def mask(self, T: int, device: torch.device) -> Tensor | None:
+        """Whether query t sees key s, bool, shaped like distances. None: every token sees all tokens up to itself."""
+        return None
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of block `layer`, those of earlier tokens before k and v, (B, n_kv_head, T, D)."""
+        return k, v
+
+    def kept(self, layer: int, mask: Tensor | None) -> Kept | None:
+        """What causal_attention has to know; None: nothing, so that the fused operator can be used."""
+        return None if mask is None else (functools.partial(self.append, layer), mask)
+
+    def advance(self, T: int) -> None:
+        """Called when T tokens have passed all blocks."""
+
+
+class KVCache(Context):
     """Keys and values of all blocks for up to `size` tokens, so that each new token costs a forward pass of one token.
 
     A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
     """
-
-    mask = None  # a new token sees all before it
 
     def __init__(self, config, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
         shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
         self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.size, self.length = size, 0
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but those with these indices."""
-        self.blocks = [block[:, rows] for block in self.blocks]
+    def mask(self, T: int, device: torch.device) -> Tensor | None:
+        # One token sees everything that is kept, and the first ones each other: only more tokens behind others need a mask.
+        return self.distances(T, device) >= 0 if T > 1 and self.length else None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, n_kv_head, T, D) behind what block `layer` has; returns all keys and values so far."""
         end = self.length + k.shape[2]
         self.blocks[layer][0, :, :, self.length : end] = k
         self.blocks[layer][1, :, :, self.length : end] = v
         return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but those with these indices."""
+        self.blocks = [block[:, rows] for block in self.blocks]
 
-class PrefixTree:
+    def kept(self, layer: int, mask: Tensor | None) -> Kept:
+        return functools.partial(self.append, layer), mask
+
+    def advance(self, T: int) -> None:
+        self.length += T
+
+
+class _Masked(Context):
+    """Rows in which a token sees some of the tokens before it. depth: (B, T) int64, how many, which is its position."""
+
+    def __init__(self, depth: Tensor, sees: Tensor):
+        self.depth, self._sees = depth, sees.unsqueeze(1)  # (B, T), (B, 1, T, T)
+
+    def positions(self, T: int, relative: bool) -> slice | Tensor:
+        return self.depth
+
+    def distances(self, T: int, device: torch.device) -> Tensor:
+        depth = self.depth.unsqueeze(1)
+        return (depth.unsqueeze(3) - depth.unsqueeze(2)).masked_fill(~self._sees, -1)
+
+    def mask(self, T: int, device: torch.device) -> Tensor:
+        return self._sees
+
+
+class PrefixTree(_Masked):
     """Texts that share their beginnings, in one row: a token sees those on the way from the root of its tree to itself.
 
-    Stands where a KVCache does. parents: (B, T) int64, the index of the token before each, which is smaller, and its own
-    for a root; depth: (B, T) int64, tokens before it, which is its position.
+    parents: (B, T) int64, the index of the token before each, which is smaller, and its own for a root; depth: (B, T)
+    int64, below the model's context; T may be any.
     """
 
-    length = 0
+    fits_in_context = False
 
     def __init__(self, parents: Tensor, depth: Tensor):
         B, T = parents.shape
-        rows, self.depth = torch.arange(B, device=parents.device), depth
-        self.mask = torch.zeros(B, 1, T, T, dtype=torch.bool, device=parents.device)
+        rows = torch.arange(B, device=parents.device)
+        sees = torch.zeros(B, T, T, dtype=torch.bool, device=parents.device)
         for i in range(T):
-            self.mask[:, 0, i] = self.mask[rows, 0, parents[:, i]]
-            self.mask[:, 0, i, i] = True
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """There is nothing before the tree."""
-        return k, v
+            sees[:, i] = sees[rows, parents[:, i]]
+            sees[:, i, i] = True
+        super().__init__(depth, sees)
 
 
-class Segments(PrefixTree):
-    """Examples that share a row and do not see each other: a token sees those before it in its own example.
+class Segments(_Masked):
+    """Examples packed into a row: a token sees those before it in its own example, whose positions begin at 0.
 
-    segments: (B, T) int64, the number of the example that each token belongs to; those of an example stand together.
+    segments: (B, T) int64, the number of the example that a token belongs to; an example's tokens are contiguous.
     """
 
     def __init__(self, segments: Tensor):
-        T = segments.shape[1]
-        at = torch.arange(T, device=segments.device)
+        at = torch.arange(segments.shape[1], device=segments.device)
         same = segments.unsqueeze(2) == segments.unsqueeze(1)  # (B, T, T)
-        self.depth = at - same.to(torch.uint8).argmax(dim=2)  # the first token of an example is at position 0
-        self.mask = (same & (at.unsqueeze(1) >= at)).unsqueeze(1)  # (B, 1, T, T)
+        super().__init__(at - same.to(torch.uint8).argmax(dim=2), same & (at.unsqueeze(1) >= at))
+
+    def positions(self, T: int, relative: bool) -> slice | Tensor:
+        return slice(0, T) if relative else self.depth  # one table for all rows is faster
 
 
 def generate(model, idx: Tensor, *args, stop_token: int | Collection[int] | None = None, **options) -> Tensor:
@@ -99,9 +158,8 @@ def stream(
     idx: (B, T) int64, T >= 1. temperature: 0 takes the most likely token. top_k: sample among the k most likely only.
     top_p: nucleus sampling (arXiv 1904.09751), among the fewest tokens that hold this much probability. seed: makes the
     sample repeatable and leaves torch's global generator alone; with a seed for every sequence, each draws what it would
-    draw alone. stop_token: one, or several, that end a sequence, behind which it repeats its last token at no cost or
-    draws more; the end comes when every sequence has produced one; where `look_every` is more than 1, a few more tokens
-    may follow, which `generate` cuts off.
+    draw alone. stop_token: one, or several, that end a sequence, which then repeats it; ends when every sequence has
+    produced one. Where `look_every` is more than 1, a few more tokens may follow, which `generate` cuts off.
     When the context is full, its older half is dropped. Raises ValueError on a value out of range, and InputError where
     the logits are NaN or infinite.
     """
@@ -122,8 +180,10 @@ def stream(
         for new in range(1, max_new_tokens + 1):
             if cache.length + unread.shape[1] > block_size:
                 cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
-            x, _ = model._backbone(unread, cache=cache)
-            unread = sample(model.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generators)  # (rows, 1)
+            x, _ = model._backbone(unread, context=cache)
+            unread = sample(model.logits(x[:, -1]).float(), temperature, top_k, top_p, generators)  # (rows, 1)
+            if stops is not None:
+                unread = torch.where(stopped.unsqueeze(1), context[:, -1:], unread)
             context = torch.cat((context, unread), dim=1)
             drawn = drawn.index_copy(0, running, unread)
             yield drawn
@@ -132,7 +192,8 @@ def stream(
                 if new % every == 0 and (n := int(stopped.sum())):
                     if n == len(stopped):
                         break
-                    if 2 * n >= len(stopped):  # the others alone from here on
+                    # The others alone from here on, unless rows draw from one generator and so depend on their number.
+                    if 2 * n >= len(stopped) and (isinstance(generators, list) or temperature == 0):
                         rest = (~stopped).nonzero()[:, 0]
                         cache.keep(rest)
                         context, unread, running, stopped = context[rest], unread[rest], running[rest], stopped[rest]

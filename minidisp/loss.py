@@ -1,16 +1,20 @@
-"""The cross-entropy of the output layer: the plain form, and beside it a fast one for large vocabularies.
+"""The training loss and the cross-entropy of the output layer.
 
-Whoever changes one changes the other: with another loss in `plain` alone (label smoothing, say), small vocabularies would
-learn it and large ones would not. `refuse_unlike_forms` compares the two before training; CHUNKED_MIN_VOCAB = None leaves the fast one out.
+`plain` is the training loss of each token. It is what you change for label smoothing or a z-loss. As long as it is the
+cross-entropy, large vocabularies are computed by `chunked`, which is faster. Otherwise `plain` itself runs, on a part of the
+tokens at a time, so that what trains is always `plain`. Evaluation reports the cross-entropy, whatever `plain` is.
+What changes the logits (a soft cap, say) belongs into GPT.logits, which sampling and export use, too.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from minidisp import InputError
 from minidisp.ops.attention import compute_dtype
 from minidisp.ops.cross_entropy import fuses
 
@@ -18,27 +22,111 @@ IGNORE = -1  # a target that is not counted
 CHUNKED_MIN_VOCAB: int | None = 1024  # from this vocabulary on in chunks of tokens; for 256 bytes it would not pay
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
-    """Cross-entropy of the logits x @ weight.T.
+def plain(logits: Tensor, targets: Tensor) -> Tensor:
+    """The training loss of each token, (N,), of its logits (N, V), float32 or float64, and targets (N,) int64.
 
-    x: hidden states after the final norm, (N, C). weight: of the output layer, (V, C). targets: (N,) int64, IGNORE is not
-    counted. Returns the mean over the counted tokens, a scalar, or with reduction="none" the loss of each, (N,), 0 where
-    it is not counted; in nats, in float32 (float64 if x is).
+    Targets may be IGNORE: what is returned there is not counted.
     """
-    if CHUNKED_MIN_VOCAB is None or len(weight) < CHUNKED_MIN_VOCAB:
-        return plain(x, weight, targets, reduction)
-    if reduction == "mean":
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+
+
+def cross_entropy(
+    x: Tensor,
+    targets: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    weight: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """The training loss, or with reduction="none" the cross-entropy of each token, in nats.
+
+    x: hidden states after the final norm, (N, C). targets: (N,) int64, IGNORE is not counted. logits: from (N, C) to
+    (N, V). weight: where the logits are x @ weight.T and `plain` is the cross-entropy, (V, C); otherwise None.
+    Returns the mean of `plain` over the counted tokens, a scalar, or the cross-entropy of each, (N,), 0 where it is not
+    counted; in float32 (float64 if x is).
+    """
+    large = CHUNKED_MIN_VOCAB is not None and vocab_size >= CHUNKED_MIN_VOCAB
+    if reduction == "mean" and weight is not None and large:
         return chunked(x, weight, targets)
-    size = chunk_tokens(x)
-    pieces = zip(x.split(size), targets.split(size), strict=True)
-    return torch.cat([plain(x, weight, targets, reduction) for x, targets in pieces])
+
+    def losses(x: Tensor, targets: Tensor) -> Tensor:
+        z = logits(x)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if reduction == "none":
+            return F.cross_entropy(z, targets, reduction="none", ignore_index=IGNORE)
+        return plain(z, targets)
+
+    if large:  # the logits of all tokens never exist at once, nor for the backward pass, which computes them again
+        size = chunk_tokens(x)
+        pieces = zip(x.split(size), targets.split(size), strict=True)
+        found = torch.cat([recompute(losses, *piece, use_reentrant=False) for piece in pieces])
+    else:
+        found = losses(x, targets)
+    if reduction == "none":
+        return found
+    counted = targets != IGNORE
+    return found.where(counted, 0).sum() / counted.sum()
 
 
-def plain(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """cross_entropy as one reads it: all logits exist at once. Change this one, and chunked with it."""
-    logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORE)
+@torch.inference_mode(False)
+@torch.enable_grad()
+def can_be_chunked(logits: Callable[[Tensor], Tensor], head: nn.Linear, parameters: list[nn.Parameter]) -> bool:
+    """Whether `chunked` computes the training loss of these logits, tried out on a few numbers.
+
+    It does if `plain` is the cross-entropy, and logits(x) is x @ head.weight.T and reads no other of the parameters.
+    """
+    if head.weight.is_meta:
+        return False
+    V, C = head.weight.shape
+    x = torch.arange(1, 1 + 2 * C).sin().view(2, C).to(head.weight)
+    # Logits of up to 60 in size, so that a soft cap shows.
+    probe = torch.outer(torch.arange(1, 1 + V, device=x.device).sin().to(x), x[0]) * (60 / x[0].square().sum())
+    probe = nn.Parameter(probe)
+    kept, head.weight = head.weight, probe
+    try:
+        found = logits(x)
+    finally:
+        head.weight = kept
+    others = torch.autograd.grad(found.sum(), [p for p in parameters if p.requires_grad], allow_unused=True)
+    linear = torch.equal(found, F.linear(x, probe)) and all(grad is None for grad in others)
+    return linear and _is_cross_entropy(plain)
+
+
+@functools.cache
+def _is_cross_entropy(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether `chunked` is the mean of `plain`, with the same gradients: compared in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    weight = torch.randn(9, 4, dtype=torch.float64, generator=generator)
+    targets = torch.tensor([3, 0, IGNORE, 8, 5, 5])
+    found = []
+    for form in (lambda x, w: plain(x @ w.T, targets)[targets != IGNORE].mean(), lambda x, w: chunked(x, w, targets)):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = form(*inputs)
+        found.append([loss, *torch.autograd.grad(loss, inputs)])
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+def describe() -> str:
+    """What the training loss is, in words."""
+    if _is_cross_entropy(plain):
+        return "cross-entropy"
+    if is_other_distribution():
+        return (
+            "-log p of another distribution than softmax of GPT.logits, which sampling and export use (loss.py: plain)"
+        )
+    return "not the cross-entropy, which evaluation reports (loss.py: plain)"
+
+
+def is_other_distribution() -> bool:
+    """Whether `plain` is -log p of a distribution other than softmax(logits), as with a soft cap: tried on a few numbers.
+
+    Then GPT.logits, by which a model samples and is exported, is not what was trained. A regulariser such as label
+    smoothing or a z-loss is no distribution: exp(-plain), summed over all targets, is not 1.
+    """
+    z = 20 * torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = torch.stack([plain(z, torch.full((5,), target)) for target in range(7)], dim=1).neg().exp()
+    return torch.allclose(p.sum(1), torch.ones_like(p[:, 0])) and not torch.allclose(p, z.softmax(1), rtol=1e-6)
 
 
 def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -157,23 +245,3 @@ def chunk_tokens(x: Tensor) -> int:
     """How many tokens' logits exist at the same time: few on a CPU, so that they fit its caches; elsewhere enough to
     keep the device busy."""
     return 512 if x.device.type == "cpu" else 2048
-
-
-def refuse_unlike_forms() -> None:
-    """Raise InputError if the plain and the chunked form differ, on a few numbers in float64: one of them was changed alone."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
-    weight = torch.randn(9, 4, dtype=torch.float64, generator=generator)
-    targets = torch.tensor([3, 0, IGNORE, 8, 5, 5])
-    found = []
-    for form in (plain, chunked):
-        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.enable_grad():
-            loss = form(*inputs, targets)
-            loss.backward()
-        found.append([loss.detach(), *(value.grad for value in inputs)])
-    if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True)):
-        raise InputError(
-            "the plain and the chunked cross-entropy of minidisp/loss.py differ, so that large vocabularies would learn "
-            "something else: change both, or set CHUNKED_MIN_VOCAB = None"
-        )

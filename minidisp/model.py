@@ -8,7 +8,6 @@ The model knows nothing of the dispersion loss: it hands out its hidden states, 
 """
 
 import dataclasses
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError, decoding
-from minidisp.decoding import KVCache, PrefixTree, Segments
+from minidisp.decoding import Context, Segments
 from minidisp.flags import MOST, check_bounds, flag
-from minidisp.loss import cross_entropy
+from minidisp.loss import can_be_chunked, cross_entropy
 from minidisp.ops import layers
 from minidisp.ops.attention import causal_attention
 
@@ -75,8 +74,6 @@ class GPTConfig:
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.arch == "qwen3" and head_dim % 2:
             raise InputError(f"rotary positions need an even --head-dim, not {head_dim}: change --n-head or --head-dim")
-        if self.arch == "qwen3" and self.block_size * head_dim > 1 << 28:
-            raise InputError(f"--block-size {self.block_size} needs over 1 GiB of memory for its rotations: lower it")
         if self.attention_bias and self.arch == "gpt2":
             raise InputError("--attention-bias goes with --arch qwen3: gpt2 has --bias for all its linear layers")
 
@@ -104,17 +101,9 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """What GPT.num_params() counts, known before any of them takes memory."""
-        C, width, kv_width = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        gpt2 = self.arch == "gpt2"
-        outputs = (width + 2 * kv_width, C, (2 if self.gated else 1) * self.mlp_dim, C)
-        inputs = (C, width, C, self.mlp_dim)
-        norm = C * (2 if self.bias else 1)
-        biases = (self.bias or self.attention_bias,) * 2 + (self.bias,) * 2
-        block = sum((i + bias) * o for i, o, bias in zip(inputs, outputs, biases, strict=True)) + 2 * norm
-        block += 0 if gpt2 else 2 * self.head_dim  # of queries and keys
-        tables = self.vocab_size * (1 if self.tied else 2) + (self.block_size if gpt2 else 0)
-        return tables * C + self.n_layer * block + norm
+        """What GPT.num_params() counts, before any of the parameters takes memory."""
+        with torch.device("meta"):
+            return GPT(self).num_params()
 
 
 class Output(NamedTuple):
@@ -168,14 +157,14 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = norm(config, config.head_dim), norm(config, config.head_dim)
         self.rotary = config.arch == "qwen3"
 
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, context: Context) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, (n_head + 2 n_kv_head) D)
         if self.rotary:
             weights = self.q_norm.weight, self.k_norm.weight
             qkv = layers.rotate_heads(qkv, *weights, *positions, self.n_head, self.n_kv_head, self.q_norm.eps)
         dropout = self.dropout if self.training else 0.0
-        kept = None if cache is None else (functools.partial(cache.append, self.layer), cache.mask)
-        y = causal_attention(qkv, self.n_head, self.n_kv_head, dropout, kept)
+        mask = context.mask(x.shape[1], x.device)
+        y = causal_attention(qkv, self.n_head, self.n_kv_head, dropout, context.kept(self.layer, mask))
         return F.dropout(self.c_proj(y), self.dropout, self.training) if self.dropout else self.c_proj(y)
 
 
@@ -212,8 +201,8 @@ class Block(nn.Module):
         self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), positions, cache)
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, context: Context) -> Tensor:
+        x = x + self.attn(self.ln_1(x), positions, context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -227,10 +216,9 @@ class GPT(nn.Module):
         if config.arch == "gpt2":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-            angles = torch.outer(torch.arange(config.block_size), frequencies).repeat(1, 2)  # (block_size, D)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            for name in ("cos", "sin"):
+                self.register_buffer(name, torch.empty(0, config.head_dim), persistent=False)
+            self._extend_rotations(max(1, (1 << 22) // config.head_dim))  # 16 MiB: longer contexts need more later
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -241,6 +229,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+        self.fast_loss: bool | None = None  # see choose_loss
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -253,71 +242,94 @@ class GPT(nn.Module):
         """Number of parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of the next tokens, (..., V), from hidden states after the final norm, (..., C).
+
+        The only definition of the output layer: training, evaluation, sampling, distillation and export all use it.
+        """
+        return self.lm_head(x)
+
     def forward(
         self,
         idx: Tensor,
         targets: Tensor | None = None,
         return_hidden_states: bool = False,
         loss_reduction: Literal["mean", "none"] = "mean",
-        tree: PrefixTree | None = None,
         segments: Tensor | None = None,
+        context: Context | None = None,
     ) -> Output:
-        """Logits of the next tokens, or, with targets, the cross-entropy (and then no logits, to save memory).
+        """Logits of the next tokens, or, with targets, the loss (and then no logits, to save memory).
 
         idx, targets: (B, T) int64, T <= block_size; a target of -1 is not counted.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
-        tree: the rows are no texts but trees of them, with a depth below block_size; then T may be any.
+        loss_reduction: "mean" gives the training loss, "none" the cross-entropy of each token: see minidisp/loss.py.
         segments: (B, T) int64, the number of the example in its row that a token belongs to; tokens attend to those of
             their own example, whose positions begin at 0. None: a row is one text.
+        context: instead of segments, anything else that tokens see of one another, such as a PrefixTree.
         Returns Output(logits, loss, hidden_states). Raises ValueError if T > block_size.
         """
-        if segments is not None:
-            tree = Segments(segments)
-        x, hidden_states = self._backbone(idx, return_hidden_states, tree)
+        context = context if segments is None else Segments(segments)
+        x, hidden_states = self._backbone(idx, return_hidden_states, context)
         if targets is None:
-            return Output(self.lm_head(x), None, hidden_states)
+            return Output(self.logits(x), None, hidden_states)
         return Output(None, self._cross_entropy(x, targets, loss_reduction), hidden_states)
 
     def _backbone(
-        self, idx: Tensor, return_hidden_states: bool = False, cache: KVCache | PrefixTree | None = None
+        self, idx: Tensor, return_hidden_states: bool = False, context: Context | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The hidden states that enter the output layer, (B, T, C), and all of them if asked."""
-        start = cache.length if cache is not None else 0
-        end = start + idx.shape[1]
-        if isinstance(cache, PrefixTree):
-            where = cache.depth
-        elif end > self.config.block_size:
+        context, T = context or Context(), idx.shape[1]
+        if context.fits_in_context and context.length + T > self.config.block_size:
             raise ValueError(
-                f"a sequence of {end} tokens is longer than the model's context of {self.config.block_size}"
+                f"a sequence of {context.length + T} tokens is longer than the model's context of {self.config.block_size}"
             )
-        else:
-            where = slice(start, end)
         x, positions = self.wte(idx), None
         if self.config.arch == "gpt2":
-            x = x + self.wpe.weight[where]
-        elif isinstance(cache, Segments):  # rotations depend on distances alone, and one table for all rows is faster
-            positions = self.cos[: idx.shape[1]], self.sin[: idx.shape[1]]
-        elif isinstance(cache, PrefixTree):
-            positions = self.cos[where].unsqueeze(1), self.sin[where].unsqueeze(1)  # (B, 1, T, D)
+            x = x + self.wpe.weight[context.positions(T, relative=False)]
         else:
-            positions = self.cos[where], self.sin[where]
+            positions = self._rotations(context, T)
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         hidden_states = [x]
         again = self.config.recompute and self.training and torch.is_grad_enabled()
         for block in self.h:
             # Only what enters a block is kept then (arXiv 1604.06174); dropout draws the same numbers once more.
-            x = recompute(block, x, positions, cache, use_reentrant=False) if again else block(x, positions, cache)
+            x = recompute(block, x, positions, context, use_reentrant=False) if again else block(x, positions, context)
             hidden_states.append(x)
-        if cache is not None:
-            cache.length = end
+        context.advance(T)
         # A hidden state, too: in bfloat16, tokens that are nearly parallel could not be told apart.
         hidden_states[-1] = x = self.ln_f(x, x.dtype)
         return x, tuple(hidden_states) if return_hidden_states else None
 
+    def _rotations(self, context: Context, T: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions, (T, D) or (B, 1, T, D)."""
+        where = context.positions(T, relative=True)
+        if (needed := min(context.length + T, self.config.block_size)) > len(self.cos):
+            torch.compiler.disable(self._extend_rotations)(needed)  # not a decorator, which would import the compiler
+        cos, sin = self.cos[where], self.sin[where]
+        return (cos, sin) if cos.ndim == 2 else (cos.unsqueeze(1), sin.unsqueeze(1))
+
+    def _extend_rotations(self, length: int) -> None:
+        """Make the tables of rotations long enough for `length` positions: those of a context of a million would take GiB."""
+        config = self.config
+        length = min(config.block_size, 1 << (length - 1).bit_length())
+        device = "meta" if self.cos.is_meta else "cpu"  # the same numbers on every device
+        with torch.inference_mode(False):  # they are kept, whatever they are first used in
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+            angles = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)  # (length, D)
+            self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
+
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        loss = cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
+        if self.fast_loss is None and not torch.compiler.is_compiling():
+            self.choose_loss()
+        weight = self.lm_head.weight if self.fast_loss else None
+        x, V = x.flatten(0, 1), self.config.vocab_size
+        loss = cross_entropy(x, targets.flatten(), self.logits, V, weight, reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
+
+    def choose_loss(self) -> None:
+        """Find out whether the training loss has a fast form. The first loss does it, but not where it is compiled."""
+        self.fast_loss = can_be_chunked(self.logits, self.lm_head, list(self.parameters()))
 
     generate, stream = decoding.generate, decoding.stream

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from minidisp import loss
 from minidisp.config import Config
 from minidisp.countermeasures import Teacher
 from minidisp.dispersion import DispersionLoss
@@ -71,7 +72,7 @@ def build_objective(
 
     how: which implementation of the dispersion loss is in use, in words.
     """
-    terms = [Term("ce", 1.0, lambda forward: forward.ce, "cross-entropy", "cross-entropy")]
+    terms = [Term("ce", 1.0, lambda forward: forward.ce, "cross-entropy", loss.describe())]
     if config.dispersion:
         details = f"{config.dispersion_variant} ({config.dispersion_layers} layers), {how}"
         value = lambda forward: dispersion(forward.hidden_states, forward.step)  # noqa: E731
@@ -80,8 +81,8 @@ def build_objective(
         details = f"distillation from {config.distill}, temperature {config.distill_temperature:g}"
 
         def value(forward: Forward) -> torch.Tensor:
-            x, weight = forward.hidden_states[-1], model.lm_head.weight
-            return forward.weight * teacher.divergence(forward.idx, x, weight, forward.targets, forward.segments)
+            x = forward.hidden_states[-1]
+            return forward.weight * teacher.divergence(forward.idx, x, model.logits, forward.targets, forward.segments)
 
         terms.append(Term("distillation", config.distill_weight, value, "distillation loss", details))
     return Objective(terms)

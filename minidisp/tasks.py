@@ -222,7 +222,7 @@ def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[n
     losses, hits = [], []
     step = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(x), step):
-        logits = model.lm_head(x[start : start + step]).float()
+        logits = model.logits(x[start : start + step]).float()
         losses.append(F.cross_entropy(logits, targets[start : start + step], reduction="none"))
         hits.append(logits.argmax(dim=-1) == targets[start : start + step])
     nats, hit = np.zeros(where.shape), np.ones(where.shape, dtype=bool)

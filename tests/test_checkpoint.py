@@ -20,6 +20,7 @@ import train
 from minidisp import InputError, report
 from minidisp.optim import Muon
 from minidisp.runtime import checkpoint, files
+from minidisp.tokenizer import ByteTokenizer
 from tests.conftest import small_config, small_flags
 
 
@@ -192,7 +193,8 @@ def test_tensors_on_one_storage_are_never_more_than_the_file(run, tmp_path, caps
         assert error.count("\n") == 1
 
 
-def test_a_context_far_beyond_the_weights_is_refused(tmp_path):
+def test_a_context_far_beyond_the_weights_takes_no_memory(tmp_path):
+    """Its rotations would be 2 GiB, and are computed for what is read; many layers are refused by their number."""
     from minidisp.config import from_dict, to_dict
     from minidisp.model import GPT
 
@@ -201,7 +203,12 @@ def test_a_context_far_beyond_the_weights_is_refused(tmp_path):
     )
     state = {"model": GPT(config).state_dict(), "config": {**to_dict(config), "block_size": 1 << 20}, "step": 1}
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(InputError, match=r"x\.pt: --block-size 1048576 would take more memory than its weights"):
+    ByteTokenizer().save(tmp_path / "tokenizer.model")
+    model, _ = checkpoint.load(tmp_path / "x.pt")
+    assert sum(buffer.nbytes for buffer in model.buffers()) < 1 << 26
+    state["config"]["n_layer"] = 10_000
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt does not fit the model that its config describes, 10000 layers"):
         checkpoint.load(tmp_path / "x.pt")
 
 

@@ -6,14 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minidisp import InputError
+from minidisp import InputError, loss
 from minidisp.config import PRESETS, from_dict
-from minidisp.decoding import KVCache, PrefixTree, sample
-from minidisp.loss import chunked, plain
-from minidisp.model import GPT, GPTConfig
+from minidisp.decoding import Context, KVCache, PrefixTree, Segments, sample
+from minidisp.loss import chunked, cross_entropy
+from minidisp.model import GPT, Attention, GPTConfig
 from minidisp.ops import layers
+from minidisp.ops.attention import causal_attention
 from tests.conftest import NothingIsLookedAt
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50}
@@ -258,7 +260,7 @@ def test_chunked_loss_without_a_counted_token_is_nan_like_the_plain_one():
     )
     for tokens in (4, 0):
         found = []
-        for form in (chunked, plain):
+        for form in (chunked, lambda x, weight, targets: cross_entropy(x, targets, lambda x: x @ weight.T, 5)):
             loss = form(x[:tokens], weight, targets[:tokens])
             assert loss.isnan()
             found.append(torch.autograd.grad(loss, (x, weight)))
@@ -403,6 +405,30 @@ def test_tokens_are_drawn_without_waiting_for_the_device(model, monkeypatch):
             assert len(list(model.stream(idx, 15, stop_token=0, **options))) == 15
 
 
+def test_each_row_of_a_batch_draws_what_its_seed_draws_alone():
+    model = GPT(GPTConfig(**SMALL)).double()
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+    options = {"temperature": 1.3, "top_k": 7, "top_p": 0.9}
+    together = model.generate(idx, 20, seed=[5, 6, 7], **options)
+    for row, seed in enumerate((5, 6, 7)):
+        assert torch.equal(together[row : row + 1], model.generate(idx[row : row + 1], 20, seed=seed, **options))
+
+
+def test_generation_stops_at_any_of_several_stop_tokens():
+    model = GPT(GPTConfig(**SMALL))
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    whole = model.generate(idx, 40, seed=0)[:, 3:]
+    for stops in ({2}, (2, 9), [2, 9, 4, 7]):
+        found = model.generate(idx, 40, seed=0, stop_token=stops)[:, 3:].tolist()
+        wanted = []
+        for row in whole.tolist():
+            end = next((i for i, token in enumerate(row) if token in stops), 39)
+            wanted.append(row[: end + 1] + [row[end]] * (39 - end))
+        first = max(len(row) for row in found)
+        assert found == [row[:first] for row in wanted]
+        assert all(set(row) & set(stops) for row in found) or first == 40
+
+
 @pytest.mark.parametrize("every", [2, 5, 16])
 def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, every):
     """As on devices that would be waited for: seeds whose samples end before, at and behind a look, or never."""
@@ -439,6 +465,8 @@ def test_sampling_keeps_to_top_k_and_top_p():
     torch.testing.assert_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
     torch.testing.assert_close(share(top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
     torch.testing.assert_close(share(top_p=0.4), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
+    for tiny in (1e-30, 1e-320):  # the second one is 0 in float32
+        torch.testing.assert_close(share(top_p=tiny), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
     torch.testing.assert_close(share(temperature=0.5), probs**2 / (probs**2).sum(), atol=0.015, rtol=0)
 
 
@@ -487,11 +515,176 @@ def test_a_tree_of_texts_is_the_texts(arch):
     idx = torch.tensor([[3, 1, 4, 5, 9, 2, 7, 1]])
     parents = torch.tensor([[0, 0, 1, 1, 3, 0, 6, 6]])
     depth = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1]])
-    got = model(idx, tree=PrefixTree(parents, depth)).logits[0]
+    got = model(idx, context=PrefixTree(parents, depth)).logits[0]
     for path in ([0, 1, 2], [0, 1, 3, 4], [0, 5], [6, 7]):
         torch.testing.assert_close(got[path], model(idx[:, path]).logits[0], atol=1e-12, rtol=1e-12)
-    loss = model(idx, idx, loss_reduction="none", tree=PrefixTree(parents, depth)).loss[0]
+    loss = model(idx, idx, loss_reduction="none", context=PrefixTree(parents, depth)).loss[0]
     torch.testing.assert_close(loss, -got.log_softmax(-1).gather(1, idx[0, :, None])[:, 0])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_packed_examples_do_not_see_each_other(arch):
+    model = GPT(GPTConfig(**SMALL, arch=arch)).eval().double()
+    idx = torch.randint(SMALL["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 5 + [1] * 1 + [2] * 10, [7] * 16])
+    got = model(idx, context=Segments(segments)).logits
+    for row, begin, end in ((0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 16)):
+        alone = model(idx[row : row + 1, begin:end]).logits[0]
+        torch.testing.assert_close(got[row, begin:end], alone, atol=1e-6, rtol=1e-5)  # rotations are in float32
+
+
+class SlidingWindow(Attention):
+    """Another attention as one writes it: tokens see the last three, themselves included."""
+
+    def forward(self, x, positions, context):
+        qkv = self.c_attn(x)
+        if self.rotary:
+            weights = self.q_norm.weight, self.k_norm.weight
+            qkv = layers.rotate_heads(qkv, *weights, *positions, self.n_head, self.n_kv_head, self.q_norm.eps)
+        distance = context.distances(x.shape[1], x.device)
+        mask = (distance >= 0) & (distance < 3)
+        return self.c_proj(causal_attention(qkv, self.n_head, self.n_kv_head, 0.0, context.kept(self.layer, mask)))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_another_attention_is_the_same_in_training_generation_trees_and_packed_rows(arch, monkeypatch):
+    monkeypatch.setattr("minidisp.model.Attention", SlidingWindow)
+    model = GPT(GPTConfig(**{**SMALL, "block_size": 24}, arch=arch)).eval().double()
+    for p in model.parameters():
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double() / 4
+    idx = torch.randint(SMALL["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(0))
+    want, context = model(idx).logits, 2 * model.config.n_layer + 1
+    # A token further away than the windows of all layers together changes nothing, one that is nearer does.
+    long = torch.cat((idx, idx), dim=1)
+    changed = long.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % SMALL["vocab_size"]
+    same = (model(changed).logits - model(long).logits).abs().amax(dim=(0, 2)) < 1e-12
+    assert same[context:].all()
+    assert not same[:context].any()
+
+    cache = KVCache(model.config, 2, 24, torch.device("cpu"), torch.float64)
+    pieces = [model.logits(model._backbone(idx[:, a:b], context=cache)[0]) for a, b in ((0, 4), (4, 5), (5, 8), (8, 9))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), want, atol=1e-12, rtol=1e-12)
+    greedy = model.generate(idx, 8, temperature=0)
+    for end in range(9, 17):
+        assert torch.equal(model(greedy[:, :end]).logits[:, -1].argmax(-1), greedy[:, end])
+
+    at = torch.arange(9).expand(2, 9)
+    tree = PrefixTree((at - 1).clamp(min=0), at)
+    torch.testing.assert_close(model(idx, context=tree).logits, want, atol=1e-12, rtol=1e-12)
+    packed = model(torch.cat((idx[:1], idx[1:]), dim=1), context=Segments(torch.tensor([[0] * 9 + [1] * 9]))).logits
+    torch.testing.assert_close(packed.view_as(want), want, atol=1e-6, rtol=1e-5)  # rotations are in float32
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_several_tokens_behind_a_cache(arch):
+    model = GPT(GPTConfig(**SMALL, arch=arch)).eval().double()
+    idx = torch.randint(SMALL["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 3, 16, torch.device("cpu"), torch.float64)
+    pieces = [model.logits(model._backbone(piece, context=cache)[0]) for piece in idx.split((1, 6, 2, 7), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx).logits, atol=1e-12, rtol=1e-12)
+
+
+def test_rotations_are_made_for_what_is_read():
+    config = GPTConfig(**{**SMALL, "block_size": 1 << 20, "head_dim": 256}, arch="qwen3")
+    model = GPT(config).eval()
+    assert sum(buffer.nbytes for buffer in model.buffers()) <= 1 << 25
+    kept = model._rotations(Context(), 1 << 14)[0].clone()
+    assert len(model.cos) == 1 << 14
+    assert torch.equal(model._rotations(Context(), (1 << 14) + 1)[0][: 1 << 14], kept)
+    assert len(model.cos) == 1 << 15
+    assert "cos" not in model.state_dict()
+
+
+# --- the output layer and the training loss ---------------------------------------------------------------------------
+
+
+class Capped(GPT):
+    def logits(self, x):
+        return 5 * (super().logits(x) / 5).tanh()
+
+
+class Biased(GPT):
+    """Its bias begins at 0, so its first logits are those of a model without."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.out_bias = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def logits(self, x):
+        return super().logits(x) + self.out_bias
+
+
+@pytest.mark.parametrize("kind", [GPT, Capped, Biased])
+@pytest.mark.parametrize("V", [50, 2000])
+def test_one_output_layer_for_loss_logits_and_samples(kind, V, small_chunks):
+    torch.manual_seed(0)
+    model = kind(GPTConfig(**{**SMALL, "vocab_size": V}))
+    torch.nn.init.normal_(model.wte.weight)
+    model.double()
+    idx, targets = torch.randint(0, V, (2, 3, 16))
+    targets[1, :5] = -1
+    logits = model(idx).logits
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    got = model(idx, targets).loss
+    torch.testing.assert_close(got, wanted)
+    assert model.fast_loss == (kind is GPT)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(value, parameters) for value in (got, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    per_token = model(idx, targets, loss_reduction="none").loss
+    torch.testing.assert_close(per_token.sum() / (targets >= 0).sum(), wanted)
+    greedy = model.generate(idx[:, :3], 4, temperature=0)
+    assert torch.equal(greedy[:, 3], logits[:, 2].argmax(-1))
+
+
+def z_loss(logits, targets):
+    return ORIGINAL(logits, targets) + 0.1 * logits.logsumexp(-1).square()
+
+
+def smoothed(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=-1, label_smoothing=0.1)
+
+
+def capped(logits, targets):
+    return ORIGINAL(30 * (logits / 30).tanh(), targets)
+
+
+ORIGINAL = loss.plain
+
+
+@pytest.mark.parametrize("changed", [z_loss, smoothed, capped])
+@pytest.mark.parametrize("V", [50, 2000])
+def test_a_changed_plain_trains_whole_and_in_pieces_and_evaluation_is_the_cross_entropy(
+    changed, V, small_chunks, monkeypatch
+):
+    monkeypatch.setattr(loss, "plain", changed)
+    assert loss.is_other_distribution() == (changed is capped)
+    assert loss.describe() != "cross-entropy"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": V})).double()
+    idx, targets = torch.randint(0, V, (2, 3, 16))
+    targets[1, :5] = -1
+    logits = model(idx).logits.flatten(0, 1)
+    counted = targets.flatten() >= 0
+    wanted = changed(logits, targets.flatten())[counted].mean()
+    got = model(idx, targets).loss
+    torch.testing.assert_close(got, wanted)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(value, parameters) for value in (got, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    nats = model(idx, targets, loss_reduction="none").loss.flatten()
+    torch.testing.assert_close(nats, ORIGINAL(logits, targets.flatten()))
+
+
+def test_a_changed_loss_never_holds_the_logits_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(loss, "plain", z_loss)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda x: 8)
+    model, sizes = GPT(GPTConfig(**{**SMALL, "vocab_size": 2000})), []
+    idx = torch.randint(0, 2000, (4, 16))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        model(idx, idx).loss.backward()
+    assert max(sizes) <= max(8 * 2000, model.lm_head.weight.numel())
 
 
 def test_sampling_keeps_no_more_than_it_will_see(monkeypatch):

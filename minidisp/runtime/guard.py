@@ -90,7 +90,7 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
             if not is_finite(z):
                 return f"the hidden state of layer {layer} went bad first" if layer else "the embeddings went bad first"
         with torch.no_grad():  # one sequence at a time: logits are large
-            if not all(is_finite(model.lm_head(sequence)) for sequence in forward.hidden_states[-1]):
+            if not all(is_finite(model.logits(sequence)) for sequence in forward.hidden_states[-1]):
                 return "the logits went bad first"
         values = objective(forward)
         for term in objective.terms:
