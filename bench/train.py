@@ -49,7 +49,7 @@ from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
 from minidisp.model import GPT
 from minidisp.objective import Forward, build_objective
-from minidisp.ops import layers
+from minidisp.ops import registered
 from minidisp.optim import build_optimizers
 from minidisp.runtime.device import cpu_model, resident_peak_kib
 
@@ -382,7 +382,7 @@ def measure(model: str, folder: Path, args) -> dict:
 
 def instruction_set() -> str:
     """That the extension's operators use."""
-    return layers.find_or_build() or torch.ops.minidisp.instruction_set()
+    return registered("cpu") or torch.ops.minidisp.instruction_set()
 
 
 def make_config(model: str) -> Config:

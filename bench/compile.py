@@ -1,0 +1,111 @@
+"""How long the extension takes to compile, file by file; and from the first command in a fresh clone to its first step.
+
+    python bench/compile.py [--instructions avx2|all|...] [--cuda] [--first-step]
+
+Each file is compiled alone, one after the other: wall and CPU seconds. Then all of it as on first use, on as many processors
+as MAX_JOBS or the machine gives. --cuda compiles the CUDA files too (nvcc, no card needed), to objects alone. --first-step
+clones this checkout into a temporary folder and runs `train.py --dispersion 0.1` there with empty caches, up to the line of
+step 0. A table, then one JSON line.
+"""
+
+import os
+import sys
+
+# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+
+import argparse
+import json
+import resource
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from minidisp import InputError
+from minidisp.ops import build
+from minidisp.runtime.cli import Parser, exit_code
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_seconds() -> float:
+    """Of all child processes so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Wall and CPU seconds of a command."""
+    wall, cpu = time.monotonic(), cpu_seconds()
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(f"{command[0]} fails: {(result.stdout + result.stderr).strip().splitlines()[-1]}")
+    return time.monotonic() - wall, cpu_seconds() - cpu
+
+
+def first_step(folder: Path) -> float:
+    """Seconds from the first command in a fresh clone to the first line that names a step."""
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "clone")], check=True)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
+    environment.pop("MINIDISP_CPU", None)
+    start = time.monotonic()
+    command = [
+        sys.executable,
+        "train.py",
+        "--dispersion",
+        "0.1",
+        "--eval-every",
+        "0",
+        "--log-every",
+        "1",
+        "--max-steps",
+        "2",
+    ]
+    with subprocess.Popen(
+        command, cwd=folder / "clone", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
+        for line in child.stdout:
+            if line.split()[:1] == ["step"] and line.split()[1:2] == ["1"]:
+                seconds = time.monotonic() - start
+                child.terminate()
+                return seconds
+    raise InputError("the run in the clone ended before its first step")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("bench/compile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--instructions", choices=["all", *build.INSTRUCTION_SETS], default=build.wanted_instruction_set(),
+        help="what to compile for; the default is what first use compiles here",
+    )  # fmt: skip
+    parser.add_argument("--cuda", action="store_true", help="the CUDA files too, to objects alone")
+    parser.add_argument("--first-step", action="store_true", help="time the first command of a fresh clone")
+    args = parser.parse_args(argv)
+    if missing := build.missing_tool():
+        raise InputError(missing)
+
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(f"{'file':28s} {'wall, s':>8s} {'CPU, s':>8s}")
+        for unit in build.units(args.cuda, args.instructions):
+            key = f"{unit.source.parent.name}/{unit.source.name}"
+            rows[key] = timed([*unit.command, "-o", str(folder / "unit.o")])
+            print(f"{key:28s} {rows[key][0]:8.1f} {rows[key][1]:8.1f}", flush=True)
+        wall, cpu = time.monotonic(), cpu_seconds()
+        if failure := build.compile_into(folder / build.BINARY, False, args.instructions):
+            raise InputError(failure.log.decode(errors="replace").strip().splitlines()[-1])
+        rows["as on first use"] = time.monotonic() - wall, cpu_seconds() - cpu
+        print(
+            f"{'as on first use':28s} {rows['as on first use'][0]:8.1f} {rows['as on first use'][1]:8.1f}", flush=True
+        )
+        if args.first_step:
+            rows["first command to first step"] = first_step(folder), None
+            print(f"{'first command to first step':28s} {rows['first command to first step'][0]:8.1f}")
+    print(json.dumps({"instructions": args.instructions, "jobs": build.jobs(), "seconds": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("bench/compile.py", main))
