@@ -1,1 +1,1 @@
-"""What keeps a run safe and portable; nobody needs to open it to change how a model is trained."""
+"""What keeps a run safe and portable. You do not need to edit it to change how a model is trained."""

@@ -90,7 +90,7 @@ def _gathered(value, keep: bool, seen: dict):
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it if its strides are not contiguous or its storage holds more than its own numbers."""
     if tensor.layout != torch.strided or tensor.device.type == "meta":
-        return tensor  # to be refused by name
+        return tensor  # _refuse_unreadable will reject it with its key
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return torch.clone(tensor, memory_format=torch.contiguous_format)
@@ -288,7 +288,7 @@ _STORAGES = {
 
 
 def is_generator_state(value: object) -> bool:
-    """Whether torch.set_rng_state can be given this: a Mersenne Twister that stands within its table of 624 numbers.
+    """Whether torch.set_rng_state can be given this: a Mersenne Twister whose position is within its table of 624 numbers.
 
     torch checks `left` and `next` one by one, and then reads behind the table if they do not belong together. The layout is
     that of CPUGeneratorImplState (ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, table, normal samples, and whether
@@ -308,10 +308,10 @@ _GENERATOR = struct.Struct(f"=QiiQ{624 * 8 + 4 * 8 + 4}xB3x")
 
 
 def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path] | None:
-    """The newest whole checkpoint of a run that training can go on from, and its path; None if none was ever saved.
+    """The newest intact checkpoint of a run that training can resume from, and its path; None if none was ever saved.
 
-    That is ckpt_last.pt. Where it is damaged, it is the newest numbered one that is not (training repeats itself exactly, so
-    this loses time and nothing else), and `warn` is told. Raises InputError naming the damaged file if there is no other.
+    That is ckpt_last.pt, or, if it is damaged, the newest intact numbered one: training repeats itself exactly, so this costs
+    time only. Then `warn` is called. Raises InputError naming the damaged file if there is no other.
     """
     damaged = None
     for path in (run / LAST, *reversed(numbered(run))):
@@ -370,8 +370,8 @@ def load_scaler(scaler: torch.amp.GradScaler, saved: dict) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """For code that reads values out of a checkpoint: one that is missing or of the wrong kind becomes an InputError
-    naming the file."""
+    """Around code that reads values of a checkpoint: a missing value or one of the wrong kind raises InputError naming the
+    file."""
     try:
         yield
     except InputError:
@@ -383,7 +383,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list, path: Path) -> None:
-    """Give the optimizers of a run the states that a checkpoint holds; see load_optimizer."""
+    """Load the states of a checkpoint into the optimisers of a run; see load_optimizer."""
     if len(saved) != len(optimizers):
         raise InputError(f"{path} does not fit: it has the state of {len(saved)} optimizers")
     for optimizer, state in zip(optimizers, saved, strict=True):
@@ -391,9 +391,9 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list, path: 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
-    """Give an optimizer the state that a checkpoint holds, and nothing else: its settings are those of the run.
+    """Load the state of a checkpoint into an optimiser, as copies. Its settings stay those of the run.
 
-    Raises InputError naming the file if the state is not that of such an optimizer on such parameters.
+    Raises InputError naming the file if the state is not that of such an optimiser on such parameters.
     """
     fresh = optimizer.state_dict()
     members = [group["params"] for group in fresh["param_groups"]]
@@ -430,9 +430,9 @@ SMALL = (2, 3, 5, 7)  # sizes that stand for those of a real parameter
 
 
 def _kept_by(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """The tensors that an optimizer keeps for a parameter of so many dimensions, and their shapes, with sizes of SMALL.
+    """The tensors that an optimiser keeps for a parameter of so many dimensions, and their shapes, with sizes of SMALL.
 
-    It is seen in a step of a copy of it on a small parameter, so nobody has to write down what a new optimizer keeps.
+    Found by a step of a copy of it on a small parameter, so that a new optimiser needs no description of its state.
     """
     small = torch.zeros(SMALL[: parameter.ndim], dtype=parameter.dtype, device=parameter.device, requires_grad=True)
     small.grad = torch.zeros_like(small)
@@ -496,7 +496,7 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
         raise InputError(
             f"{path.parent / 'tokenizer.model'} has {vocabulary.vocab_size} tokens, but the model {config.vocab_size}"
         )
-    return model.to(device).eval(), vocabulary, config  # its weights alone: a checkpoint can hold three times as much
+    return model.to(device).eval(), vocabulary, config  # without the optimiser states in `state`
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, object]:

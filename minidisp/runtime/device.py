@@ -1,4 +1,4 @@
-"""The device that a run computes on: which one, in which dtype, with how much memory, and what to note down about it."""
+"""The device that a run computes on: which one, its dtype and memory, and the environment that config.json records."""
 
 import contextlib
 import ctypes
@@ -56,8 +56,8 @@ def set_up(config: Config, world: World) -> tuple[torch.device, torch.dtype, tor
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that a step frees for the next step.
 
-    glibc returns blocks of megabytes to the system, which then clears every page anew: of a bfloat16 step on a CPU, that
-    took 5 to 15 %. Other libraries have no such setting, and stay as they are.
+    glibc returns large blocks to the system, which then clears every page again: that took 5 to 15 % of a bfloat16 step on a
+    CPU. Other C libraries have no such setting and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -67,10 +67,10 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda" or "mps". Raises InputError if this machine has none of that kind.
+    """The torch device for "auto", "cpu", "cuda" or "mps". Raises InputError if this machine has no such device.
 
-    local_rank: number of this process among those on this machine, if several train together: each has a GPU of its own,
-    which becomes the current one.
+    local_rank: the rank of this process on this machine, if several processes train together. Each uses its own GPU, which
+    becomes the current device.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -87,19 +87,19 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: what is named, or bfloat16 on CUDA (float16 on older cards) and float32 elsewhere."""
+    """The compute dtype: the one that is named; for "auto" bfloat16 on CUDA (float16 on older GPUs), float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    # Older cards compute bfloat16 in software, which counts as support only if asked that way.
+    # Older GPUs emulate bfloat16, which torch reports as supported unless asked otherwise.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def compiles(wanted: str, device: torch.device) -> bool:
-    """Whether to torch.compile the model: "on", "off", or "auto", which means on a GPU that can.
+    """Whether to torch.compile the model: "on", "off", or "auto", which compiles on a GPU if a compiler is found.
 
-    Raises InputError if "on" is asked for and there is no compiler; without one, "auto" goes on without, and says so.
+    Raises InputError for "on" without a compiler; "auto" then trains without compiling and says so on stderr.
     """
     if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
         return False
@@ -139,7 +139,7 @@ def bfloat16_pays(n_embd: int) -> bool:
 def describe_use(
     config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, world: World, dataset: Dataset | Corpora
 ) -> str:
-    """What a run computes on and how, in words."""
+    """The device, dtype, attention, compilation and processes of a run, as the first lines of a run print them."""
     words = f"{device_name(device)}, {str(dtype).removeprefix('torch.')}"
     if config.dtype == "auto" and device.type == "cpu" and bfloat16_pays(config.n_embd):
         words += " (faster here: --dtype bfloat16)"
@@ -155,28 +155,28 @@ def describe_use(
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the card, or the number of threads."""
+    """The name of the GPU, or the number of CPU threads."""
     return (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     )
 
 
 def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy int64 tokens to the device; on CUDA through pinned memory, so that the copy overlaps with computing."""
+    """Copy int64 tokens to the device; on CUDA through pinned memory, so that the copy overlaps with computation."""
     tensor = torch.from_numpy(tokens)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def fetched(values: dict) -> dict:
-    """The values, with scalar tensors turned into floats. It waits for the device once."""
+    """The values, with scalar tensors turned into floats. Synchronises with the device once."""
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     numbers = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
     return {**values, **dict(zip(tensors, numbers, strict=True))}
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Memory that the device has for this process, or None where it cannot be told: of a CPU, what the machine has, or less
-    if a container (cgroup) or `ulimit -v` limits it."""
+    """The memory in bytes that this process may use on the device, or None if unknown. On a CPU it is the machine's memory, or
+    less if a container (cgroup) or `ulimit -v` limits it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [*cgroup_limits(Path("/"))]
@@ -213,7 +213,7 @@ def cgroup_limits(root: Path) -> Iterator[int]:
 
 
 def get_rng_state(device: torch.device) -> dict:
-    """State of torch's global generators, which only dropout draws from during training."""
+    """The state of torch's global random number generators, which only dropout uses during training."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
@@ -231,7 +231,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 
 def describe_environment(dataset: Dataset, device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, the state of the code, hardware, data. Kept in config.json."""
+    """What a run ran on: versions, commit, hardware, hashes of the data. Saved in config.json."""
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     memory = memory_bytes(torch.device("cpu"))
     return {
@@ -287,13 +287,12 @@ def git(*arguments: str) -> str | None:
 
 
 def resident_peak_kib() -> int:
-    """The most memory of this process since it started. Not getrusage's, which the parent hands down with its own peak
-    in it (Linux)."""
+    """Peak resident memory of this process (Linux). getrusage would include the peak of the parent before the fork."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def cpu_model() -> str | None:
-    """The processor's name, or None where it cannot be told."""
+    """The processor's name, or None if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # no Linux

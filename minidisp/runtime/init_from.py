@@ -1,4 +1,4 @@
-"""Weights that a new run begins with, from another run or a Hugging Face folder: --init-from."""
+"""--init-from: start a new run from the weights of another run or of a Hugging Face folder."""
 
 import dataclasses
 
@@ -10,23 +10,26 @@ from minidisp.runtime import checkpoint
 
 
 def architecture_of(source: str) -> tuple[GPTConfig, bool]:
-    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, from as little as possible of it,
-    and whether it may be started from with a shorter context."""
+    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, read without its weights where
+    possible, and whether a run may start from it with a shorter context."""
     if hf.is_folder(source):
         return hf.read_config(hf.find_folder(source))[1], True
     path = checkpoint.find(source)
     beside = path.parent / "config.json"
     saved = read_json(beside) if beside.is_file() else checkpoint.read(path)["config"]
     saved.pop("environment", None)
-    config = from_dict(saved)
+    try:
+        config = from_dict(saved)
+    except InputError as error:
+        raise InputError(f"{beside if beside.is_file() else path}: {error}") from None
     return GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}), False
 
 
 def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
-    """The model named by --init-from, and the config with its architecture; the data must be in its tokens.
+    """The model named by --init-from, and the config with its architecture; the data must use its tokenizer.
 
-    Dropout is the config's, and so may be the context of a Hugging Face model, if it is shorter. Raises InputError if the
-    config names another architecture: what is at its default names none.
+    Dropout comes from the config, and so does the context of a Hugging Face model if it is shorter. Raises InputError if the
+    config asks for another architecture; a field at its default asks for none.
     """
     if hf.is_folder(config.init_from):
         source, vocabulary = hf.load(config.init_from, block_size=config.block_size)
@@ -37,7 +40,7 @@ def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
     if vocabulary.hash != dataset.tokenizer.hash:
         raise InputError(f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: {how}")
     asked, there = to_dict(config), to_dict(saved)
-    # What a resumed run may change, such as dropout, is no part of the architecture.
+    # A field that a resumed run may change, such as dropout, is not part of the architecture.
     architecture = [
         field for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume", "refused") == "refused"
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minidisp import InputError, parse_json, read_bytes
 
-# What is drawn from a line of metrics.jsonl, and how many lists deep its numbers are.
+# The values of metrics.jsonl that figures use, and how deep their lists are nested.
 _DRAWN = {"ce": 0, "val_loss": 0, "mean_cosine_by_layer": 1, "histogram_by_layer": 2}
 _CURVES = dict.fromkeys(("tokens", "seconds", "lr", "grad_norm", "tokens_per_second"), 0)
 
@@ -13,7 +13,7 @@ _CURVES = dict.fromkeys(("tokens", "seconds", "lr", "grad_norm", "tokens_per_sec
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, in order. Raises InputError naming the file and the line that is damaged.
 
-    A last line without its end is left out: it is being written, or its writer was killed.
+    An incomplete last line is left out: it is being written, or its writer was killed.
     """
     return [line for line, _ in metrics_lines(read_bytes(path), path)]
 
@@ -26,7 +26,7 @@ def metrics_lines(content: bytes, path: Path) -> Iterator[tuple[dict, int]]:
         line = parse_json(text, f"{path}, line {number},")
         step = line.get("step") if isinstance(line, dict) else None
         if type(step) is not int or not last_step <= step < 1 << 31:
-            raise InputError(f"{path}, line {number}, is damaged: it has no step, or one that was there before")
+            raise InputError(f"{path}, line {number}, is damaged: it has no step, or one smaller than the line before")
         if wrong := _wrong_value(line):
             raise InputError(f"{path}, line {number}, is damaged: {wrong} is missing or of the wrong type")
         last_step = step

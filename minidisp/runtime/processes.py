@@ -1,4 +1,4 @@
-"""Several processes that train one run together: who they are, what they agree on, and how gradients and weights are shared."""
+"""Several processes that train one run: how they meet, what they must agree on, and how gradients and weights are shared."""
 
 import os
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from minidisp import InputError, printable
 from minidisp.model import GPT
 
-PATIENCE = timedelta(minutes=10)  # of a process with another one that does not answer
+PATIENCE = timedelta(minutes=10)  # how long a process waits for another one that does not answer
 
-# What other launchers set by themselves, which is no address yet: (processes, this one's number, its number on this machine).
+# Variables that other launchers set: (number of processes, rank, rank on this machine). The address is missing among them.
 OTHER_LAUNCHERS = {
     "srun": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -24,9 +24,9 @@ OTHER_LAUNCHERS = {
 
 
 def is_launched() -> bool:
-    """Whether this process was started as one of several, by torchrun or by whoever sets the same variables.
+    """Whether this process was started as one of several, by torchrun or by a launcher that sets the same variables.
 
-    Raises InputError where the variables are there in part only, or are those of another launcher alone.
+    Raises InputError if only some of the variables are set, or only those of another launcher.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
@@ -64,22 +64,22 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int | None = None  # among those on this machine: which GPU; None if nobody launched it
-    store: Any = None  # where the processes leave each other messages; None if nobody launched them
+    local_rank: int | None = None  # rank on this machine, which is the number of its GPU; None without a launcher
+    store: Any = None  # key-value store that the processes share; None without a launcher
 
     @classmethod
     def join(cls, at_exit: ExitStack) -> "World":
-        """The world that the environment describes. What others than the main process print is not shown."""
+        """The world that the environment variables describe. Only the main process prints to stdout."""
         if not is_launched():
             return cls()
         import torch.distributed as dist
 
         os.environ.setdefault("MASTER_PORT", "29500")
-        # NCCL for what lies on GPUs, gloo for what the processes agree on meanwhile.
+        # NCCL for tensors on GPUs, gloo for what the processes agree on through the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-            # torchrun starts lost processes again with the same store, in which the addresses of dead ones still stand.
+            # torchrun restarts lost processes with the same store, which still holds the addresses of the dead ones.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
@@ -96,16 +96,16 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     @property
     def launched(self) -> bool:
-        """Whether it was started as one of several (of which there may be one)."""
+        """Whether a launcher started this process (perhaps as the only one)."""
         return self.store is not None
 
     def share_of(self, sequences: int) -> int:
-        """How many of a step's sequences are this process's. Raises InputError if they cannot be shared evenly."""
+        """How many of a step's sequences this process takes. Raises InputError if they cannot be shared evenly."""
         if sequences % self.size:
             raise InputError(
                 f"batch_size x grad_accum is {sequences} sequences per step, which {self.size} processes cannot share evenly: "
@@ -135,7 +135,7 @@ class World:
         return total
 
     def max(self, number: int) -> int:
-        """The largest of the processes' numbers. They meet on the CPU: no device is waited for."""
+        """The maximum over the processes, found through the CPU without synchronising with a device."""
         if self.size == 1:
             return number
         import torch.distributed as dist
@@ -145,11 +145,11 @@ class World:
         return int(largest)
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have made this call."""
         self.max(0)
 
     def gather(self, value: object) -> list:
-        """The processes' values, by rank, in the main process; elsewhere an empty list."""
+        """The values of all processes, by rank, in the main process; an empty list in the others."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -176,7 +176,7 @@ class World:
                     )
 
     def main_first(self, what: str, work: Callable[[], Any]) -> Any:
-        """work() in the main process, then in the others, which find done what it left on the disk; however long it takes."""
+        """Call work() in the main process, then in the others, which find its results on the disk; it may take days."""
         if not self.launched:
             return work()
         if not self.main:
@@ -187,12 +187,12 @@ class World:
         return done
 
     def first_to_speak(self) -> bool:
-        """Whether no process has ended with a message yet: what comes after the first one only follows from it."""
+        """Whether no process has printed an error yet: later errors are consequences of the first one."""
         import torch.distributed as dist
 
         try:
             return not self.launched or self.store.add("messages", 1) == 1
-        except dist.DistError:  # the process that kept the store is gone, and has spoken
+        except dist.DistError:  # the process that kept the store has ended, with a message
             return False
 
 
@@ -200,14 +200,14 @@ ALONE = World()
 
 
 def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World, compiled: bool) -> None:
-    """Split the weights, and with them gradients and optimiser states, over the processes (FSDP2): each block, then the rest.
+    """Split weights, gradients and optimiser states over the processes (FSDP2): each block, then the rest.
 
-    dtype: of matrix products. compiled: whether to compile what a block computes. A graph of the whole model would break
-    before and after each block, where FSDP gathers its weights; those of the blocks are one and the same. Raises
-    InputError for float16, whose gradient scale is not sharded.
+    dtype: the compute dtype. compiled: whether to compile the blocks. A graph of the whole model would break before and after
+    each block, where FSDP gathers its weights; all blocks share one graph. Raises InputError for float16, whose gradient
+    scale is not sharded.
     """
     if dtype == torch.float16:
-        raise InputError("--shard --dtype float16: the gradient scale is not sharded; take bfloat16 or float32")
+        raise InputError("--shard --dtype float16: the gradient scale is not sharded; use bfloat16 or float32")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -227,7 +227,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def set_gradient_sync(trained: nn.Module, model: GPT, on: bool) -> None:
-    """Say whether the next backward pass ends with the mean of the gradients over the processes, or only adds its own."""
+    """Set whether the next backward pass averages the gradients over the processes, or only accumulates its own."""
     if isinstance(trained, nn.parallel.DistributedDataParallel):
         trained.require_backward_grad_sync = on
     else:
@@ -235,7 +235,7 @@ def set_gradient_sync(trained: nn.Module, model: GPT, on: bool) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a process failed because it could not reach another one. NCCL has an exception for it, gloo only words."""
+    """Whether a process failed because it could not reach another one. NCCL raises DistError, gloo only has messages."""
     import torch.distributed as dist
 
     signs = (

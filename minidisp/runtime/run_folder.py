@@ -24,7 +24,7 @@ from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
 from minidisp.template import FILE as TEMPLATE
 
-# What lies in a run folder beside config.json and checkpoints.
+# The files of a run folder beside config.json and checkpoints.
 FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
 OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", TEMPLATE, *FIGURES)
 OWN_FOLDERS = ("figures", "tensorboard", "wandb")
@@ -110,16 +110,18 @@ class RunFolder:
 
         Returns the step of the last evaluation that is kept, if any; the same in all processes.
         """
-        self._config = config  # as the data and --init-from have completed it
+        self._config = config  # completed by the data and --init-from
         environment = describe_environment(dataset, device, self._world.size)
-        self._world.barrier()  # all have read what they need: from here on, files change
+        self._world.barrier()  # all processes have read what they need: from here on, files change
         last_eval = None
         if self._world.main:
             if not config.resume:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._open_metrics()
-                refuse_occupied(self.path, config)  # once more, now that nobody else can begin a run there
-            self._open_loggers(config, saved_step, outside=True)  # which may fail: before anything is lost
+                refuse_occupied(self.path, config)  # again, now that the folder is locked
+            self._open_loggers(
+                config, saved_step, outside=True
+            )  # this may fail, so it comes before anything is removed
             files.remove_unfinished(self.path)
             if config.resume:
                 self._logged, last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
@@ -229,10 +231,10 @@ def remove_run(run: Path, metrics: BinaryIO, but: str) -> None:
 
 
 def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
-    """The settings that differ from a checkpoint's and change the course of training, each in words.
+    """The settings that differ from the checkpoint's and affect training, each in words.
 
-    Raises InputError naming the first that must not differ: the architecture, the data, the tokenizer, the teacher, the
-    seed, the optimiser, and the sequences per step, which decide what has been seen.
+    Raises InputError naming the first one that must not differ: the architecture, the data, the tokenizer, the teacher, the
+    seed, the optimiser, and the sequences per step, which determine the position in the data.
     """
     try:
         saved = from_dict(state["config"])
@@ -245,7 +247,7 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
     if saved.batch_size * saved.grad_accum != config.batch_size * config.grad_accum:
         raise InputError(
             f"--resume: batch_size x grad_accum is {saved.batch_size} x {saved.grad_accum} in {path}, but "
-            f"{config.batch_size} x {config.grad_accum} is asked for; keep the product, which decides what has been seen"
+            f"{config.batch_size} x {config.grad_accum} is asked for; keep the product, which determines the position in the data"
         )
     if state["step"] > config.max_steps:
         raise InputError(
