@@ -3,8 +3,11 @@
 A reader yields documents, and a BadRow in the place of what cannot be used: whoever reads decides what becomes of it.
 """
 
+import csv
 import functools
+import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -22,7 +25,8 @@ BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of abo
 MAX_ROW_BYTES, MAX_ROW_VALUES = 1 << 26, 2_000_000
 MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a column of Parquet that is larger and was compressed by more is no text
 KINDS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"
+    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet",
 }  # fmt: skip
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = f"only {' '.join(KINDS)} files are read, also as .gz and .zst"
@@ -222,6 +226,64 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
         yield damaged(file, f"row {number}")
 
 
+def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
+    """One document per row of a table whose first row names the columns, separated by commas, semicolons or tabs."""
+    number, taken, values, line, delimiter = 0, 0, 0, "", ""
+    csv.field_size_limit(MAX_ROW_BYTES)
+
+    def lines(text: TextIO) -> Iterator[str]:
+        """The lines of a row, as many as it has, and those of the next when the reader has taken it."""
+        nonlocal taken, values, line
+        while line := text.readline(MAX_ROW_BYTES):
+            taken, values = taken + len(line), values + line.count(delimiter or ",")
+            if taken >= MAX_ROW_BYTES or values > MAX_ROW_VALUES:
+                fault = f"more than {MAX_ROW_BYTES:,} characters or {MAX_ROW_VALUES:,} columns; is a quote not closed?"
+                raise BadRow("too long", f"{file.name}, row {number + 1}: {fault}")
+            yield line
+
+    try:
+        with (
+            file.unpacked() as unpacked,
+            io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text,
+        ):
+            first = next(lines(text), "")
+            delimiter = max(",;\t", key=first.count)
+            rows = csv.reader(itertools.chain([first], lines(text)), delimiter=delimiter, strict=True)
+            names = None
+            while True:
+                taken = values = 0
+                where = f"{file.name}, row {number + 1}"
+                try:
+                    found = next(rows, None)
+                except csv.Error as error:
+                    number += 1
+                    yield BadRow("not CSV", f"{where}: not CSV ({error})")
+                    continue
+                if found is None or (file.has_grown and not line.endswith(("\n", "\r"))):
+                    return  # the end, or a last row that is still being written
+                if names is None:
+                    names = found
+                elif found:  # else a blank line
+                    number += 1
+                    if not all(map(_is_utf8, found)):
+                        yield BadRow("not UTF-8", f"{where}: not UTF-8 text")
+                    elif len(found) == len(names):
+                        yield row(dict(zip(names, found, strict=True)), field, "--field", where)
+                    else:
+                        yield BadRow(
+                            "not CSV", f"{where}: {len(found):,} columns, not {len(names):,} as in the first row"
+                        )
+    except BadRow as bad:
+        yield bad
+    except DAMAGE:
+        yield damaged(file, f"row {number}")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text that was decoded with "surrogateescape" has no bytes that are not UTF-8."""
+    return text.isascii() or not re.search("[\udc80-\udcff]", text)
+
+
 def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     """One document per row of a Parquet file."""
     try:
@@ -269,7 +331,7 @@ def _bomb(metadata: "pyarrow.parquet.FileMetaData", names: list[str]) -> str:  #
     return ""
 
 
-READERS = {"text": text_rows, "jsonl": jsonl_rows, "json": json_rows, "parquet": parquet_rows}
+READERS = {"text": text_rows, "jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 
 
 # --- all together -----------------------------------------------------------------------------------------------------
@@ -322,7 +384,11 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
         if pattern == "-":
             inputs.append(StandardInput(folder, kind or "text"))
             continue
-        why_not = "it is empty"
+        why_not, outside = "it is empty", 0
+        root = Path(pattern)
+        while not os.path.isdir(pattern) and glob.has_magic(os.fspath(root)):
+            root = root.parent
+        root = os.path.join(os.path.realpath(root), "")
         for path in matches(pattern):
             name, file_kind = printable(path), kind or kind_of(path)
             if not os.path.isfile(path):
@@ -336,6 +402,7 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                 if file_id not in read_as:
                     read_as[file_id] = name
                     inputs.append(Input(path, file_kind))
+                    outside += path != pattern and not os.path.realpath(path).startswith(root)
                 elif read_as[file_id] != name:
                     left_out.setdefault("the same file as another", []).append(f"{name} ({read_as[file_id]})")
                 continue
@@ -345,6 +412,8 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                 raise InputError(f"{name}: {ENDINGS}; see --format")
             left_out.setdefault(reason, []).append(name)
             why_not = why_not and f"{name} is {reason}"
+        if outside:
+            say(f"links lead out of {printable(pattern)}: {outside:,} of its files are elsewhere, and are read")
         if why_not:
             raise InputError(
                 f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"

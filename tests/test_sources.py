@@ -1,5 +1,6 @@
 """Text as people have it: files of every kind, folders, links, pipes, bad rows, inputs that change, names of all sorts."""
 
+import csv
 import errno
 import gzip
 import hashlib
@@ -64,6 +65,74 @@ def pack(content: bytes, ending: str) -> bytes:
         half = len(content) // 2  # two frames, as from cat a.zst b.zst
         return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
     return gzip.compress(content) if ending == ".gz" else content
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize(("name", "dialect"), [
+    ("a.csv", {}), ("a.csv", {"delimiter": ";", "quoting": csv.QUOTE_ALL}), ("a.tsv", {"delimiter": "\t"}),
+    ("a.CSV", {"lineterminator": "\n"}),
+])  # fmt: skip
+def test_tables(run, name, dialect, ending):
+    texts = [f'{text}, "quoted";\n\ttext {i}' for i, text in enumerate(make_texts(120))]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, **dialect)
+    writer.writerows([["id", "body", "note"], *([i, text, None] for i, text in enumerate(texts))])
+    content = b"\xef\xbb\xbf" + table.getvalue().encode()
+    Path(name + ending).write_bytes(pack(content, ending))
+    argv = ["--input", name + ending, *BYTES]
+    refused(run(*argv), f"{name}{ending}, row 1: no field 'text' but id, body, note; see --field")
+    assert run(*argv, "--field", "body")[0] == 0
+    assert all_documents_of(Path("out")) == sorted(texts)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "message"),
+    [
+        (b"1,2,3\n", "not CSV", "row 41: 3 columns, not 2 as in the first row"),
+        (b'"a"b,1\n', "not CSV", "row 41: not CSV"),
+        (b'x,"never closed\n' + b"a,b\n" * 3000, "too long", "row 41: more than 9,000 characters"),
+        (b"," * 4000 + b"\n", "too long", "or 3,000 columns"),
+        (b"caf\xe9,1\n", "not UTF-8", "row 41: not UTF-8 text"),
+    ],
+)
+def test_bad_rows_of_a_table(run, monkeypatch, bad, reason, message):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 9000)
+    monkeypatch.setattr(sources, "MAX_ROW_VALUES", 3000)
+    texts = [f"text {i}" for i in range(150)]
+    rows = [f"{text},{i}\n".encode() for i, text in enumerate(texts)]
+    Path("a.csv").write_bytes(b"".join([b"text,id\n", *rows[:40], bad, b"\n", *rows[40:]]))
+    refused(run("--input", "a.csv", *BYTES), "a.csv", message)
+    whole = reason != "too long"  # after the others, nobody can tell where a row begins
+    code, table, err = run("--input", "a.csv", *BYTES, "--bad-rows", "skip", *([] if whole else ["--one-document"]))
+    assert code == 0, err
+    assert table.endswith(f"left out: 1 {reason}\n")
+    if whole:
+        assert all_documents_of(Path("out")) == sorted(texts)
+
+
+def test_a_table_that_is_still_being_written(run):
+    rows = "text,id\n" + "".join(f"text {i},{i}\n" for i in range(150))
+    Path("a.csv").write_text(rows + "text 150,1")
+    source = sources.input_files(["a.csv"])
+    append("a.csv", b"50\n")
+    assert len([*source.documents()]) == 150
+
+
+def test_links_that_lead_out_of_a_folder_are_counted(run, tmp_path):
+    for name in ("in", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for i, text in enumerate(make_texts(100)):
+        Path("elsewhere" if i < 3 else "in", f"{i}.txt").write_bytes(text.encode())
+    Path("in/one.txt").symlink_to("../elsewhere/0.txt")
+    Path("in/more").symlink_to("../elsewhere")
+    Path("in/own.txt").symlink_to("7.txt")
+    for pattern in ("in", "in/**/*.txt"):
+        code, _, err = run("--input", pattern, *BYTES, "--overwrite")
+        assert code == 0
+        assert f"links lead out of {pattern}: 3 of its files are elsewhere, and are read" in err
+    Path("in/more").unlink()
+    Path("in/one.txt").unlink()
+    assert "links lead out" not in run("--input", "in", *BYTES, "--overwrite")[2]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
