@@ -37,6 +37,7 @@ from minidisp import InputError, hf, printable, read_bytes, report
 from minidisp.comparison import Comparison, Run, short_names
 from minidisp.config import Config, parse_corpora, read_json, to_dict
 from minidisp.data import Corpora, Dataset
+from minidisp.hf.other import OtherModel, is_other, load_other
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
@@ -88,7 +89,7 @@ class Subject(NamedTuple):
     """What is evaluated: a model, and what is known of its training."""
 
     name: str
-    model: GPT  # in eval mode, on the device
+    model: GPT | OtherModel  # in eval mode, on the device
     tokenizer: object
     config: dict | None  # settings of its training
     metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if only_curves(args):
         return draw_curves(args)
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
+    refuse_other(subjects, args)
     if args.sampling or args.texts or args.chat or any(row.answered for row in completions):
         refuse_broken(subjects)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -350,8 +352,8 @@ def _add_flags(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a GPT-2, Qwen3 or Apertus model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may "
-        "be repeated",
+        help="a causal language model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may be "
+        "repeated. Families other than GPT-2, Qwen3 and Apertus need transformers, and are measured on held-out text only",
     )
     what.add_argument(
         "--block-size",
@@ -512,7 +514,10 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
             Subject(name, model, vocabulary, _recipe(config), lines, _data_hash(metrics.parent), metrics.parent)
         )
     for folder, name in zip(folders, names[len(runs) :], strict=True):
-        subjects.append(Subject(name, *hf.load(folder, device, block_size), None, []))
+        if is_other(folder):
+            subjects.append(Subject(name, load_other(folder, device, block_size), hf.load_tokenizer(folder), None, []))
+        else:
+            subjects.append(Subject(name, *hf.load(folder, device, block_size), None, []))
     return subjects
 
 
@@ -540,6 +545,17 @@ def _data_hash(run: Path) -> str | None:
     environment = read_json(path).get("environment") if path.is_file() else None
     found = environment.get("data_hash") if isinstance(environment, dict) else None
     return found if isinstance(found, str) else None
+
+
+def refuse_other(subjects: list[Subject], args: argparse.Namespace) -> None:
+    """Raise InputError if something but held-out text is asked for of a model that is computed by transformers."""
+    flags = ("minimal_pairs", "choices", "completions", "chat", "sample", "prompts", "texts")
+    asked = next((flag for flag in flags if getattr(args, flag) not in (None, False, 0)), None)
+    other = next((s.name for s in subjects if isinstance(s.model, OtherModel)), None)
+    if asked and other:
+        raise InputError(
+            f"{other} is computed by transformers, for held-out text only: leave out --{asked.replace('_', '-')}"
+        )
 
 
 def refuse_broken(subjects: list[Subject]) -> None:

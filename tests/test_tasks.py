@@ -491,6 +491,48 @@ def test_a_tokenizer_that_loses_text_is_refused(corpus):
     assert len(Text.read(Dataset(corpus), "val", 0).tokens)
 
 
+# Models of other families
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_other_families_through_transformers(bpe_run, bpe_corpus, tmp_path, capsys, family):
+    """Loss and condensation on held-out text equal a loop over transformers' own outputs; tasks are refused."""
+    transformers = pytest.importorskip("transformers")
+    from minidisp.data import Dataset
+    from minidisp.metrics import Condensation
+
+    folder = tmp_path / family
+    hf.export(bpe_run, folder)
+    vocabulary = hf.load_tokenizer(folder)
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=vocabulary.vocab_size, max_position_embeddings=32, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    (score,) = evaluation.main(["--hf", str(folder), "--data", str(bpe_corpus), "--tokens", "200", "--stride", "32"])
+    tokens = Dataset(bpe_corpus).split("val").slice(0, score["tokens"])
+    stream, nats, condensation = torch.tensor([[vocabulary.eos_id, *tokens]]), 0.0, Condensation()
+    with torch.no_grad():
+        for window in tasks.strided_windows(len(tokens), 32, 32):
+            logits = model(stream[:, window.context_start : window.stop]).logits[0].double()
+            new = slice(window.start - window.context_start, None)
+            targets = stream[0, window.start + 1 : window.stop + 1]
+            nats += torch.nn.functional.cross_entropy(logits[new], targets, reduction="sum").item()
+        starts = np.linspace(0, len(tokens) - 32, len(tokens) // 32).astype(int)
+        rows = torch.tensor(np.stack([tokens[start : start + 32] for start in starts]))
+        condensation.update(model(rows, output_hidden_states=True).hidden_states)
+    assert score["loss"] == pytest.approx(nats / len(tokens), rel=1e-5)
+    want = condensation.result()["mean_cosine_by_layer"]
+    assert len(want) == 4
+    assert score["condensation"]["mean_cosine_by_layer"] == pytest.approx(want, abs=1e-5)
+    assert evaluation.cli(["--hf", str(folder), "--split", "none", "--sample", "x"]) == 2
+    assert "for held-out text only: leave out --sample" in capsys.readouterr().err
+
+
 # lm-evaluation-harness, where it is installed: pip install "minidisp[lm-eval]", with a clone in the working directory
 
 

@@ -11,6 +11,7 @@ tokenizer_config.json.
     families.py    what each family of transformers can store: config.json, names and shapes of tensors
     reference.py   an independent implementation of the families, which every export is compared with
     importer.py    from a folder; exporter.py: to a folder; gguf.py: to a GGUF file; command.py: the command
+    other.py       models of other families, computed by transformers, for evaluation
 """
 
 from minidisp.hf.command import main

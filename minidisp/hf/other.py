@@ -1,0 +1,87 @@
+"""Causal language models of other families, computed by transformers, for evaluation on held-out text."""
+
+import types
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidisp import InputError
+from minidisp.config import read_json
+from minidisp.hf.families import FAMILIES
+from minidisp.hf.importer import find_folder
+from minidisp.model import Output
+
+
+def is_other(source: str | Path) -> bool:
+    """Whether the model in a Hugging Face folder, or of a hub name, is of a family that minidisp's own model is not."""
+    path = find_folder(source) / "config.json"
+    return path.is_file() and str(read_json(path).get("model_type")) not in FAMILIES
+
+
+class OtherModel(nn.Module):
+    """A model of transformers with what evaluation asks of a GPT: config.block_size, losses and hidden states."""
+
+    def __init__(self, model: nn.Module, block_size: int):
+        super().__init__()
+        self.model = model
+        self.config = types.SimpleNamespace(block_size=block_size)
+
+    @property
+    def wte(self) -> nn.Module:
+        """The token embeddings."""
+        return self.model.get_input_embeddings()
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_hidden_states: bool = False,
+        loss_reduction: str = "none",
+    ) -> Output:
+        """See GPT.forward; the loss is that of every token."""
+        out = self.model(idx, output_hidden_states=return_hidden_states, use_cache=False)
+        loss = None
+        if targets is not None:
+            loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            loss = loss.view_as(targets)
+        return Output(out.logits if targets is None else None, loss, out.hidden_states)
+
+
+def load_other(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> OtherModel:
+    """A causal language model in eval mode and float32, from safetensors, without running code of the folder.
+
+    block_size: context in tokens; 0 = its own. Raises InputError where transformers is missing or cannot load it.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / "config.json")
+    kind = f"{folder}: its model_type is {config.get('model_type')!a:.60}"
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            f"{kind}, which minidisp reads with the package transformers only: pip install transformers, or give one of "
+            f"{', '.join(FAMILIES)}"
+        ) from None
+    if "auto_map" in config:
+        raise InputError(f"{kind}, which needs code of the folder, and that is not run")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # it raises whatever its parts raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{kind}, and transformers cannot load it: {reason[:200]}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    own = getattr(model.config, "max_position_embeddings", None)
+    if block_size and own and block_size > own:
+        raise InputError(f"{folder} has a context of {own} tokens: lower --block-size {block_size} to it")
+    if not (block_size or own):
+        raise InputError(f"{kind}, and its config.json names no context: give --block-size")
+    return OtherModel(model.to(device).eval(), block_size or own)
