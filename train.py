@@ -38,10 +38,10 @@ from minidisp.optim import Average, build_optimizers, learning_rate, step_where
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.command import catch_signals, leave, run_command, stop
 from minidisp.runtime.device import compiles, describe_use, fetched, get_rng_state, set_rng_state, set_up, to_device
-from minidisp.runtime.guard import Diverged, Guard, first_bad_tensor, half_of, is_finite, refuse_too_large
+from minidisp.runtime.guard import Diverged, Guard, Interval, first_bad_tensor, half_of, is_finite, refuse_too_large
 from minidisp.runtime.init_from import architecture_of, start_from
 from minidisp.runtime.processes import ALONE, World, data_parallel, set_gradient_sync, shard
-from minidisp.runtime.run_folder import RunFolder
+from minidisp.runtime.run_folder import RunFolder, changed_dropout
 from minidisp.validation import Validation
 
 
@@ -132,6 +132,7 @@ class Trainer:
         self.saved_step: int | None = None  # of the newest checkpoint
         self.micro_batch = config.batch_size  # sequences at a time: fewer where the memory does not suffice
         self.guard = Guard(device, float16=self.scaler.is_enabled())
+        self.interval = Interval(device)
         if not world.main:  # each has dropout of its own; the main one goes on with what the initialisation left
             torch.manual_seed(derived_seed(config.seed, RANK, world.rank, state["step"] if state else 0))
         if state:
@@ -140,9 +141,9 @@ class Trainer:
 
     def introduce(self) -> None:
         """The first lines of a run: what is in use."""
-        where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world, self.dataset)
-        size, terms = self.model.num_params(), self.objective.terms
-        print(report.introduction(self.config, self.dataset, size, terms, where, self.step, self.changed), flush=True)
+        config, size, terms = self.config, self.model.num_params(), self.objective.terms
+        where = describe_use(config, self.device, self.dtype, self.compiled, self.world, self.dataset)
+        print(report.introduction(config, self.dataset, size, terms, where, self.step, self.changed), flush=True)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -166,13 +167,13 @@ class Trainer:
             evaluating = last or self.step % config.eval_every == 0
             stop_signal = world.max(max(signals, default=0))
             save_due = save_due or last or self.step % config.save_every == 0 or stop_signal > 0
-            if logging or evaluating or save_due or self.device.type == "cpu":  # to look is to wait for other devices
+            if logging or evaluating or save_due or self.device.type == "cpu":  # elsewhere this waits for the device
                 self.guard.fetch(self.step)
+                progress.estimate(self.device)
             if logging:
                 self.log(values)
             if self.guard.hopeless(self.step):
-                skipped = f"{self.guard.total} of {self.step} steps"
-                raise self.diverged(f"{skipped} had a loss or a gradient that is not finite")
+                raise self.diverged(f"{self.guard.total} of {self.step} steps had a NaN or Inf loss or gradient")
             if evaluating:
                 with progress.paused():
                     self.evaluate()
@@ -189,8 +190,7 @@ class Trainer:
 
     def take_step(self, logging: bool) -> dict[str, Tensor | float]:
         """One optimiser step; returns what metrics.jsonl gets of it."""
-        config, step = self.config, self.step
-        lr = learning_rate(step, config)
+        config, step, lr = self.config, self.step, learning_rate(self.step, self.config)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if forgets_before(step, config):
@@ -201,10 +201,10 @@ class Trainer:
                 values = self.forward_backward(logging)
                 break
             except (RuntimeError, MemoryError) as error:  # out of memory: once more, with fewer sequences at a time
-                self.micro_batch = half_of(self.micro_batch, error, f"step {step + 1}", self.world)
+                self.micro_batch = half_of(self.micro_batch, error, f"step {step + 1}", self.world, config.dropout)
                 self.model.zero_grad(set_to_none=True)
                 set_rng_state(self.rng, self.device)
-        grad_norm = self.update(values["loss"])
+        grad_norm = self.update(values)
         if self.average:
             self.average.update(step + 1)
         self.step += 1
@@ -240,8 +240,7 @@ class Trainer:
     def forward_backward(self, logging: bool) -> dict[str, Tensor]:
         """Add up the gradients of the step's sequences; returns the means of what is logged, as tensors.
 
-        Each process takes its share. A term is a mean over sequences, so its mean over the processes is what a single one
-        would compute. It is taken once per step, of the gradients and of what is logged.
+        A term is a mean over sequences, so its mean over the processes is what a single process would compute.
         """
         means = defaultdict(float)
         batches = self.micro_batches(self.step, self.world)
@@ -261,30 +260,31 @@ class Trainer:
                 means[name] += value.detach() / batch.parts
         return self.world.mean(means)
 
-    def update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients and let the optimisers step, unless something is not finite; returns the norm before clipping."""
+    def update(self, values: dict[str, Tensor]) -> Tensor:
+        """Clip the gradients and let the optimisers step, unless one is NaN or Inf; returns the norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        # With max_norm infinite nothing is clipped, and the norm is still measured.
+        # With an infinite max_norm nothing is clipped, but the norm is measured.
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         if self.sharded:
             grad_norm = grad_norm.full_tensor()
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        finite = torch.isfinite(values["loss"]) & torch.isfinite(grad_norm)
         step_where(finite, self.optimizers)
         self.model.zero_grad(set_to_none=True)
         self.scaler.update()
         self.guard.count(finite, self.step)
+        self.interval.add(finite, values["ce"], grad_norm)
         return grad_norm
 
     def log(self, values: dict) -> None:
-        """A line of metrics.jsonl, and what is seen of it."""
-        values = fetched({**values, "skipped": self.guard.total})
+        """Write a line of metrics.jsonl and show the loss and the speed."""
         tokens_per_step = self.config.tokens_per_step
+        values = fetched({**values, **self.interval.take(), "skipped": self.guard.total})
         speed = self.progress.steps_per_second() * tokens_per_step
         times = {"tokens_per_second": speed, "seconds": self.progress.seconds}
         values |= shares(self.dataset.weights, (self.step - 1) * self.sequences, self.sequences)
         self.run.log({"step": self.step, "tokens": self.step * tokens_per_step, **values, **times})
-        self.progress.show(values["ce"], speed, self.guard.total)
+        self.progress.show(values["ce_mean"], speed, self.guard.total)
 
     # --- evaluation, checkpoint, end ----------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Trainer:
             self.run.save_weights(checkpoint.BEST, self.weights(), self.step, val_loss=self.best_val_loss)
 
     def is_good(self) -> bool:
-        """Whether the weights may replace the last checkpoint: the last update counted, and all is finite."""
+        """Whether the weights may replace the last checkpoint: the last update counted, and nothing is NaN or Inf."""
         if self.guard.in_a_row and self.saved_step is not None and self.step < self.config.max_steps:
             return False
         if self.step == self.last_eval:
@@ -314,7 +314,7 @@ class Trainer:
         return not self.world.max(not good)
 
     def state(self) -> dict:
-        """All that a run goes on from; load_state takes it back. Every process calls both, and each has its random numbers."""
+        """All that --resume needs; load_state takes it back. Every process calls both and has its own random numbers."""
         rngs = self.world.gather(get_rng_state(self.device))
         return {
             "model": self.weights(),
@@ -326,6 +326,7 @@ class Trainer:
             "tokenizer_hash": self.dataset.tokenizer.hash,
             "micro_batch": self.micro_batch,
             "skipped": self.guard.state(),
+            "interval": self.interval.state(),
             "teacher_hash": self.teacher.hash if self.teacher else None,
             "step": self.step,
             "seconds": self.progress.seconds,
@@ -335,11 +336,12 @@ class Trainer:
         }
 
     def load_state(self, state: dict, path: Path) -> None:
-        """Go on from what state() returned, read from path; the weights are there already."""
+        """Restore what state() returned, read from path; the weights are loaded already."""
         with checkpoint.reading(path):
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
             checkpoint.load_scaler(self.scaler, state["scaler"])
             self.guard.load_state(state["skipped"])
+            self.interval.load_state(state.get("interval", self.interval.state()))  # older checkpoints have none
             if self.average:
                 checkpoint.load_tensors(self.average.weights, state["average"])
             self.step = self.saved_step = state["step"]
@@ -347,10 +349,9 @@ class Trainer:
             if state["config"].get("batch_size") == self.config.batch_size >= state["micro_batch"] > 0:
                 self.micro_batch = state["micro_batch"]
             rngs = [state["rng"], *state.get("rng_of_others", [])]
-            if self.world.rank < len(rngs):  # else there were fewer processes than now: this one's numbers begin here
+            if self.world.rank < len(rngs):  # else there were fewer processes: this one's numbers begin here
                 set_rng_state(rngs[self.world.rank], self.device)
-        if self.config.dropout and len(rngs) != self.world.size:
-            self.changed.append(f"processes {self.world.size} instead of {len(rngs)} (each has its own dropout)")
+        self.changed += changed_dropout(state, self.config, self.micro_batch, self.world.size)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to be saved; if sharded, the parameters themselves: one used twice is gathered and written once."""
@@ -364,16 +365,16 @@ class Trainer:
         self.saved_step = self.step
 
     def diverged(self, what: str) -> Diverged:
-        """The error that ends a run whose numbers are not finite; the last bad step is taken again to name the culprit."""
+        """The error that ends a diverged run: the last skipped step is repeated to find the first tensor with NaN or Inf."""
         set_rng_state(self.rng, self.device)
-        step = self.guard.last_skipped
+        step = self.guard.last_skipped if self.guard.total else max(0, self.step - 1)
         batches = self.micro_batches(step, ALONE)
         forwards = ((1 / batch.parts, self.forward(self.model, batch, step)) for batch in batches)
         with self.autocast:
             culprit = first_bad_tensor(self.model, self.objective, forwards)
-        kept = f"{self.run.path / checkpoint.LAST} is good, step {self.saved_step}"
-        kept = "nothing was saved" if self.saved_step is None else kept
-        return Diverged(f"{what}: {culprit}; lower --lr or raise --warmup-steps; {kept}")
+        path, saved = self.run.path / checkpoint.LAST, self.saved_step
+        kept = "nothing was saved" if saved is None else f"{path} is good, step {saved}"
+        return Diverged(f"{what}: {culprit}; lower --lr (try {self.config.lr / 10:g}) or raise --warmup-steps; {kept}")
 
     def summarise(self) -> dict:
         """summary.json, the table and the figures of a finished run."""
@@ -385,7 +386,7 @@ class Trainer:
         title = f"{self.dataset.meta['name']}, {config.n_layer} x {config.n_embd}, dispersion {config.dispersion:g}"
         for figure in report.draw_run(report.read_metrics(path / "metrics.jsonl"), title, path / "figures"):
             print(f"figure  {figure}")
-        print(f'next    python eval.py {path} --sample "..."')
+        print(report.next_command(path, self.dataset.tokenizer.decode(self.validation.x[0].tolist())))
         return summary
 
 

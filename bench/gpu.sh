@@ -57,7 +57,7 @@ step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, sec
 
 sanitize=(compute-sanitizer --error-exitcode 1)
 kernels='regex:softmax_loss|measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
-train=("$python" train.py --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
+train=("$python" train.py --recipe gpt2 --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
 train+=(${tiny[@]+"${tiny[@]}"})
 
 step build 240 "$python" bench/gpu.py build ${dry[@]+"${dry[@]}"}

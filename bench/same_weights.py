@@ -21,7 +21,20 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ["--n-layer", "3", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4"]
+MODEL = [
+    "--recipe",
+    "gpt2",
+    "--n-layer",
+    "3",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "32",
+    "--block-size",
+    "64",
+    "--batch-size",
+    "4",
+]
 STEPS = [
     "--max-steps",
     "12",

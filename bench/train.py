@@ -266,7 +266,18 @@ def start_peak(name: str, model: str, folder: Path, args) -> subprocess.Popen:
 def first_step_s(config: Config, folder: Path, args) -> float:
     """From starting train.py to the first step in its metrics.jsonl."""
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, str(ROOT / "train.py"), "--data", str(folder), "--out", run, "--max-steps", "1000"]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--recipe",
+            "gpt2",
+            "--data",
+            str(folder),
+            "--out",
+            run,
+            "--max-steps",
+            "1000",
+        ]
         sizes = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
         command += command_line({name: getattr(config, name) for name in sizes})
         command += ["--compile", "off", "--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]

@@ -160,7 +160,7 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
     for seed in range(first, first + (args.seeds or scale["seeds"])):
         folders = {arm: out / f"{re.sub('[^a-z0-9.]+', '-', arm.lower()).strip('-')}-s{seed}" for arm in arms}
         for arm, changes in arms.items():
-            flags = {**scale["train"], **changes, "seed": seed, "out": folders[arm]}
+            flags = {"recipe": "gpt2", **scale["train"], **changes, "seed": seed, "out": folders[arm]}
             flags |= {key: value for key, value in (("data", args.data), ("threads", args.threads)) if value}
             line = command_line(
                 {field: folders[value] if isinstance(value, RunOf) else value for field, value in flags.items()}

@@ -6,6 +6,7 @@ A field declared with `flag(default, help)` is the flag of the same name in keba
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -20,12 +21,12 @@ from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.flags import MOST, flag, kebab, shown
 from minidisp.model import GPTConfig
 from minidisp.ops.dispersion import IMPLEMENTATIONS
-from minidisp.optim import OPTIMIZERS, SCHEDULES
+from minidisp.optim import OPTIMIZERS, SCHEDULES, weight_schedule
 from minidisp.runtime.cli import Parser
 
 MOST_CHARACTERS = 4096  # of a path
 MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture of corpora
-MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture
+MOST_BYTES = 200  # of the name of a run folder: file systems allow 255
 MOST_THREADS = 1024  # torch's thread pool ends the process when it cannot start them
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
@@ -43,9 +44,9 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
-# How to train, whatever the size: fields applied after the preset's and before the other flags. "gpt2" is what comparisons start
-# from; "fast" is what learned most per minute in runs of hundreds of steps (docs/speedrun.md); experiments/recipe.py adds
-# part to part.
+# How to train, whatever the size: fields applied after the preset's and before the other flags. "fast" gives the lowest loss per
+# unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons. A new run is fast unless its
+# command, its preset or the model that it starts from says otherwise; a saved configuration without a recipe means gpt2.
 RECIPES: dict[str, dict] = {
     "gpt2": {},
     "fast": {
@@ -71,9 +72,14 @@ class Config(GPTConfig):
     # run
     preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="silent")
     recipe: Literal[tuple(RECIPES)] = flag(
-        "gpt2", "how to train: gpt2: plain, the baseline; fast: learns more per minute"
+        "gpt2",
+        "how to train: fast: lowest loss per unit of time; gpt2: the paper's setting, the plain baseline (see below)",
     )
-    out: str = flag("", "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>", resume="silent")
+    out: str = flag(
+        "",
+        "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>, and what else is not at its default",
+        resume="silent",
+    )
     seed: int = flag(0, "seed of the initialisation, the data order and dropout", low=0, high=2**32 - 1)
     resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="silent")
     overwrite: bool = flag(False, "replace the run in --out", resume="silent")
@@ -95,6 +101,11 @@ class Config(GPTConfig):
     # dispersion
     dispersion: float = flag(
         0.0, "weight lambda of the dispersion loss; 0 = off, the paper uses 0.1", resume="reported"
+    )
+    dispersion_schedule: str = flag(
+        "constant",
+        "of the weight: constant; linear:F, down to 0 at the fraction F of the run; delayed:F, off until then",
+        resume="reported",
     )
     dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss", resume="reported")
     dispersion_layers: str = flag(
@@ -204,6 +215,10 @@ class Config(GPTConfig):
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min-lr {self.min_lr} is above --lr {self.lr}: change one of them")
+        if (
+            self.optimizer == "muon" and self.lr > 1e30
+        ):  # it multiplies the learning rate, which must stay within float32
+            raise InputError(f"--lr is {self.lr}, but must be at most 1e30 with --optimizer muon")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
         if 2 * self.active_forgetting > self.max_steps:
@@ -223,10 +238,18 @@ class Config(GPTConfig):
                     raise InputError(f"--{kebab(name)} does nothing without a teacher: add --distill RUN")
         if self.dispersion and self.dispersion_tokens == 1:
             raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
-        try:
-            select_layers(self.dispersion_layers, self.n_layer)
-        except ValueError as error:
-            raise InputError(f"--dispersion-layers: {error}") from None
+        if self.dispersion and self.n_embd < 2 and self.dispersion_variant not in ("l2_repel", "perplexity_entropy"):
+            raise InputError(
+                f"--n-embd 1 has no angles for --dispersion-variant {self.dispersion_variant}: give at least 2"
+            )
+        for name, check in (
+            ("dispersion_layers", lambda: select_layers(self.dispersion_layers, self.n_layer)),
+            ("dispersion_schedule", lambda: weight_schedule(self.dispersion_schedule, self.max_steps)),
+        ):
+            try:
+                check()
+            except InputError as error:
+                raise InputError(f"--{kebab(name)}: {error}") from None
 
     @property
     def corpora(self) -> list[tuple[str, int]]:
@@ -239,9 +262,7 @@ class Config(GPTConfig):
 
     @property
     def run_dir(self) -> Path:
-        if self.out:
-            return Path(self.out)
-        return Path("runs") / f"{corpora_name(self.data)}-{self.preset}-d{self.dispersion:g}-s{self.seed}"
+        return Path(self.out) if self.out else default_run_dir(to_dict(self))
 
     @property
     def tokens_per_step(self) -> int:
@@ -290,7 +311,8 @@ def command_line(fields: dict) -> list[str]:
         if isinstance(value, bool):
             line.append(f"--{kebab(name)}" if value else f"--no-{kebab(name)}")
         else:
-            line += [f"--{kebab(name)}", *(value if isinstance(value, list | tuple) else [str(value)])]
+            words = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+            line += [f"--{kebab(name)}={words[0]}"] if words[0].startswith("-") else [f"--{kebab(name)}", *words]
     return line
 
 
@@ -338,8 +360,8 @@ def parse(
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
     begin_if_missing: if there is no run to resume, a new one begins.
-    architecture_of: of the model that --init-from names, and whether its context may be shorter. It is taken over; a flag
-    that says otherwise is refused.
+    architecture_of: returns the architecture of the model that --init-from names, and whether its context may be shorter. The
+    run takes it over; a flag that contradicts it is an error.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "init_from", "distill"} & given.keys():
@@ -347,69 +369,138 @@ def parse(
     if "data" in given:
         given["data"] = [os.path.expanduser(name) for name in given["data"]]
         given["data"] = given["data"] if len(given["data"]) > 1 else given["data"][0]
-    base = {}
     if given.get("resume") and given.get("init_from"):
-        raise InputError("--resume goes on with a run's own weights: leave out --init-from")
+        raise InputError("--resume continues from a run's own weights: leave out --init-from")
     if "config" in given:
         base = _read_saved(Path(given.pop("config")))
+        if given.get("resume"):
+            return _resumed(base, given)
     elif given.get("resume"):
-        # Only what names the run, and what contradicts --resume: the other flags make sense with the saved ones alone.
-        wanted = ("out", "data", "preset", "dispersion", "seed", "resume", "overwrite", "init_from")
-        run_dir = from_dict({name: given[name] for name in wanted if name in given}).run_dir
+        run_dir = _run_to_resume(given)
         if (run_dir / "config.json").exists():
-            base = {**_read_saved(run_dir / "config.json"), "out": str(run_dir)}
-        elif begin_if_missing:
-            given["resume"] = False
-        else:
+            return _resumed({**_read_saved(run_dir / "config.json"), "out": str(run_dir)}, given)
+        if not begin_if_missing:
             raise InputError(
                 f"--resume: there is no run in {run_dir} (it has no config.json); name its folder with --out, or leave --resume out"
             )
+        base, given["resume"] = {}, False
+    else:
+        base = {}
+    return _new_run(base, given, architecture_of)
+
+
+def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPTConfig, bool]] | None) -> Config:
+    """The Config of a run that begins: the saved settings `base`, if any, then preset, recipe and the flags that were given."""
+    _refuse_another_recipe(base, given)
+    start = given.get("init_from", base.get("init_from"))
+    source = architecture_of(start) if architecture_of and start else None
+    # A preset counts in all that presets set, and the recipe goes on top.
+    preset = {**_UNSIZED, **PRESETS[given.get("preset", Config.preset)]} if "preset" in given or not base else {}
+    typed_as = dict.fromkeys(preset if "preset" in given else (), "preset")
+    recipe = {}
+    if "recipe" in given:
+        recipe = RECIPES[given["recipe"]]
+        typed_as |= dict.fromkeys(recipe, "recipe")
+    elif not base or preset:
+        implied = (
+            base.get("recipe", "gpt2")
+            if base
+            else default_recipe(given.get("preset", Config.preset), source and source[0])
+        )
+        recipe = {**RECIPES[implied], "recipe": implied}
+    typed_as |= {name: name for name in given}
+    wanted = {**base, **preset, **recipe, **given}
+    return from_dict({**wanted, **(_taken_over(start, *source, wanted, typed_as) if source else {})})
+
+
+def _resumed(base: dict, given: dict) -> Config:
+    """The Config of a run that goes on: its saved settings, and the flags that were given; preset and recipe only name it."""
+    _refuse_another_recipe(base, given)
+    saved = base.get("preset", "tiny")
+    if given.get("preset", saved) != saved:
+        raise InputError(f"--resume: the run has the preset {saved}: leave out --preset {given['preset']}")
+    return from_dict({**base, **given})
+
+
+def _refuse_another_recipe(base: dict, given: dict) -> None:
     if base and given.get("recipe", base.get("recipe", "gpt2")) != base.get("recipe", "gpt2"):
         raise InputError(
             f"--recipe {given['recipe']} cannot replace the recipe of a saved run: give its flags anew, without its config"
         )
-    resuming = base and given.get("resume")
-    if resuming and given.get("preset", saved := base.get("preset", "tiny")) != saved:
-        raise InputError(f"--resume: the run has the preset {saved}: leave out --preset {given['preset']}")
-    # A preset that was typed counts in all that presets set, and the recipe goes on top. With --resume they only name the run.
-    preset = {**_UNSIZED, **PRESETS[given["preset"]]} if "preset" in given and not resuming else {}
-    recipe = given.get("recipe", base.get("recipe") if preset else None)
-    recipe = RECIPES[recipe] if recipe and not resuming else {}
-    typed = {**preset, **recipe, **given}
-    start = typed.get("init_from") or ("" if resuming else base.get("init_from"))
-    if architecture_of and start:
-        typed_as = {
-            **dict.fromkeys(preset, "preset"),
-            **dict.fromkeys(recipe, "recipe"),
-            **{name: name for name in given},
-        }
-        base = {**base, **_taken_over(start, *architecture_of(start), {**base, **typed}, typed_as)}
-    return from_dict({**base, **typed})
+
+
+def default_recipe(preset: str, source: GPTConfig | None = None) -> str:
+    """The recipe of a run whose command names none: fast, except for the sizes of published models, and for a model that starts
+    from weights of another architecture than fast's.
+    """
+    fast = RECIPES["fast"]
+    if source:
+        return "fast" if all(getattr(source, name) == fast[name] for name in ("arch", "mlp", "tied")) else "gpt2"
+    return "fast" if preset in ("tiny", "mini") else "gpt2"
+
+
+def _run_to_resume(given: dict) -> Path:
+    """The folder of the run that a command without --config resumes: the one whose name it would have begun with, or else, as
+    --resume may change some flags, the one without these.
+    """
+    if "out" in given or given.get("overwrite"):
+        return from_dict({name: given[name] for name in ("out", "resume", "overwrite") if name in given}).run_dir
+    may_change = {f.name for f in flags() if f.metadata["resume"] != "refused"} - {"data", "preset", "dispersion"}
+    folders = [default_run_dir(given), default_run_dir({k: v for k, v in given.items() if k not in may_change})]
+    return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+
+
+def default_run_dir(fields: dict) -> Path:
+    """runs/<data>-<preset>-d<dispersion>-s<seed>, and behind it the settings that differ from those of the preset and its recipe.
+
+    fields: settings by name; a missing one has the preset's and recipe's value. What changes nothing, or only when the run ends,
+    is left out.
+    """
+    preset = fields.get("preset", Config.preset)
+    recipe = fields.get("recipe", default_recipe(preset))
+    usual = {f.name: f.default for f in flags()} | PRESETS[preset] | RECIPES[recipe]
+    usual |= {"recipe": default_recipe(preset)}
+    named = ("data", "preset", "dispersion", "seed")
+    name = f"{corpora_name(fields.get('data', Config.data))}-{preset}-d{fields.get('dispersion', Config.dispersion):g}-s{fields.get('seed', Config.seed)}"
+    for field in flags():
+        value = fields.get(field.name, usual[field.name])
+        told = field.metadata["resume"] != "silent" or field.name in ("init_from", "distill")
+        if told and field.name not in (*named, "max_steps", "eval_tokens") and value != usual[field.name]:
+            name += f"-{field.name}_{Path(value).name if isinstance(value, str) else value}"
+    if len(name.encode()) > MOST_BYTES:
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path("runs") / name
 
 
 def _parser(prog: str) -> Parser:
-    """The flags of train.py, in groups."""
+    """The flags of train.py, in groups. The defaults shown are those of a run whose command names nothing."""
     parser = Parser(
         prog=prog,
         usage=f"python {prog} [--flag value ...]",
         description="Train a small language model, with or without the dispersion loss (arXiv 2602.00217).",
-        epilog="examples:  python train.py --dispersion 0.1\n"
-        "           python train.py --data shakespeare --n-layer 4 --n-embd 128 --n-head 4 --block-size 64\n"
-        "           python train.py --config runs/pystdlib-tiny-d0.1-s0/config.json --seed 1 --out runs/again",
+        epilog="examples:\n"
+        "  python train.py --dispersion 0.1\n"
+        "  python train.py --recipe gpt2 --seed 1\n"
+        "  python train.py --data shakespeare --n-layer 4 --n-embd 128 --n-head 4 --block-size 64\n"
+        "  python train.py --resume --out runs/NAME\n"
+        "  python train.py --config runs/NAME/config.json --seed 1 --out runs/again\n\n" + _tables(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         elsewhere={kebab(theirs): kebab(ours) for theirs, ours in ELSEWHERE.items()},
     )
     group_at = {first: group for group, first in GROUPS.items()}
+    usual = {"recipe": default_recipe(Config.preset)}
+    usual |= RECIPES[usual["recipe"]]
     for field in flags():
         if field.name in group_at:
             add = parser.add_argument_group(group_at[field.name]).add_argument
-        kind, default = field.type, "" if field.default in ("", None, False) else f" (default {field.default})"
+        kind, value = field.type, usual.get(field.name, field.default)
+        default = "" if value in ("", None, False) and value is field.default else f" (default {value})"
         options: dict = {"help": field.metadata["help"].replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-            default = " (default on)" if field.default else ""
+            default = " (default on)" if value else ""
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
@@ -420,8 +511,38 @@ def _parser(prog: str) -> Parser:
         options["help"] += default
         add(f"--{kebab(field.name)}", **options)
         if field.name == "out":
-            add("--config", metavar="FILE", help="start from a saved config.json; other flags win over it")
+            add("--config", metavar="FILE", help="start from a saved config.json; other flags override it")
     return parser
+
+
+def _tables() -> str:
+    """The presets and recipes, for the end of --help."""
+    headers = ("preset", "layers x width", "context", "tokens/step", "steps", "lr")
+    rows = []
+    for name, fields in PRESETS.items():
+        get = {**_UNSIZED, **fields, **RECIPES[default_recipe(name)]}.__getitem__
+        tokens = get("batch_size") * get("grad_accum") * get("block_size")
+        size = f"{get('n_layer')} x {get('n_embd')}"
+        rows.append((name, size, f"{get('block_size'):,}", f"{tokens:,}", f"{get('max_steps'):,}", f"{get('lr'):g}"))
+    lines = ["{:12s}  {:>14s}  {:>7s}  {:>11s}  {:>6s}  {:>6s}".format(*row) for row in (headers, *rows)]
+    recipes = [
+        f"{name:12s}  "
+        + (
+            ", ".join(f"{key} {value}" for key, value in fields.items())
+            or "the paper's setting: GPT-2 blocks, AdamW, cosine schedule, and lr and warm-up of the preset"
+        )
+        for name, fields in RECIPES.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "recipe",
+            *recipes,
+            "",
+            "tiny and mini use --recipe fast by default; the others, which are published models, --recipe gpt2.",
+        ]
+    )
 
 
 def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dict, typed_as: dict[str, str]) -> dict:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from minidisp import InputError
 
 MOST = 2**31 - 1  # the largest integer, unless a flag says otherwise
-LARGEST = 1e30  # the largest magnitude of a float, unless a flag says otherwise: products of a few stay within float32
+LARGEST = 1e38  # the largest magnitude of a float, unless a flag says otherwise: it fits into float32
 
 
 class Bounds(NamedTuple):

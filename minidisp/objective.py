@@ -13,6 +13,7 @@ from minidisp.config import Config
 from minidisp.countermeasures import Teacher
 from minidisp.dispersion import DispersionLoss
 from minidisp.model import GPT
+from minidisp.optim import weight_schedule
 
 
 class Forward(NamedTuple):
@@ -76,7 +77,9 @@ def build_objective(
     if config.dispersion:
         details = f"{config.dispersion_variant} ({config.dispersion_layers} layers), {how}"
         value = lambda forward: dispersion(forward.hidden_states, forward.step)  # noqa: E731
-        terms.append(Term("dispersion", config.dispersion, value, "dispersion loss", details))
+        schedule = weight_schedule(config.dispersion_schedule, config.max_steps)
+        details += f", weight {config.dispersion_schedule}" if schedule else ""
+        terms.append(Term("dispersion", config.dispersion, value, "dispersion loss", details, schedule))
     if teacher:
         details = f"distillation from {config.distill}, temperature {config.distill_temperature:g}"
 

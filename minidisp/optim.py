@@ -7,10 +7,12 @@ Config of a run, which is not named here, as its choices come from here.
 import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from minidisp import InputError
 
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
@@ -203,6 +205,43 @@ def learning_rate(step: int, config) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     return SCHEDULES[config.schedule](step, config)
+
+
+# --- the schedule of a term's weight ----------------------------------------------------------------------------------
+
+
+def linear_weight(progress: float, fraction: float) -> float:
+    """From 1 in a straight line to 0 at this fraction of the run."""
+    return max(0.0, 1 - progress / fraction)
+
+
+def delayed_weight(progress: float, fraction: float) -> float:
+    """0 until this fraction of the run, then 1."""
+    return float(progress >= fraction)
+
+
+# name: (share of the steps that are done, the fraction behind the colon) -> the factor on the weight
+WEIGHT_SCHEDULES = {"linear": linear_weight, "delayed": delayed_weight}
+
+
+def weight_schedule(schedule: str, max_steps: int) -> Callable[[int], float] | None:
+    """The factor on a term's weight, by optimiser step 0, 1, ..., for "constant" (None), "linear:0.5" or "delayed:0.5".
+
+    Raises InputError if the schedule is unknown, or its fraction is not in (0, 1].
+    """
+    if schedule == "constant":
+        return None
+    name, _, text = schedule.partition(":")
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if name not in WEIGHT_SCHEDULES or not 0 < fraction <= 1:
+        known = ", ".join(f"{known}:F" for known in WEIGHT_SCHEDULES)
+        raise InputError(
+            f"{schedule!a:.60} is no schedule: give constant, {known}, with F a fraction of the run in (0, 1]"
+        )
+    return lambda step: WEIGHT_SCHEDULES[name](step / max_steps, fraction)
 
 
 # --- a step that may be left out --------------------------------------------------------------------------------------

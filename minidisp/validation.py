@@ -13,11 +13,12 @@ from minidisp.loss import IGNORE
 from minidisp.metrics import Condensation, bits_per_byte, perplexity
 from minidisp.model import GPT
 from minidisp.optim import Average
+from minidisp.report.progress import watched
 from minidisp.runtime.device import to_device
 from minidisp.runtime.guard import half_of
 from minidisp.runtime.processes import World
 
-CONDENSATION_SEQUENCES = 100  # as in the paper; of up to 512 tokens
+CONDENSATION_SEQUENCES = 100  # as in the paper; of up to 512 tokens each
 
 
 class Validation:
@@ -80,7 +81,7 @@ class Validation:
         ]
         losses, condensation = [], Condensation()
         try:
-            for _, start, stop in batches:
+            for _, start, stop in watched(batches, "evaluation", hidden=not self.world.main):
                 x, y, segments = self._windows(start, stop)
                 _, loss, hidden_states = model(x, y, return_hidden_states=True, segments=segments)
                 losses.append(loss)
@@ -136,7 +137,7 @@ class Validation:
 
 
 def _leave(model: GPT, was_training: bool) -> None:
-    """Give a model its mode back, and split it again: if sharded, its root stays whole, for a backward pass that does not come."""
+    """Restore a model's mode. A sharded model is resharded: after a forward pass FSDP keeps its root gathered for the backward pass."""
     model.train(was_training)
     if hasattr(model, "reshard"):
         model.reshard()

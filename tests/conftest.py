@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
-    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
+    "recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
     "eval_every": 6, "eval_tokens": 512, "log_every": 1, "save_every": 6, "lr": 3e-3, "device": "cpu", "threads": 1,
 }  # fmt: skip
 

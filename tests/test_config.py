@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+import minidisp
+import train
 from minidisp import InputError
 from minidisp.config import PRESETS, RECIPES, Config, command_line, flags, from_dict, parse, read_json, to_dict
 from minidisp.flags import flag
+from minidisp.model import GPTConfig
 from minidisp.runtime.cli import exit_code
 
 
-def test_defaults_are_the_tiny_preset():
-    assert parse([]) == Config()
+def test_defaults_are_the_tiny_preset_and_the_fast_recipe():
+    assert parse([]) == from_dict({"recipe": "fast", **RECIPES["fast"]})
+    assert parse(["--recipe", "gpt2"]) == Config()
     assert parse([]).run_dir.as_posix() == "runs/pystdlib-tiny-d0-s0"
     assert parse(["--dispersion", "0.1", "--seed", "3", "--data", "a/b"]).run_dir.name == "b-tiny-d0.1-s3"
 
@@ -38,7 +43,7 @@ def test_config_survives_json(preset):
 
 def test_flags_win_over_presets_and_presets_over_a_file(tmp_path):
     file = tmp_path / "config.json"
-    saved = to_dict(parse(["--n-layer", "3", "--lr", "0.5", "--out", "somewhere"]))
+    saved = to_dict(parse(["--recipe", "gpt2", "--n-layer", "3", "--lr", "0.5", "--out", "somewhere"]))
     file.write_text(json.dumps({**saved, "environment": {"torch": "2"}}))
     config = parse(["--config", str(file), "--lr", "0.25"])
     assert (config.n_layer, config.lr, config.out) == (3, 0.25, "")
@@ -47,7 +52,7 @@ def test_flags_win_over_presets_and_presets_over_a_file(tmp_path):
 
 
 def test_a_recipe_wins_over_the_preset_and_flags_over_the_recipe(tmp_path):
-    assert parse(["--recipe", "gpt2"]) == parse([])
+    assert parse(["--recipe", "fast"]) == parse([])
     fast = parse(["--preset", "mini", "--recipe", "fast", "--schedule", "cosine"])
     assert (fast.n_embd, fast.lr, fast.schedule) == (384, RECIPES["fast"]["lr"], "cosine")
     file = tmp_path / "config.json"
@@ -89,7 +94,7 @@ def test_wrong_settings_are_named(values, expected):
         ("seed", "4294967296", "--seed is 4294967296, but must be at least 0 and at most 4294967295"),
         ("min-lr", "-1", "--min-lr is -1.0, but must be at least 0"),
         ("grad-clip", "inf", "--grad-clip is inf, but must be a finite number"),
-        ("dispersion", "1e31", "--dispersion is 1e\\+31, but must be at least -1e\\+30 and at most 1e\\+30"),
+        ("dispersion", "1e39", "--dispersion is 1e\\+39, but must be at least -1e\\+38 and at most 1e\\+38"),
     ],
 )
 def test_the_bounds_of_a_flag_are_beside_it(name, value, message):
@@ -172,3 +177,115 @@ def test_a_preset_that_was_typed_counts_in_all_that_presets_set(tmp_path):
         assert (resumed.n_layer, resumed.lr, resumed.arch) == (6, 0.5, "qwen3")
     with pytest.raises(InputError, match="preset mini: leave out --preset tiny"):
         parse(["--resume", "--out", str(run), "--preset", "tiny"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe", "optimizer", "lr"),
+    [
+        (["--preset", "mini"], "fast", "muon", 6e-3),
+        (["--preset", "gpt2"], "gpt2", "adamw", 6e-4),
+        (["--preset", "gpt2-xl"], "gpt2", "adamw", 2e-4),
+        (["--preset", "qwen3-0.6b"], "gpt2", "adamw", 3e-4),
+        (["--preset", "gpt2", "--recipe", "fast"], "fast", "muon", 6e-3),
+        (["--recipe", "gpt2", "--preset", "mini"], "gpt2", "adamw", 1e-3),
+        (["--optimizer", "adamw"], "fast", "adamw", 6e-3),
+    ],
+)
+def test_the_recipe_that_a_command_does_not_name(flags, recipe, optimizer, lr):
+    config = parse(flags)
+    assert (config.recipe, config.optimizer, config.lr) == (recipe, optimizer, lr)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recipe"),
+    [
+        ({}, "gpt2"),
+        ({"arch": "qwen3"}, "gpt2"),
+        ({"arch": "qwen3", "mlp": "relu2", "tied": False}, "fast"),
+        ({"arch": "qwen3", "mlp": "relu2", "tied": False, "zero_init": True}, "fast"),
+    ],
+)
+def test_the_model_that_a_run_starts_from_decides_its_recipe(architecture, recipe):
+    source = GPTConfig(**architecture, n_layer=2)
+    config = parse(["--init-from", "x"], architecture_of=lambda name: (source, False))
+    assert (config.recipe, config.optimizer) == (recipe, "muon" if recipe == "fast" else "adamw")
+    for name in ("arch", "mlp", "tied", "zero_init", "n_layer"):
+        assert getattr(config, name) == getattr(source, name)
+    typed = parse(["--init-from", "x", "--recipe", "gpt2"], architecture_of=lambda name: (source, False))
+    assert (typed.recipe, typed.optimizer, typed.mlp) == ("gpt2", "adamw", source.mlp)
+
+
+OLD_RUN = json.loads((Path(__file__).parent / "old_run.json").read_text())  # of the version before fast was the default
+
+
+def test_a_run_of_before_means_what_it_meant(corpus, tmp_path):
+    """Its config.json, trained again, gives the losses that it had then; also without the settings that there were not."""
+    (tmp_path / "config.json").write_text(json.dumps(OLD_RUN["config"]))
+    config = parse(["--config", str(tmp_path / "config.json"), "--data", str(corpus), "--out", str(tmp_path / "again")])
+    assert (config.recipe, config.arch, config.optimizer, config.lr) == ("gpt2", "gpt2", "adamw", 3e-3)
+    train.main(config)
+    lines = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["ce"] for line in lines if "ce" in line] == pytest.approx(OLD_RUN["ce"], abs=1e-5)
+    assert [line["val_loss"] for line in lines if "val_loss" in line] == pytest.approx(OLD_RUN["val_loss"], abs=1e-5)
+    older = {
+        name: value for name, value in OLD_RUN["config"].items() if name not in ("recipe", "zero_init", "embedding_lr")
+    }
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    line = ["--config", str(tmp_path / "config.json"), "--data", str(corpus), "--out", str(tmp_path / "again")]
+    assert parse(line) == config
+
+
+def test_the_folder_of_a_run_says_what_is_not_usual():
+    names = {
+        "": "pystdlib-tiny-d0-s0",
+        "--recipe fast --seed 2": "pystdlib-tiny-d0-s2",
+        "--recipe gpt2": "pystdlib-tiny-d0-s0-recipe_gpt2",
+        "--preset gpt2": "pystdlib-gpt2-d0-s0",
+        "--preset gpt2 --recipe fast": "pystdlib-gpt2-d0-s0-recipe_fast",
+        "--optimizer adamw --lr 3e-3": "pystdlib-tiny-d0-s0-optimizer_adamw-lr_0.003",
+        "--max-steps 9 --eval-every 3 --n-layer 2": "pystdlib-tiny-d0-s0-n_layer_2",
+        "--init-from runs/base --dispersion 0.1": "pystdlib-tiny-d0.1-s0-init_from_base",
+    }
+    for line, name in names.items():
+        assert parse(line.split()).run_dir.as_posix() == f"runs/{name}"
+    everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{n}=0.123456789" for n in ("beta1", "beta2", "momentum", "ema", "lr",
+                        "weight-decay", "grad-clip", "embedding-lr", "dispersion-tau", "dispersion-clamp"))])  # fmt: skip
+    other = dataclasses.replace(everything, grad_clip=0.2)
+    assert len(everything.run_dir.name) <= 200
+    assert everything.run_dir != other.run_dir
+
+
+def test_resuming_finds_the_folder_that_the_command_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in ("--recipe gpt2 --lr 0.01", "--optimizer adamw", "--dispersion -1e-3"):
+        config = parse(line.split())
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / "config.json").write_text(json.dumps(to_dict(config)))
+        for more in ("", "--max-steps 900"):
+            resumed = parse([*line.split(), "--resume", *more.split()])
+            assert dataclasses.replace(resumed, out="", resume=False, max_steps=config.max_steps) == config
+    assert (
+        parse(["--optimizer", "adamw", "--weight-decay", "0.5", "--resume"]).weight_decay == 0.5
+    )  # which a resumed run may change
+    with pytest.raises(InputError, match="no run in runs/pystdlib-tiny-d0-s1"):
+        parse(["--resume", "--seed", "1"])
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-2.", "-1E+2", "-0.1"])
+def test_a_negative_number_is_a_value(value):
+    assert parse(["--dispersion", value]).dispersion == float(value)
+    assert parse([f"--dispersion={value}", "--seed", "1"]).dispersion == float(value)
+    with pytest.raises(InputError, match="--lr is -"):
+        parse(["--lr", value])
+
+
+def test_small_negative_values_are_read_back():
+    for value in (-1e-3, -1e-17, -2.5, -1e20):
+        assert parse(command_line({"dispersion": value, "seed": 3})).dispersion == value
+
+
+def test_the_version_is_known(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"minidisp {minidisp.__version__}\n"

@@ -209,8 +209,8 @@ def test_only_the_main_process_writes_and_prints(runs):
 
 def test_all_skip_the_same_steps_and_give_up_together(runs):
     (message,) = [line for line in (runs / "two.txt").read_text().splitlines() if line.startswith("Diverged: ")]
-    assert "had a loss or a gradient that is not finite" in message or "validation loss is nan" in message
-    assert "went bad first" in message
+    assert "had a NaN or Inf loss or gradient" in message or "validation loss is nan" in message
+    assert "became NaN or Inf first" in message
 
 
 def test_out_of_memory_in_one_of_several_says_what_to_lower():

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
 
 import minidisp  # noqa: E402
-from minidisp.config import PRESETS, flags, parse  # noqa: E402
+from minidisp.config import PRESETS, command_line, flags, parse  # noqa: E402
 from minidisp.flags import kebab  # noqa: E402
 
 try:
@@ -303,9 +303,10 @@ def run_program(words: list[str]) -> None:
 # --- the commands, really run --------------------------------------------------------------------------------------------
 
 TINY = shlex.split(
-    "--max-steps 2 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --batch-size 2 --grad-accum 1 --n-layer 2 --n-head 2 "
-    "--n-kv-head 0 --head-dim 0 --mlp-dim 0 --n-embd 16 --block-size 32 --device cpu --threads 1 --dispersion-impl streamed"
+    "--max-steps 2 --eval-every 2 --eval-tokens 64 --batch-size 2 --grad-accum 1 --device cpu --threads 1 --dispersion-impl streamed"
 )
+# Of every preset: as flags, they would be part of the names of run folders.
+TINY_SIZE = {"n_layer": 2, "n_head": 2, "n_kv_head": 0, "head_dim": 0, "mlp_dim": 0, "n_embd": 16, "block_size": 32}
 TEXT = {".txt": "a text of a few words, number {}\n" * 40, ".md": "# a page, number {}\n" * 40, ".py": "x = {}\n" * 80}
 
 
@@ -333,7 +334,13 @@ def runs_here(words: list[str]) -> bool:
 def smaller(words: list[str], page: str) -> list[str]:
     """The same command with flags that make it tiny. No two commands of the README may want the same folder."""
     if words[0] == "train.py":
-        tiny = [*words, *TINY, *(["--active-forgetting", "1"] if "--active-forgetting" in words else [])]
+        sized = any(f"--{name.replace('_', '-')}" in words for name in TINY_SIZE)
+        tiny = [
+            *words,
+            *(command_line(TINY_SIZE) if sized else []),
+            *TINY,
+            *(["--active-forgetting", "1"] if "--active-forgetting" in words else []),
+        ]
         return tiny if "--resume" in words or page == "README.md" else [*tiny, "--overwrite"]
     if words[0] == "eval.py":
         return [*words, *([] if "none" in words else ["--tokens", "300"]), "--device", "cpu"]
@@ -350,7 +357,7 @@ def smaller(words: list[str], page: str) -> list[str]:
 
 def provide(words: list[str], corpus: Path) -> None:
     """Make what a command reads and no command before it has made: runs, corpora, texts."""
-    trained = Path("runs/pystdlib-tiny-d0-s0")
+    trained = Path("runs/pystdlib-tiny-d0.1-s0")  # of the first command of README.md
     out = words[words.index("--out") + 1] if "--out" in words and "--resume" not in words else None
     for word in words:
         if word.startswith("runs/") and word != out and not glob.glob(word):
@@ -398,6 +405,8 @@ def run_all(corpus: Path) -> None:
     """In a copy of the project, as a child process: every command that can run here, in the order of the pages."""
     from minidisp import report
 
+    for preset in PRESETS.values():
+        preset |= TINY_SIZE
     done = set()
     shutil.copytree(corpus, "data/pystdlib")
     rows = "".join(f'{i},"a text, and ""more"", of row {i}"\n' * 20 for i in range(80))

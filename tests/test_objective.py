@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import train
+from minidisp import InputError
+from minidisp.config import parse
 from minidisp.data import Batches, Dataset, eval_windows
 from minidisp.model import GPT
 from minidisp.objective import Forward, Objective, Term
@@ -50,7 +52,7 @@ def test_the_diagnosis_sums_as_training_does(corpus):
         Term("late", 1.0, lambda forward: forward.ce * math.nan, "late term", "", lambda step: float(step >= 5)),
     ]
     x, y = (torch.from_numpy(a) for a in Batches(Dataset(corpus).split("train"), 32, 0).batch(0, 2))
-    for step, culprit in ((4, "no tensor is bad"), (5, "the late term went")):
+    for step, culprit in ((4, "no tensor is NaN or Inf"), (5, "the late term became")):
         forwards = [(1.0, Forward(x, y, *model(x, y, return_hidden_states=True)[1:], step))]
         assert first_bad_tensor(model, Objective(terms), iter(forwards)).startswith(culprit)
 
@@ -166,3 +168,112 @@ def test_validation_counts_the_counted_targets_alone(corpus, tmp_path, masked):
     assert scores["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
     assert scores["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-6)
     assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+
+
+# --- the schedule of the dispersion loss's weight, and what is logged of an interval ------------------------------------
+
+
+def test_a_scheduled_weight_is_logged_and_in_force(corpus, tmp_path):
+    expected = {
+        "linear:0.5": [0.2 * max(0, 1 - step / 6) for step in range(12)],
+        "delayed:0.5": 6 * [0.0] + 6 * [0.2],
+        "linear:1": [0.2 * (1 - step / 12) for step in range(12)],
+    }
+    for schedule, weights in expected.items():
+        run = tmp_path / schedule.replace(":", "-")
+        train.main(small_config(corpus, run, dispersion=0.2, dispersion_schedule=schedule))
+        steps = [line for line in lines(run) if "ce" in line]
+        assert [line["dispersion_weight"] for line in steps] == pytest.approx(weights)
+        for line, weight in zip(steps, weights, strict=True):
+            assert ("dispersion" in line) == (weight > 0)  # not computed, not logged
+            assert line["loss"] == pytest.approx(line["ce"] + weight * line.get("dispersion", 0.0), abs=1e-6)
+    train.main(small_config(corpus, tmp_path / "plain"))
+    plain, delayed = (lines(tmp_path / name) for name in ("plain", "delayed-0.5"))
+    for a, b in zip(plain[:7], delayed[:7], strict=True):  # until then, it is plain training, bit for bit
+        if "ce" in a:
+            assert (a["ce"], a["grad_norm"]) == (b["ce"], b["grad_norm"])
+    assert "dispersion" not in plain[1]
+    assert "dispersion_weight" not in plain[1]
+
+
+@pytest.mark.parametrize("schedule", ["linear:0.7", "delayed:0.4"])
+def test_a_scheduled_weight_resumes_exactly(corpus, tmp_path, schedule):
+    options = {
+        "dispersion": 0.2,
+        "dispersion_tokens": 8,
+        "dispersion_schedule": schedule,
+        "log_every": 5,
+        "save_every": 3,
+    }
+    train.main(small_config(corpus, tmp_path / "whole", **options))
+    half = tmp_path / "half"
+    with pytest.MonkeyPatch.context() as patch:
+        take_step = train.Trainer.take_step
+
+        def stop(self, logging):
+            if self.step == 8:
+                raise KeyboardInterrupt
+            return take_step(self, logging)
+
+        patch.setattr(train.Trainer, "take_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(small_config(corpus, half, **options))
+    train.main(small_config(corpus, half, **options, resume=True))
+    for name in ("whole", "half"):
+        assert checkpoint.read(tmp_path / name / checkpoint.LAST)["step"] == 12
+    a, b = (checkpoint.read(tmp_path / name / checkpoint.LAST) for name in ("whole", "half"))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    times = {"seconds", "tokens_per_second"}
+    whole, half = (
+        [{k: v for k, v in line.items() if k not in times} for line in lines(tmp_path / n)] for n in ("whole", "half")
+    )
+    assert whole == half
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "linear:0", "linear:1.5", "delayed:nan", "cosine:0.5", "constant:1", "", "linear:0.5:2"]
+)
+def test_an_unknown_weight_schedule_is_refused(schedule):
+    with pytest.raises(
+        InputError, match=r"--dispersion-schedule: .* is no schedule: give constant, linear:F, delayed:F"
+    ):
+        parse([f"--dispersion-schedule={schedule}"])
+
+
+def test_a_line_has_the_mean_loss_and_the_largest_norm_of_its_interval(corpus, tmp_path):
+    train.main(small_config(corpus, tmp_path / "each", lr=0.03))
+    train.main(small_config(corpus, tmp_path / "some", lr=0.03, log_every=5))
+    each = [line for line in lines(tmp_path / "each") if "ce" in line]
+    some = [line for line in lines(tmp_path / "some") if "ce" in line]
+    assert all((line["ce_mean"], line["grad_norm_max"]) == (line["ce"], line["grad_norm"]) for line in each)
+    assert [line["step"] for line in some] == [1, 5, 10]
+    for line, first in zip(some, (0, 1, 5), strict=True):
+        interval = each[first : line["step"]]
+        assert line["ce_mean"] == pytest.approx(np.mean([step["ce"] for step in interval]), rel=1e-6)
+        assert line["grad_norm_max"] == max(step["grad_norm"] for step in interval)
+
+
+def test_a_skipped_step_does_not_spoil_the_interval(corpus, tmp_path, monkeypatch):
+    forward_backward = train.Trainer.forward_backward
+
+    def spoiled(self, logging):
+        values = forward_backward(self, logging)
+        return (
+            {**values, "loss": values["loss"] * math.nan, "ce": values["ce"] * math.nan} if self.step == 2 else values
+        )
+
+    monkeypatch.setattr(train.Trainer, "forward_backward", spoiled)
+    train.main(small_config(corpus, tmp_path / "run", log_every=4, max_steps=4))
+    last = [line for line in lines(tmp_path / "run") if "ce" in line][-1]
+    assert (last["step"], last["skipped"]) == (4, 1)
+    assert 0 < last["ce_mean"] < 10
+
+
+def test_an_older_checkpoint_has_no_interval_and_resumes(corpus, tmp_path):
+    train.main(small_config(corpus, tmp_path / "run", max_steps=6, schedule="constant"))
+    state = checkpoint.read(tmp_path / "run" / checkpoint.LAST)
+    del state["interval"]
+    del state["config"]["dispersion_schedule"], state["config"]["recipe"]
+    torch.save(state, tmp_path / "run" / checkpoint.LAST)
+    train.main(small_config(corpus, tmp_path / "run", max_steps=8, schedule="constant", resume=True))
+    assert lines(tmp_path / "run")[-1]["step"] == 8

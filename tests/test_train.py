@@ -101,10 +101,12 @@ def test_a_run_leaves_what_it_promises(run):
         "tokens",
         "loss",
         "ce",
+        "ce_mean",
         "dispersion",
         "mean_cosine",
         "lr",
         "grad_norm",
+        "grad_norm_max",
         "skipped",
         "tokens_per_second",
         "seconds",
@@ -188,7 +190,13 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, tmp_path, optimize
         {},
         {"optimizer": "muon", "grad_accum": 3, "save_every": 5},
         {"grad_accum": 2, "arch": "qwen3", "schedule": "wsd", "log_every": 3},
-        {"optimizer": "muon", "dispersion_variant": "l2_repel", "dispersion_layers": "last", "dtype": "bfloat16"},
+        {
+            "optimizer": "muon",
+            "dispersion_variant": "l2_repel",
+            "dispersion_layers": "last",
+            "dispersion_schedule": "linear:0.5",
+            "dtype": "bfloat16",
+        },
         {"dispersion": 0.0, "dtype": "float16"},  # with a gradient scale that steps are skipped for
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -472,12 +480,12 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
 FIXED = {
     "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
     "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "ema", "batch_size",
-    "grad_accum", "embedding_lr",
+    "grad_accum", "embedding_lr", "packing",
 }  # fmt: skip
 
 # Values that another one cannot be derived for: most strings, and where the other settings allow little.
 CHANGES = {
-    "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "preset": "mini", "recipe": "fast",
+    "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "dispersion_schedule": "linear:0.5", "preset": "mini", "recipe": "fast",
     "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
     "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "momentum": 0.8, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
 }  # fmt: skip
@@ -655,7 +663,7 @@ def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, 
         3,
     ]
     out = capsys.readouterr().out
-    assert "up to step 4, a loss or gradient was not finite and the update skipped: 2 in all" in out
+    assert "up to step 4, a loss or gradient was NaN or Inf and the update skipped: 2 in all" in out
     assert "3 updates skipped" in out
     monkeypatch.setattr(train, "GPT", GPT)
     skip = patched_steps(monkeypatch, steps)
@@ -725,7 +733,7 @@ def test_too_many_bad_steps_end_with_3_and_the_good_checkpoint(corpus, tmp_path,
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "10 of 17 steps" in captured.err
-    assert "the hidden state of layer 1 went bad first" in captured.err
+    assert "the hidden state of layer 1 became NaN or Inf first" in captured.err
     assert f"{tmp_path / 'run' / checkpoint.LAST} is good, step 6" in captured.err
     state = checkpoint.read(tmp_path / "run" / checkpoint.LAST)
     assert (state["step"], state["skipped"]["total"]) == (6, 0)
@@ -770,15 +778,15 @@ def go_bad(what: str):
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("weights", "the weights h.1.mlp.c_fc.weight went"),
-        ("embeddings", "the embeddings went"),
-        ("layer 1", "the hidden state of layer 1 went"),
-        ("layer 2", "the hidden state of layer 2 went"),
-        ("logits", "the logits went"),
-        ("cross-entropy", "the cross-entropy went"),
-        ("dispersion", "the dispersion loss went"),
-        ("gradient", "the gradient of h.0.attn.c_attn.weight went"),
-        ("nothing", "no tensor is bad"),
+        ("weights", "the weights h.1.mlp.c_fc.weight became"),
+        ("embeddings", "the embeddings became"),
+        ("layer 1", "the hidden state of layer 1 became"),
+        ("layer 2", "the hidden state of layer 2 became"),
+        ("logits", "the logits became"),
+        ("cross-entropy", "the cross-entropy became"),
+        ("dispersion", "the dispersion loss became"),
+        ("gradient", "the gradient of h.0.attn.c_attn.weight became"),
+        ("nothing", "no tensor is NaN or Inf"),
     ],
 )
 def test_the_first_bad_tensor_is_named(corpus, what, expected):

@@ -10,7 +10,7 @@ _HOME = {
     "figures": ("CYCLE", "cannot_draw", "draw_comparison", "draw_curves", "draw_differences", "draw_run", "draw_study"),
     "page": ("html_page",),
     "progress": ("Progress",),
-    "summary": ("introduction", "summarise", "summary_table"),
+    "summary": ("introduction", "next_command", "summarise", "summary_table"),
     "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "corpora_table", "further_table",
                "layer_table", "number", "pairs_table", "score_table", "seeds_table", "settings_table", "table", "writing_table"),
     "trackers": ("loggers",),

@@ -2,18 +2,36 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from tqdm import tqdm
 
+from minidisp.runtime.device import peak_memory_mib
+
 SECONDS_BETWEEN_LINES = 5  # at least, without a terminal
+
+
+def watched(items: Sequence, what: str, hidden: bool) -> Iterator:
+    """The items, with a bar where they take long, or lines where there is no terminal. hidden: print nothing."""
+    bar = tqdm(
+        items, desc=what, leave=False, delay=SECONDS_BETWEEN_LINES, dynamic_ncols=True, disable=True if hidden else None
+    )
+    start = printed = time.perf_counter()
+    for done, item in enumerate(bar):
+        now = time.perf_counter()
+        if done and bar.disable and not hidden and now - printed >= SECONDS_BETWEEN_LINES:
+            printed = now
+            left = tqdm.format_interval((len(items) - done) * (now - start) / done)
+            print(f"{what}: {done / len(items):.0%}, {left} left", flush=True)
+        yield item
 
 
 class Progress:
     """The bar, the rows, and the clock of a training: time in which it does something else is left out.
 
-    steps: how many there will be. step, seconds: where it goes on. hidden: print nothing (all but the main process).
+    steps: how many there will be. step, seconds: where the run stands. hidden: print nothing (all but the main process).
     """
 
     def __init__(self, steps: int, step: int, seconds: float, hidden: bool):
@@ -23,6 +41,8 @@ class Progress:
         self._since = time.perf_counter()  # the clock goes from here
         self._logged_seconds, self._logged_step, self._printed = seconds, step, self._since
         self._first_row = True
+        self._estimate_from: tuple[int, float] | None = None  # step and seconds behind the first step, which is slower
+        self._estimated = False
 
     def advance(self) -> None:
         """Another step is done."""
@@ -51,6 +71,24 @@ class Progress:
         speed = (self.step - self._logged_step) / (seconds - self._logged_seconds)
         self._logged_seconds, self._logged_step = seconds, self.step
         return speed
+
+    def estimate(self, device: torch.device) -> None:
+        """Once, some steps after the first: the time that the other steps take, and the peak memory so far.
+
+        To be called when the device has done all steps so far.
+        """
+        if self._estimated or self._hidden:
+            return
+        seconds = self.stop_clock()
+        if self._estimate_from is None:
+            self._estimate_from = self.step, seconds
+        elif self.step >= self._estimate_from[0] + 2:
+            self._estimated = True
+            step_seconds = (seconds - self._estimate_from[1]) / (self.step - self._estimate_from[0])
+            left = tqdm.format_interval((self._steps - self.step) * step_seconds)
+            peak = peak_memory_mib(device)
+            memory = "" if peak is None else f", peak memory {peak:,.0f} MiB so far"
+            tqdm.write(f"time    {1000 * step_seconds:,.0f} ms a step, about {left} left without evaluations{memory}")
 
     def show(self, loss: float, tokens_per_second: float, skipped: int) -> None:
         """The loss (cross-entropy, nats per token) and the speed, beside the bar or as a line."""

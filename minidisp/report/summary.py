@@ -1,5 +1,6 @@
 """The first and the last lines of a training: what is in use, and the run in a dozen numbers (summary.json)."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from minidisp.report.figures import cannot_draw
 from minidisp.report.tables import number, table
 from minidisp.runtime.metrics_log import read_metrics
 
+MANY_EPOCHS = 10  # above these, a run gets a warning
 MOMENTS = ("first", "best", "last")
 SCORES = (
     "step",
@@ -33,13 +35,19 @@ def introduction(
 ) -> str:
     """The first lines of a run.
 
-    terms: those of the objective. where: the device and how it is used. step, changed: where a resumed run goes on, and
+    terms: those of the objective. where: the device and how it is used. step, changed: where a resumed run continues, and
     what is different from there on, in words.
     """
-    steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens, {config.optimizer}, {config.schedule} schedule"
+    data, epochs = _data(config, dataset)
+    seen = config.max_steps * config.tokens_per_step
+    times = ", ".join(f"{number:,.2f}" if number < MANY_EPOCHS else f"{number:,.0f}" for number in epochs)
+    steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens: {seen:,} tokens, {times} epochs"
+    steps += f"; {config.optimizer}, {config.schedule} schedule, lr {config.lr:g}"
     if 0 < config.max_steps <= config.warmup_steps:
         top = learning_rate(config.max_steps - 1, config)
-        steps += f" (all of it warm-up: the rate gets to {top:.2g} of {config.lr:g}; lower --warmup-steps {config.warmup_steps})"
+        steps += (
+            f" (all of it warm-up: the learning rate reaches {top:.2g}; lower --warmup-steps {config.warmup_steps})"
+        )
     objective = " + ".join(f"{term.weight:g} x {term.details}".removeprefix("1 x ") for term in terms)
     if config.noisy_embedding:
         objective += f"; noise of up to {config.noisy_embedding:g} / sqrt(T C) on the token embeddings"
@@ -48,12 +56,17 @@ def introduction(
         objective += f"; token embeddings{tied} reset every {config.active_forgetting:,} steps"
     lines = [
         f"minidisp {minidisp.__version__}  {config.run_dir}",
-        *_data(config, dataset),
+        *data,
         f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: {parameters:,} parameters",
         f"steps   {steps}",
         f"loss    {objective}",
         f"device  {where}",
     ]
+    if max(epochs) > MANY_EPOCHS:
+        enough = max(1, int(config.max_steps * MANY_EPOCHS / max(epochs)))
+        lines.append(
+            f"warning: {max(epochs):,.0f} epochs of the same text overfit it: give a larger corpus with --data, or --max-steps {enough}"
+        )
     if reason := cannot_draw():
         lines.append(reason)
     if config.resume:
@@ -63,22 +76,34 @@ def introduction(
     return "\n".join(lines) + "\n"
 
 
-def _data(config: Config, dataset: Dataset | Corpora) -> list[str]:
-    """A line for each corpus: what it has, and its share in a mixture."""
-    lines, total = [], sum(dataset.weights)
+def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[float]]:
+    """For each corpus, a line with what it has and its share in a mixture, and the epochs that the run takes of it."""
+    lines, epochs, total = [], [], sum(dataset.weights)
+    sequences = config.max_steps * config.batch_size * config.grad_accum
     for part, weight in zip(dataset.parts, dataset.weights, strict=True):
         split = part.split("train")
+        windows = split.tokens / config.block_size
         line = f"{part.meta['name']}: {split.tokens:,} training tokens, vocabulary {config.vocab_size:,}"
         if part.template:
             examples = Examples(split, config.block_size, config.seed, config.packing)
             counted = part.meta["splits"]["train"]["counted"]
             line += f"; {counted:,} of them counted, in {split.documents:,} examples in {examples.n:,} windows"
+            windows = examples.n
             if examples.cut:
                 line += f"; {examples.cut:,} examples are longer than the context and keep their end"
         if total > weight:
             line += f"; {weight} of {total} sequences"
         lines.append(f"data    {line}")
-    return lines
+        epochs.append(sequences * weight / total / windows)
+    return lines, epochs
+
+
+def next_command(run: Path, text: str) -> str:
+    """What to type next: a command that samples at once, from the beginning of a line of the text."""
+    lines = text.splitlines()
+    words = next((line.split() for line in lines[1:] or lines if line.strip()), ["The"])
+    prompt = " ".join(words[:3])[:40]
+    return f"next    {shlex.join(['python', 'eval.py', str(run), '--split', 'none', '--sample', prompt])}"
 
 
 def summarise(run: Path, parameters: int, tokens: int, seconds: float, skipped: int) -> dict:

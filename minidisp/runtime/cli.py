@@ -3,13 +3,16 @@
 import argparse
 import difflib
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import minidisp
 from minidisp import InputError, printable
+
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf|-nan", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +24,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, elsewhere: dict[str, str] | None = None, **options):
         super().__init__(*args, **options)
         self.elsewhere = elsewhere or {}
+        self.add_argument("--version", action="version", version=f"minidisp {minidisp.__version__}")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """A word such as -1e-3 behind a flag is its value: before Python 3.14, argparse takes it for another flag."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and re.fullmatch(r"--[\w-]+", words[-1]) and NEGATIVE_NUMBER.fullmatch(word):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):

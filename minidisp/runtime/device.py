@@ -291,6 +291,16 @@ def resident_peak_kib() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory so far, in MiB: of the allocator on CUDA, else of this process; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        return resident_peak_kib() / 2**10
+    except OSError:  # no Linux
+        return None
+
+
 def cpu_model() -> str | None:
     """The processor's name, or None if unknown."""
     try:

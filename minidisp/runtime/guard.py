@@ -1,5 +1,6 @@
 """Guards of a run: numbers that are not finite, and memory that does not suffice."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -54,7 +55,7 @@ class Guard:
         if self.total > before:
             times = "" if self.total == before + 1 else f" {self.total - before} times"
             tqdm.write(
-                f"up to step {step}, a loss or gradient was not finite and the update skipped{times}: {self.total} in all"
+                f"up to step {step}, a loss or gradient was NaN or Inf and the update skipped{times}: {self.total} in all"
             )
 
     def hopeless(self, step: int) -> bool:
@@ -71,6 +72,40 @@ class Guard:
         self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
 
 
+class Interval:
+    """The mean loss and the largest gradient norm since the last line of metrics.jsonl, over the steps that were not skipped.
+
+    Kept on the device, so that nothing waits for it. A loss spike between two lines shows in the largest norm.
+    """
+
+    def __init__(self, device: torch.device):
+        self._values = torch.zeros(3, device=device)  # sum of the losses, number of steps, largest norm
+
+    def add(self, finite: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
+        """finite: a bool scalar; loss: the cross-entropy of a step; grad_norm: before clipping."""
+        total, steps, largest = self._values.unbind()
+        loss, norm = (torch.where(finite, value.float(), 0.0) for value in (loss, grad_norm))
+        self._values = torch.stack([total + loss, steps + finite, torch.maximum(largest, norm)])
+
+    def take(self) -> dict[str, Tensor]:
+        """What metrics.jsonl gets of the interval; a new one begins."""
+        total, steps, largest = self._values.unbind()
+        self._values = torch.zeros_like(self._values)
+        return {"ce_mean": total / steps, "grad_norm_max": largest}
+
+    def state(self) -> list[float]:
+        return self._values.tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        if (
+            not isinstance(state, list)
+            or len(state) != 3
+            or not all(type(x) is float and 0 <= x < math.inf for x in state)
+        ):
+            raise ValueError("its losses since the last line of metrics.jsonl")
+        self._values = torch.tensor(state, device=self._values.device)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor, in one piece or sharded, are finite."""
     return bool(torch.isfinite(gathered(tensor)).all())
@@ -83,31 +118,35 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
     """
     for name, p in model.named_parameters():
         if not is_finite(p):
-            return f"the weights {name} went bad first"
+            return f"the weights {name} became NaN or Inf first"
     model.zero_grad(set_to_none=True)
     for share, forward in forwards:
         for layer, z in enumerate(forward.hidden_states):
             if not is_finite(z):
-                return f"the hidden state of layer {layer} went bad first" if layer else "the embeddings went bad first"
+                return (
+                    f"the hidden state of layer {layer} became NaN or Inf first"
+                    if layer
+                    else "the embeddings became NaN or Inf first"
+                )
         with torch.no_grad():  # one sequence at a time: logits are large
             if not all(is_finite(model.logits(sequence)) for sequence in forward.hidden_states[-1]):
-                return "the logits went bad first"
+                return "the logits became NaN or Inf first"
         values = objective(forward)
         for term in objective.terms:
             if term.name in values and not is_finite(values[term.name]):
-                return f"the {term.title} went bad first"
+                return f"the {term.title} became NaN or Inf first"
         with torch.autocast(values["loss"].device.type, enabled=False):
             (values["loss"] * share).backward()
     for name, p in reversed(list(model.named_parameters())):  # the way that gradients come
         if p.grad is not None and not is_finite(p.grad):
-            return f"the gradient of {name} went bad first"
-    return "no tensor is bad when the step is taken again"
+            return f"the gradient of {name} became NaN or Inf first"
+    return "no tensor is NaN or Inf when the step is repeated, as the weights have changed since"
 
 
-def half_of(batch: int, error: BaseException, where: str, world: World) -> int:
+def half_of(batch: int, error: BaseException, where: str, world: World, dropout: float = 0.0) -> int:
     """Half as many sequences at a time, rounded up, after running out of memory; any other error is raised again.
 
-    Raises InputError if it was one sequence already, or where other processes wait in the middle of their step.
+    dropout: of the model that is trained. Raises InputError if it was one sequence already, or where other processes wait in the middle of their step.
     """
     if not is_out_of_memory(error):
         raise error
@@ -122,8 +161,9 @@ def half_of(batch: int, error: BaseException, where: str, world: World) -> int:
             "(--n-layer, --n-embd), or the loss's share with --dispersion-tokens 256"
         ) from None
     half = (batch + 1) // 2
+    remark = ", but other random numbers for dropout" if dropout else ""
     tqdm.write(
-        f"{where}: out of memory; again with {half} sequences at a time instead of {batch}, the same batch in all"
+        f"{where}: out of memory; again with {half} sequences at a time instead of {batch}, the same batch in all{remark}"
     )
     return half
 

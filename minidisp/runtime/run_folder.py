@@ -277,6 +277,22 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
     return changed
 
 
+def changed_dropout(state: dict, config: Config, micro_batch: int, processes: int) -> list[str]:
+    """What changes the random numbers of dropout, which depend on the sequences that go through the model together, in words.
+
+    state: of the checkpoint. micro_batch: sequences at a time from here on.
+    """
+    if not config.dropout:
+        return []
+    before = (1 + len(state.get("rng_of_others", [])), state["micro_batch"], state["config"].get("compile", "auto"))
+    now = (processes, micro_batch, config.compile)
+    return [
+        f"{what} {new} instead of {old} (dropout draws other random numbers)"
+        for what, old, new in zip(("processes", "micro-batches of", "compile"), before, now, strict=True)
+        if old != new
+    ]
+
+
 def rewind_metrics(file: BinaryIO, step: int) -> tuple[int, int | None]:
     """Cut off the lines after `step`, which will be run again, and a torn one; returns the steps of the last line and of the
     last evaluation that stay (-1 and None if there is none).
