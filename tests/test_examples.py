@@ -12,6 +12,7 @@ import train
 from data import prepare
 from minidisp import InputError
 from minidisp.config import command_line, from_dict, parse, to_dict
+from minidisp.countermeasures import Teacher
 from minidisp.data import Batches, Dataset, Examples, Mixture, pack, shares
 from minidisp.model import GPT, GPTConfig
 from minidisp.template import Template
@@ -271,3 +272,65 @@ def test_weights(data, pairs):
 def test_weights_that_make_no_sense_are_refused(data):
     with pytest.raises(InputError, match=r"^--data"):
         from_dict({"data": data})
+
+
+@pytest.mark.slow
+def test_two_processes_and_sharded_weights_give_the_run_of_one(examples, corpus, base, tmp_path):
+    """With dispersion, noise and distillation, on a mixture, whose two halves of a step count different numbers of targets."""
+    from test_distributed import assert_same_curve, curve, several
+
+    fields = {"data": [f"{examples}:3", f"{corpus}:1"], "init_from": str(base), "distill": str(base), "dispersion": 0.1}
+    fields |= {**RUN, "noisy_embedding": 1.0, "eval_tokens": 200}
+    train.main(from_dict({**fields, "out": str(tmp_path / "one")}))
+    several(2, corpus, tmp_path, [["two", fields], ["sharded", {**fields, "shard": True}]])
+    for name in ("two", "sharded"):
+        assert_same_curve(curve(tmp_path / name), curve(tmp_path / "one"), abs=2e-4, rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_compiled_model_keeps_examples_apart(examples, arch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257))
+    x, y, segments = map(torch.from_numpy, Examples(Dataset(examples).split("train"), 48, 0).batch(0, 4))
+    results = []
+    for form in (model, torch.compile(model)):
+        model.zero_grad()
+        loss = form(x, y, segments=segments).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_low_precision_keeps_examples_apart(examples, arch, dtype):
+    """An example's losses are those that it has in a window of its own, within the dtype's rounding."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257))
+    split, found = Dataset(examples).split("val"), []
+    for packing in ("separate", "none"):
+        x, y, segments = map(torch.from_numpy, Examples(split, 48, 0, packing).all())
+        with torch.autocast("cpu", dtype):
+            losses = model(x, y, segments=segments, loss_reduction="none").loss[y >= 0]
+        found.append(losses.sort().values)
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+def test_distillation_counts_the_answers_alone(examples, base, tmp_path):
+    """As temperature^2 KL(teacher || student), averaged over the counted targets, each example by itself."""
+    config = from_dict({**RUN, "data": str(examples), "distill": str(base), "vocab_size": 257})
+    teacher = Teacher(config, Dataset(examples), torch.device("cpu"))
+    torch.manual_seed(1)
+    student = GPT(config)
+    x, y, segments = map(torch.from_numpy, Examples(Dataset(examples).split("val"), 48, 0).all())
+    hidden = student(x, y, return_hidden_states=True, segments=segments).hidden_states[-1]
+    found = teacher.divergence(x, hidden, student.lm_head.weight, y, segments)
+    total, number, t = 0.0, 0, config.distill_temperature
+    for example in rendered(examples, "val"):
+        ids, counted = used(*example, 48)
+        p, q = ((m(torch.tensor([ids[:-1]])).logits[0] / t).log_softmax(-1) for m in (teacher.model, student))
+        chosen = torch.tensor(counted[1:])
+        total, number = total + ((p.exp() * (p - q)).sum(-1)[chosen]).sum(), number + sum(counted[1:])
+    torch.testing.assert_close(found, t**2 * total / number, rtol=1e-4, atol=1e-6)
