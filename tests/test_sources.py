@@ -675,6 +675,16 @@ def test_the_sample_is_bounded_in_pieces_too(monkeypatch):
     assert 200 <= sum(map(len, pieces.survey(found, 200)[2])) < 210
 
 
+@pytest.mark.parametrize(
+    "damage", ["[]", '{"file": ["a"]}', '{"file": [], "bytes": 1, "times": [], "sha256": ""}', "{", "\udcff"]
+)
+def test_damaged_records_of_the_input(run, damage):
+    Path("a.txt").write_text("words and more words\n" * 10)
+    assert run("--input", "a.txt", *BYTES)[0] == 0
+    Path("out/inputs.jsonl").write_bytes(damage.encode("utf-8", "surrogateescape"))
+    refused(run("--input", "a.txt", *BYTES), "out/inputs.jsonl", "damaged")
+
+
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
