@@ -698,3 +698,38 @@ def test_sampling_keeps_no_more_than_it_will_see(monkeypatch):
     for prompt, new in ((3, 2), (60, 10), (100, 5)):
         model.generate(torch.zeros(1, prompt, dtype=torch.int64), new, seed=0)
     assert sizes == [5, 64, 64]
+
+
+def test_every_sequence_draws_with_its_own_seed(model):
+    """As it would alone; and a top-p that float32 cannot represent keeps the most likely token."""
+    model.float()
+    idx = torch.randint(50, (3, 4), generator=torch.Generator().manual_seed(0))
+    together = model.generate(idx, 20, top_p=0.9, seed=[5, 6, 7])
+    for i, row in enumerate(together):
+        assert torch.equal(row, model.generate(idx[i : i + 1], 20, top_p=0.9, seed=5 + i)[0])
+    assert torch.equal(model.generate(idx, 20, top_p=1e-320, seed=0), model.generate(idx, 20, temperature=0))
+    with pytest.raises(ValueError, match="2 seeds for 3 sequences"):
+        model.generate(idx, 2, seed=[1, 2])
+
+
+def test_sequences_that_end_leave_the_batch(model, monkeypatch):
+    """What the others draw stays the same, and they alone are computed."""
+    model.float()
+    idx = torch.randint(50, (8, 3), generator=torch.Generator().manual_seed(1))
+    free = model.generate(idx, 12, seed=list(range(8)))[:, 3:]
+    stops = {int(token) for token in free[:6, 2]}
+    backbone, sizes = model._backbone, []
+    monkeypatch.setattr(model, "_backbone", lambda x, **options: sizes.append(len(x)) or backbone(x, **options))
+    drawn = model.generate(idx, 12, seed=list(range(8)), stop_token=stops)[:, 3:]
+    for want, got in zip(free.tolist(), drawn.tolist(), strict=True):
+        end = next((n for n, token in enumerate(want, start=1) if token in stops), 12)
+        assert got[:end] == want[:end]
+    assert sizes[0] == 8
+    assert sizes[-1] <= 4
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    with torch.no_grad():
+        model.ln_f.weight.fill_(math.inf)
+    with pytest.raises(InputError, match="logits are NaN or infinite"):
+        model.generate(torch.tensor([[1, 2]]), 3, temperature=0)

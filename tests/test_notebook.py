@@ -23,7 +23,7 @@ def cells(kind: str) -> list[str]:
 
 def test_it_is_stored_clean():
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    assert len(stored["cells"]) == 12
+    assert len(stored["cells"]) == 13
     for cell in stored["cells"]:
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
