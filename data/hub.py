@@ -26,7 +26,7 @@ class _Fetched(NamedTuple):
 
     @classmethod
     def of(cls, copy: Path, source: str, skip: bool) -> "_Fetched":
-        """Cut the file back to where fetching can go on, which is its start if it is of another source."""
+        """Cut the file back to where fetching can resume, which is its start if it is of another source."""
         found, kept, bad = cls(), 0, False
         with open(copy, "a+b") as file:
             file.seek(0)
@@ -55,7 +55,7 @@ class _Fetched(NamedTuple):
 def hugging_face(spec: str, column: str, split: str = "train") -> Source:
     """A split of a data set NAME or NAME:CONFIG of the Hugging Face hub, one document per row.
 
-    Its `fetch` streams the rows into a file, and goes on where an earlier call for the same file was cut off.
+    Its `fetch` streams the rows into a file, and resumes where an earlier call for the same file was cut off.
     """
     try:
         import datasets
@@ -78,7 +78,7 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
         done = _Fetched.of(copy, description, skip)
         rows, texts = done.rows, done.texts
         if rows:
-            say(f"--hf {spec}: going on after {rows:,} rows")
+            say(f"--hf {spec}: resuming after {rows:,} rows")
         progress = tqdm(desc="downloading", unit="doc", initial=rows, leave=False, disable=None)
         with open(copy, "a", encoding="utf-8") as file, progress:
 
@@ -108,7 +108,7 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
                 raise
             except Exception as error:  # of datasets, of its hub client, of a dozen file formats
                 reason = str(error).partition("\n")[0]
-                kept = f"; {rows:,} rows are kept: type the same command again to go on" if rows else ""
+                kept = f"; {rows:,} rows are kept: type the same command again to resume" if rows else ""
                 raise InputError(f"--hf {spec}: {type(error).__name__}: {reason}{kept}") from error
             finally:
                 if not rows:

@@ -149,7 +149,7 @@ def write_shards(
 ) -> dict:
     """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display.
 
-    Now and then `save` is called with what has been done; given as `done` to another call, that goes on from there.
+    Now and then `save` is called with what has been done; another call that gets this as `done` resumes from there.
     template: of a corpus of examples, which is written with its masks; bytes and words are those of the answers.
     """
     zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0, **({"counted": 0} if template else {})}

@@ -12,7 +12,7 @@ out. The tokenizer is trained on the training split only, on at most 16 MB of it
 
 The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
 give the same tokens, byte for byte, on any number of cores. A corpus is built in a folder beside its own and renamed at
-the end; when that was interrupted, the same command goes on where it was. Downloads stay in data/.downloads.
+the end; after an interruption, the same command resumes it. Downloads stay in data/.downloads.
 """
 
 import os
@@ -70,7 +70,7 @@ OWN_FILES = re.compile(
 )
 
 
-# --- a corpus, whole or not at all ------------------------------------------------------------------------------------
+# --- a corpus, built atomically ---------------------------------------------------------------------------------------
 
 
 def prepare(name: str) -> Path:
@@ -207,7 +207,7 @@ def _build(
         known, encoded = left_off["known"], left_off["encoded"]
         for file, record in zip(source.inputs, left_off["inputs"], strict=True):
             file.sha256 = record["sha256"]  # so that another content is noticed
-        say(f"going on where it was interrupted, after {encoded['pieces']:,} pieces of the text")
+        say(f"resuming the interrupted preparation after {encoded['pieces']:,} pieces of the text")
         tokenizer = load(folder / "tokenizer.model")
         template = Template.from_meta(known["template"], tokenizer) if known["template"] else None
     else:

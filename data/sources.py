@@ -203,7 +203,7 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                 try:
                     value, end = decode(buffer, at)
                     if end == len(buffer) and buffer[-1] not in '}]"':
-                        raise ValueError("it may go on")
+                        raise ValueError("it may continue")
                 except (ValueError, RecursionError) as error:  # not JSON, or not all of it
                     buffer, at = buffer[at:], 0
                     left = MAX_ROW_BYTES - len(buffer)
@@ -378,7 +378,7 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
     inputs: list[Input] = []
     read_as: dict[object, str] = {}  # the name that a file is read under
     left_out: dict[str, list[str]] = {}
-    # A prepared corpus or a run, which may lie in the folder that the text is in.
+    # A prepared corpus or a run, which may be in the folder of the text.
     is_ours = functools.cache(lambda folder: os.path.isfile(os.path.join(folder, "tokenizer.model")))
     for pattern in dict.fromkeys(map(os.path.expanduser, patterns)):
         if pattern == "-":

@@ -4,7 +4,7 @@ A corpus is a folder, written by data/prepare.py: meta.json, tokenizer.model, an
 shards train_000.bin, train_001.bin, ... Every document is followed by EOS. A shard is a header of 64 bytes (magic,
 version, bytes per token, number of tokens) and then the tokens as uint16 or uint32, little-endian.
 
-In a corpus of examples (dialogues), a document is what the prompt template makes of a row, and beside each shard lies its
+In a corpus of examples (dialogues), a document is what the prompt template makes of a row, and beside each shard is its
 mask, train_000.mask: a header of the same form and a byte per token, with the bits COUNTED and FIRST.
 """
 

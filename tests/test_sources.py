@@ -723,7 +723,7 @@ def test_an_interrupted_preparation_goes_on(run, small_steps, monkeypatch, flags
         interruptions += 1
         encoded.clear()
     assert interruptions > 2
-    assert "going on where it was interrupted" in result[2]
+    assert "resuming the interrupted preparation" in result[2]
     assert files_of(Path("out")) == expected
     assert_nothing_left(Path(), but=("out",))
 
@@ -743,7 +743,7 @@ def test_what_was_interrupted_is_forgotten_when_the_input_is_another(run, small_
     write_jsonl(Path("a.jsonl"), make_texts(150, seed=1))
     code, _, err = run("--input", "a.jsonl", *BYTES)
     assert code == 0
-    assert "going on" not in err
+    assert "resuming" not in err
     assert all_documents_of(Path("out")) == sorted(make_texts(150, seed=1))
     assert_nothing_left(Path(), but=("out",))
 
@@ -769,7 +769,7 @@ def test_finished_work_outlives_any_number_of_failures(run, small_steps, monkeyp
     limit = 0
     code, _, err = run("--input", "a.jsonl", *BYTES)
     assert code == 0
-    assert "going on where it was interrupted" in err
+    assert "resuming the interrupted preparation" in err
     assert len(calls) < 80
     assert all_documents_of(Path("out")) == sorted(make_texts(150))
     Dataset("out").verify()
@@ -793,7 +793,7 @@ def test_unfinished_work_that_is_damaged_is_done_again(run, small_steps, monkeyp
     assert run("--input", "a.jsonl", *BYTES)[0] == 130
     damage(Path(".out.building", name))
     code, _, err = run("--input", "a.jsonl", *BYTES)
-    assert (code, "going on" in err) == (0, False)
+    assert (code, "resuming" in err) == (0, False)
     assert all_documents_of(Path("out")) == sorted(make_texts(150))
 
 
@@ -907,7 +907,7 @@ def test_a_killed_preparation_goes_on(run):
         process.send_signal(signal.SIGKILL)
     assert not Path("out").exists()
     again = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert "going on where it was interrupted" in again.stderr
+    assert "resuming the interrupted preparation" in again.stderr
     assert all_documents_of(Path("out")) == sorted(make_texts(1500))
     Dataset("out").verify()
     assert_nothing_left(Path(), but=("out",))
@@ -953,10 +953,10 @@ def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
     for kept in (47, 83):
         code, _, err = run(*argv)
         assert code == 2
-        assert err.endswith(f"cut off; {kept} rows are kept: type the same command again to go on\n")
+        assert err.endswith(f"cut off; {kept} rows are kept: type the same command again to resume\n")
     code, _, err = run(*argv)
     assert code == 0
-    assert "going on after 83 rows" in err
+    assert "resuming after 83 rows" in err
     assert all_documents_of(Path("out")) == sorted(texts[: limit or None])
     assert Dataset("out").meta["skipped"] == {"null": 1}
     if kind is StreamWithState:
@@ -974,7 +974,7 @@ def test_a_hub_download_is_kept_for_its_data_set_alone(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert run("--hf", "a/b", *BYTES)[0] == 2
     code, _, err = run("--hf", "a/c", "--hf-split", "validation", *BYTES)
-    assert (code, "going on" in err) == (0, False)
+    assert (code, "resuming" in err) == (0, False)
     assert calls == [("a/b", "train"), ("a/c", "validation")]
     assert all_documents_of(Path("out")) == sorted(f"a/c validation {i}" for i in range(200))
     assert Dataset("out").meta["source"] == "Hugging Face dataset a/c, column text, split validation"
