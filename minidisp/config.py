@@ -44,6 +44,10 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
+# A run that starts from weights keeps more of what they know at a tenth of the learning rate of its recipe and preset, which are
+# for training from scratch. Without a preset, which brings the rate of its size, wider models get less in inverse proportion.
+FINE_TUNING_LR = 0.1
+
 # How to train, whatever the size: fields applied after the preset's and before the other flags. "fast" gives the lowest loss per
 # unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons. A new run is fast unless its
 # command, its preset or the model that it starts from says otherwise; a saved configuration without a recipe means gpt2.
@@ -410,7 +414,14 @@ def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPT
         recipe = {**RECIPES[implied], "recipe": implied}
     typed_as |= {name: name for name in given}
     wanted = {**base, **preset, **recipe, **given}
-    return from_dict({**wanted, **(_taken_over(start, *source, wanted, typed_as) if source else {})})
+    if not source:
+        return from_dict(wanted)
+    config = from_dict({**wanted, **_taken_over(start, *source, wanted, typed_as)})
+    if "lr" in base.keys() | given.keys():
+        return config
+    wider = 1.0 if "preset" in given else max(1.0, config.n_embd / GPTConfig.n_embd)
+    lr = float(f"{FINE_TUNING_LR * config.lr / wider:.2g}")
+    return dataclasses.replace(config, lr=lr, out=str(config.run_dir))  # the folder's name does without what follows
 
 
 def _resumed(base: dict, given: dict) -> Config:

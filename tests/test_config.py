@@ -289,3 +289,17 @@ def test_the_version_is_known(capsys):
         parse(["--version"])
     assert done.value.code == 0
     assert capsys.readouterr().out == f"minidisp {minidisp.__version__}\n"
+
+
+def test_the_default_learning_rate_of_a_fine_tuning_run():
+    """A tenth of the recipe's or the preset's; without a preset less for wider models; never where one is given."""
+    sources = {"fast": from_dict({**RECIPES["fast"]}), "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024)}
+
+    def started(line: str) -> Config:
+        return parse(
+            ["--init-from", line.split()[0], *line.split()[1:]], architecture_of=lambda name: (sources[name], False)
+        )
+
+    assert [started(line).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-4, 7.5e-5, 6e-5]
+    assert [started(f"{name} --lr 0.002").lr for name in sources] == [0.002, 0.002]
+    assert started("fast").run_dir == parse(["--init-from", "fast"]).run_dir
