@@ -293,7 +293,10 @@ def test_the_version_is_known(capsys):
 
 def test_the_default_learning_rate_of_a_fine_tuning_run():
     """A tenth of the recipe's or the preset's; without a preset less for wider models; never where one is given."""
-    sources = {"fast": from_dict({**RECIPES["fast"]}), "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024)}
+    sources = {
+        "fast": from_dict({**RECIPES["fast"]}),
+        "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+    }
 
     def started(line: str) -> Config:
         return parse(
