@@ -6,7 +6,10 @@ pip install -e '.[trainer]' && python examples/hf_trainer.py MODEL TEXT.txt OUT 
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+except ImportError as error:
+    sys.exit(f"hf_trainer.py: {error}: pip install transformers accelerate")
 
 from minidisp import DispersionLoss, InputError
 from minidisp.runtime.cli import Parser, exit_code
@@ -20,8 +23,7 @@ class DispersionTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # every token counts: pack texts, do not pad
-        disp = self.dispersion(outputs.hidden_states, self.state.global_step)
+        disp = self.dispersion(outputs.hidden_states, self.state.global_step, inputs.get("attention_mask"))
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             disp = disp / self.current_gradient_accumulation_steps  # where Trainer has done so with the cross-entropy
         loss = loss + self.weight * disp

@@ -277,12 +277,18 @@ class DispersionLoss(nn.Module):
             return "closed form"
         return ops.describe(self.impl, self.variant, dtype, device_type)
 
-    def forward(self, hidden_states: Sequence[Tensor], step: int | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Sequence[Tensor], step: int | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """hidden_states: n_layer + 1 tensors (B, T, C), embeddings first, as Hugging Face models return them.
 
         step: the optimiser step, which decides the random positions; None counts the calls of this module instead.
+        attention_mask: (B, T), 0 for padding, which is left out, as transformers' models take it; every sequence with two
+            or more tokens counts alike, whatever its length. A GPU is waited for once, to learn the lengths.
         Returns a scalar.
         """
+        if attention_mask is not None:
+            return torch.compiler.disable(self._masked)(hidden_states, step, attention_mask)
         layers = select_layers(self.layers, len(hidden_states) - 1)
         states = [hidden_states[layer] for layer in layers]
         if 0 < self.tokens < states[0].shape[1]:
@@ -292,6 +298,26 @@ class DispersionLoss(nn.Module):
             states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()
+
+    def _masked(self, hidden_states: Sequence[Tensor], step: int | None, attention_mask: Tensor) -> Tensor:
+        """The mean over the sequences of what each gives without its padding; those of one length are taken together."""
+        if attention_mask.shape != hidden_states[-1].shape[:2]:
+            raise ValueError(
+                f"attention_mask must be (B, T) = {tuple(hidden_states[-1].shape[:2])}, not {tuple(attention_mask.shape)}"
+            )
+        if step is None and self.tokens:  # one call, however many lengths there are
+            step = self.calls
+            self.calls += 1
+        chosen, mask = select_layers(self.layers, len(hidden_states) - 1), attention_mask.bool()
+        lengths, total, count = mask.sum(1).tolist(), hidden_states[-1][mask].sum() * 0.0, 0
+        for length in sorted({length for length in lengths if length > 1}):
+            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=mask.device)
+            states = list(hidden_states)
+            for layer in chosen:
+                states[layer] = states[layer][rows][mask[rows]].view(len(rows), length, -1)
+            total = total + len(rows) * self(states, step)
+            count += len(rows)
+        return total / max(1, count)
 
     def _positions(self, T: int, layers: list[int], step: int | None, states: list[Tensor]) -> list[Tensor]:
         """The random positions of each layer, (tokens,) int64, on the device of its states.

@@ -200,9 +200,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(
-                "a Hugging Face tokenizer needs the package tokenizers: pip install 'minidisp[hf]'"
-            ) from None
+            raise ValueError("a Hugging Face tokenizer needs the package tokenizers: pip install tokenizers") from None
         try:
             packed = json.loads(serialized)
             eos_token, rows, self.tokenizer_json = (

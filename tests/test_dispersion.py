@@ -573,3 +573,37 @@ def test_torchs_newer_precision_settings(impl):
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("impl", ["reference", "streamed", "auto"])
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "mean_cosine"}, {"layers": "last", "tokens": 3}, {"variant": "l2_repel"}]
+)
+def test_padding_does_not_count(impl, options):
+    """With an attention mask, the loss and its gradient are those of the sequences without their padding."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, T = [7, 3, 0, 7, 1, 10], 10
+    states = [torch.randn(6, T, 5, generator=generator).requires_grad_() for _ in range(3)]
+    mask = torch.zeros(6, T, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        mask[row, :n] = 1
+    mask[3] = mask[3].flip(0)  # on the left
+    with torch.no_grad():
+        for z in states:
+            z[mask == 0] = math.nan
+    module = DispersionLoss(impl=impl, **options)
+    found = module(states, step=4, attention_mask=mask)
+    counted = [row for row, n in enumerate(lengths) if n > 1]
+    wanted = sum(module([z[row : row + 1, mask[row].bool()] for z in states], step=4) for row in counted) / len(counted)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(x, states, allow_unused=True) for x in (found, wanted)), strict=True):
+        a, b = (torch.zeros_like(states[0]) if grad is None else grad for grad in (a, b))
+        torch.testing.assert_close(a, b)
+    whole = torch.ones(2, 5, dtype=torch.bool)
+    z = [torch.randn(2, 5, 4, generator=generator) for _ in range(3)]
+    torch.testing.assert_close(module(z, step=1, attention_mask=whole), module(z, step=1))
+    nothing = module([x.requires_grad_() for x in z], attention_mask=~whole)
+    assert nothing == 0
+    nothing.backward()
+    with pytest.raises(ValueError, match=r"\(2, 5\)"):
+        module(z, attention_mask=whole[:, :3])

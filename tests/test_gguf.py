@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tests import llama_cpp
 from tests.test_hf import write_run
 from tests.test_tokenizer import HARD, SOURCE_CODE, byte_level_bpe
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 KINDS = {
     "gpt2": {"gelu": "tanh"},
     "gpt2-untied": {"gelu": "tanh", "tied": False, "bias": False, "norm_eps": 1e-3, "mlp_dim": 96},
@@ -230,7 +234,6 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_way_out(tmp_path, caps
     }
     parts = {"vocab": {**packed["model"]["vocab"], **more}, "merges": [*merges, ["/", "s"], ["/s", ">"]]}
     for number, (vocabulary, fields, expected) in enumerate([
-        (ByteTokenizer(), {}, "--gelu tanh"),
         (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
         (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
         (tokenizer, {"arch": "qwen3"}, "no name for the way"),
@@ -265,7 +268,30 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "--gguf" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert hf.main(flags) == 2
-    assert "minidisp[gguf]" in capsys.readouterr().err
+    assert "pip install gguf" in capsys.readouterr().err
+
+
+def test_exact_gelu_goes_out_as_the_tanh_form_and_the_difference_is_reported(tmp_path, capsys):
+    write_run(tmp_path / "erf", ByteTokenizer(), gelu="erf")
+    write_run(tmp_path / "tanh", ByteTokenizer(), gelu="tanh")
+    assert hf.main(["export", str(tmp_path / "erf"), str(tmp_path / "a.gguf"), "--gguf"]) == 0
+    out = capsys.readouterr().out
+    off, same = re.search(r"off by up to (\S+) of their standard deviation.*the same for ([\d.]+)%", out).groups()
+    assert 0 < float(off) < 0.1
+    assert float(same) > 90
+    assert hf.main(["export", str(tmp_path / "tanh"), str(tmp_path / "b.gguf"), "--gguf"]) == 0
+    assert "GELU" not in capsys.readouterr().out
+
+
+def test_the_short_command(tmp_path):
+    write_run(tmp_path / "run", ByteTokenizer(), gelu="tanh")
+    command = [sys.executable, "-m", "minidisp.gguf"]
+    done = subprocess.run([*command, "run", "x.gguf"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "x.gguf").is_file()
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not llama_cpp.installed(), reason="LLAMA_CPP names no folder with node-llama-cpp: see llama_cpp.py")

@@ -1,6 +1,7 @@
 """Hugging Face models, both ways: transformers is the oracle for logits, hidden states, losses and token ids."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ import eval as evaluation  # not the builtin
 import minidisp
 import train
 from data import prepare
-from minidisp import InputError, hf
+from minidisp import InputError, hf, loss
 from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
@@ -791,7 +792,6 @@ def test_a_name_on_the_hub(models, tmp_path, monkeypatch):
 
 def test_missing_packages_are_named(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hint = "pip install 'minidisp[hf]'"
     for package, call, argument in [
         ("safetensors", hf.load_model, models / "gpt2"),
         ("tokenizers", hf.load_tokenizer, models / "gpt2"),
@@ -801,7 +801,7 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
             patch.setitem(sys.modules, package, None)
             message = refusal(call, argument)
         assert package in message
-        assert hint in message
+        assert f"pip install {package}" in message
 
 
 # --- in other people's programs ---------------------------------------------------------------------------------------
@@ -920,8 +920,59 @@ def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypa
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert hf.main(["export", str(run), "."]) == 2
-    assert "name one inside it" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
+    assert hf.main(["export", str(run), "."]) == 0  # a container's working folder, say, which cannot be replaced
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert hf.load_model(".").config.n_layer
+
+
+def test_an_export_fills_an_empty_folder_that_cannot_be_renamed(run, tmp_path, monkeypatch, capsys):
+    """As a mount point, or below a parent that is not ours, or through a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    inode = (tmp_path / "real").stat().st_ino
+    monkeypatch.setattr(Path, "rmdir", lambda self, rmdir=Path.rmdir: refuse(self, "real") or rmdir(self))
+    assert hf.main(["export", str(run), str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_ino == inode
+    assert hf.load_model(tmp_path / "real").config.n_layer
+    assert hf.main(["export", str(run), str(tmp_path / "real")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def refuse(path: Path, name: str) -> None:
+    if path.name == name:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+
+def test_of_an_imported_config_the_ids_of_special_tokens_alone_are_exported(models, tmp_path, capsys):
+    """The tokenizer of a run may be from anywhere: nothing in it may change what is computed with the weights."""
+    tokenizer = hf.load_tokenizer(models / "gpt2")
+    packed = {"bos_token_id": 3, "eos_token_id": [1, 5], "pad_token_id": 10**9, "auto_map": {"AutoConfig": "evil.Config"},
+              "activation_function": "relu", "layer_norm_epsilon": 0.5, "n_layer": 1, "model_type": "qwen3"}  # fmt: skip
+    tokenizer.files["config.json"] = json.dumps(packed)
+    from minidisp.hf.exporter import _files
+
+    config = json.loads(_files({"activation_function": "gelu"}, tokenizer, None)["config.json"])
+    assert config == {
+        "activation_function": "gelu", "bos_token_id": 3, "eos_token_id": [1, 5], "pad_token_id": None,
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_not_of_the_logits_is_not_exported(run, tmp_path, monkeypatch, capsys):
+    plain = loss.plain
+    monkeypatch.setattr(loss, "plain", lambda z, targets: plain(5 * (z / 5).tanh(), targets))
+    assert hf.main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "belongs into GPT.logits" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(GPT, "logits", lambda self, x: 0.01 * (self.lm_head(x) / 0.01).tanh())
+    assert hf.main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "its logits are not those of" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(loss, "plain", lambda z, targets: plain(z, targets) + 0.1 * z.logsumexp(-1).square())
+    assert hf.main(["export", str(run), str(tmp_path / "out")]) == 0  # a regulariser changes no probabilities
 
 
 def test_rotary_positions_are_said_to_every_version_of_transformers():

@@ -5,6 +5,7 @@ python -m minidisp.hf export runs/NAME folder --gguf   # for llama.cpp, Ollama a
 """
 
 import argparse
+import warnings
 
 from minidisp import InputError
 from minidisp.hf import gguf
@@ -15,7 +16,8 @@ from minidisp.runtime.cli import Parser, exit_code
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: see exit_code."""
     parser = Parser(
-        prog="python -m minidisp.hf",
+        prog="-m minidisp.hf",
+        usage="python -m minidisp.hf export [--dtype DTYPE] [--gguf] RUN DIR",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -33,14 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--gguf",
         action="store_true",
-        help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead (pip install 'minidisp[gguf]')",
+        help="write DIR/NAME-DTYPE.gguf for llama.cpp, Ollama or LM Studio instead (needs the package gguf)",
     )
 
     def command() -> None:
         args = parser.parse_args(argv)
         try:
             if args.gguf:
-                print(f"{gguf.export_run(args.run, args.folder, args.dtype)}: for llama.cpp, Ollama or LM Studio")
+                with warnings.catch_warnings(record=True) as found:
+                    path = gguf.export_run(args.run, args.folder, args.dtype)
+                for warning in found:
+                    print(f"note: {warning.message}")
+                print(f"{path}: for llama.cpp, Ollama or LM Studio")
             elif args.dtype == "q8_0":
                 raise InputError("--dtype q8_0 goes with --gguf: transformers' files have float32, bfloat16 or float16")
             else:

@@ -1,12 +1,11 @@
 """A run as a folder for transformers: config.json, model.safetensors, and the tokenizer's files."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from minidisp import InputError
-from minidisp.hf.families import WEIGHTS, in_dtype
+from minidisp.hf.families import TOKEN_IDS, WEIGHTS, in_dtype
 from minidisp.hf.reference import stored_form
 from minidisp.runtime import checkpoint, files
 from minidisp.template import Template, load_template
@@ -26,34 +25,24 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     try:
         import safetensors.torch
     except ImportError:
-        raise InputError("Hugging Face weights need the package safetensors: pip install 'minidisp[hf]'") from None
+        raise InputError("Hugging Face weights need the package safetensors: pip install safetensors") from None
     model, vocabulary, _ = checkpoint.load_run(run)
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(folder) if Path(folder).name else Path(folder).absolute()  # "." has no name
+    if not files.is_free(folder):
         raise InputError(f"{folder} is there already: choose another folder")
-    if os.path.realpath(folder) == os.getcwd():
-        raise InputError(f"{folder} is the folder that you are in, which cannot be replaced: name one inside it")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
     template = load_template(checkpoint.find(run).parent, vocabulary)
     texts = _files(config | {"dtype": dtype}, vocabulary, template)
-    building = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
-    building.mkdir(parents=True)
     try:
-        for name, text in texts.items():
-            (building / name).parent.mkdir(exist_ok=True)
-            files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
-        safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        building.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError):  # a full disk, say; it is no OSError
-            raise InputError(f"{folder} cannot be written: {error}") from None
-        raise
+        with files.new_folder(folder, last="config.json") as building:
+            for name, text in texts.items():
+                (building / name).parent.mkdir(exist_ok=True)
+                files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
+            safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
+            shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
+    except safetensors.SafetensorError as error:  # a full disk, say; it is no OSError
+        raise InputError(f"{folder} cannot be written: {error}") from None
     return folder
 
 
@@ -63,7 +52,7 @@ def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> di
     config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
     kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
     if kept:
-        config |= json.loads(kept.pop("config.json", "{}"))
+        config |= _token_ids(json.loads(kept.pop("config.json", "{}")), vocabulary.vocab_size)
         texts = {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
         return texts | _chat(json.loads(kept.get("tokenizer_config.json", "{}")), vocabulary, template, {*kept})
     tokenizer_json, eos_token = to_tokenizer(vocabulary)
@@ -79,6 +68,18 @@ def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> di
     return {name: _json(values) for name, values in files.items()} | _chat(
         tokenizer_config, vocabulary, template, set()
     )
+
+
+def _token_ids(values: object, vocab_size: int) -> dict[str, object]:
+    """The ids of special tokens that an imported config.json named, and nothing else of it: it may be from anywhere."""
+
+    def is_id(value: object) -> bool:
+        return type(value) is int and 0 <= value < vocab_size
+
+    if not isinstance(values, dict):
+        return {}
+    ids = {name: values[name] for name in TOKEN_IDS if name in values}
+    return {k: v for k, v in ids.items() if v is None or is_id(v) or (isinstance(v, list) and v and all(map(is_id, v)))}
 
 
 def _chat(tokenizer_config: dict, vocabulary: Tokenizer, template: Template | None, there: set[str]) -> dict[str, str]:

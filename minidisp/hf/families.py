@@ -20,6 +20,7 @@ from minidisp.config import read_json
 from minidisp.model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what config.json says of the tokenizer
 LARGEST = 1 << 20  # no number in a config.json of a model of these families is larger
 GELU = {"gelu_new": "tanh", "gelu": "erf", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 # (arch, mlp) of ours, and the family that has this block

@@ -16,13 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from minidisp import InputError, read_bytes
 from minidisp.config import read_json
-from minidisp.hf.families import FAMILIES, INDEX, WEIGHTS, Settings, read_config, weights
+from minidisp.hf.families import FAMILIES, INDEX, TOKEN_IDS, WEIGHTS, Settings, read_config, weights
 from minidisp.model import GPT, GPTConfig
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 FILES = ["config.json", "tokenizer.json", INDEX, "*.safetensors", *HuggingFaceTokenizer.FILES]
 DTYPES = ("F64", "F32", "F16", "BF16")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what config.json knows of the tokenizer
 # Models of the first days of the hub, which have no owner in their names.
 NO_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 NO_WEIGHTS = re.compile(
@@ -161,7 +160,7 @@ def find_folder(source: str | Path) -> Path:
         import huggingface_hub
     except ImportError:
         raise InputError(
-            f"{source} is no folder here, and the hub needs the package huggingface_hub: pip install 'minidisp[hf]'"
+            f"{source} is no folder here, and the hub needs the package huggingface_hub: pip install huggingface_hub"
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES))
@@ -194,7 +193,7 @@ def _open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dic
     try:
         import safetensors
     except ImportError:
-        raise InputError("Hugging Face weights need the package safetensors: pip install 'minidisp[hf]'") from None
+        raise InputError("Hugging Face weights need the package safetensors: pip install safetensors") from None
     stored: dict[str, _Stored] = {}
     for path in _weight_files(folder):
         try:

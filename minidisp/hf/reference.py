@@ -8,13 +8,14 @@ from torch import Tensor
 
 from minidisp import InputError
 from minidisp.hf.families import FAMILIES, GELU, parameters_of, to_config, to_tensors
+from minidisp.loss import is_other_distribution
 from minidisp.model import GPT
 
 
 def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
-    """(config.json, tensors in float32) of a model, which stand for the same logits.
+    """(config.json, tensors in float32) of a model, which give the same logits and the same loss.
 
-    Compared are the logits of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large
+    Compared are those of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large
     that the logits would fill the memory), with two ends of documents among them. Raises InputError naming what no
     family has; a changed block that no option describes is found by its logits.
     """
@@ -25,6 +26,7 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     idx[[T // 3, 2 * T // 3]] = eos_id
     with torch.no_grad():
         logits = model(idx.unsqueeze(0)).logits[0].double()
+        nats = model(idx.unsqueeze(0), idx.roll(-1).unsqueeze(0), loss_reduction="none").loss[0].double()
     wanted = reference_logits(config, tensors, idx, torch.float64)
     rounding = (reference_logits(config, tensors, idx, torch.float32) - wanted).abs().max()
     error, size = (logits - wanted).abs().max(), wanted.std()
@@ -32,6 +34,12 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
         raise InputError(
             f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with its weights "
             f"(off by {error / size:.1g} standard deviations): its code computes something that this format cannot say"
+        )
+    nats_wanted = F.cross_entropy(wanted, idx.roll(-1), reduction="none")
+    if is_other_distribution() or not (nats - nats_wanted).abs().max() <= 20 * rounding + 2e-5 * size:
+        raise InputError(
+            "the model cannot be exported: its loss is not the cross-entropy of its logits, so that it was trained for "
+            "other probabilities than its logits give: a change of the logits belongs into GPT.logits, not into the loss"
         )
     return config, tensors
 
