@@ -26,7 +26,6 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     idx[[T // 3, 2 * T // 3]] = eos_id
     with torch.no_grad():
         logits = model(idx.unsqueeze(0)).logits[0].double()
-        nats = model(idx.unsqueeze(0), idx.roll(-1).unsqueeze(0), loss_reduction="none").loss[0].double()
     wanted = reference_logits(config, tensors, idx, torch.float64)
     rounding = (reference_logits(config, tensors, idx, torch.float32) - wanted).abs().max()
     error, size = (logits - wanted).abs().max(), wanted.std()
@@ -35,6 +34,8 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
             f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with its weights "
             f"(off by {error / size:.1g} standard deviations): its code computes something that this format cannot say"
         )
+    with torch.no_grad():
+        nats = model(idx.unsqueeze(0), idx.roll(-1).unsqueeze(0), loss_reduction="none").loss[0].double()
     nats_wanted = F.cross_entropy(wanted, idx.roll(-1), reduction="none")
     if is_other_distribution() or not (nats - nats_wanted).abs().max() <= 20 * rounding + 2e-5 * size:
         raise InputError(
