@@ -31,7 +31,7 @@ TINY = {
     "eval_tokens": 32,
     "dispersion": 0.1,
 }
-LONG = {"--compile", "--wandb", "--tensorboard", "--threads", "--help"}
+LONG = {"--compile", "--wandb", "--tensorboard", "--threads", "--help", "--version"}
 
 NUMBERS = [
     "0", "1", "2", "3", "-1", "-0.0", "0.5", "1e-3", "1e-45", "1e-320", "1e20", "3.4e38", "1.7e308", "1e309", "nan", "-inf", "1e5000", "9" * 25,
