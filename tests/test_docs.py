@@ -372,7 +372,7 @@ def provide(words: list[str], corpus: Path) -> None:
             pairs = Path(word.replace("*", "some"))
             pairs.parent.mkdir(parents=True, exist_ok=True)
             pairs.write_text('{"sentence_good": "they are", "sentence_bad": "they is"}\n')
-        if flag == "--text-file":
+        if flag in ("--text-file", "--completions"):
             write_texts(word)
         if flag == "--prompts":
             Path(word).write_text("a text of\n")
@@ -395,6 +395,8 @@ def write_texts(pattern: str) -> None:
             text = TEXT[suffix].format(*[i] * 80)
         else:
             rows = [{"text": TEXT[".txt"].format(*[k] * 80)} for k in range(60)]
+            if Path(name).name.startswith(("dialogues", "assistant", "translate")):
+                rows = [{"prompt": f"what is {k}?", "completion": f"a number, {k}"} for k in range(60)]
             text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         data = text.encode()
