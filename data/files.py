@@ -274,7 +274,7 @@ def _listed(folder: str) -> list[str]:
     return [name for name in os.listdir(folder or ".") if not name.startswith(".")]
 
 
-def identity(path: str) -> object:
+def identity(path: str) -> tuple[int, int] | str:
     """The same for all paths and hard links that lead to one file."""
     found = os.stat(path)  # file systems without inodes have no hard links
     return (found.st_dev, found.st_ino) if found.st_nlink > 1 else os.path.realpath(path)

@@ -472,23 +472,23 @@ def _sentences(text: str) -> Iterator[str]:
         start = stop
 
 
-def to_tokenizer(vocabulary: Tokenizer) -> tuple[dict, str]:
+def to_tokenizer(tokenizer: Tokenizer) -> tuple[dict, str]:
     """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback, nothing around it.
 
     The pieces have spaces as they are, so that U+2581 is no space and falls back to its three bytes, as it does here.
     Raises InputError if the tokenizer is a SentencePiece model of another kind.
     """
-    if isinstance(vocabulary, HuggingFaceTokenizer):
-        return vocabulary.as_used, vocabulary.eos_token
-    if isinstance(vocabulary, ByteTokenizer):
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.as_used, tokenizer.eos_token
+    if isinstance(tokenizer, ByteTokenizer):
         pieces, merges = [*(f"<0x{byte:02X}>" for byte in range(256)), "</s>"], []
     else:
         try:
-            pieces, merges = vocabulary.as_merges()
+            pieces, merges = tokenizer.as_merges()
         except ValueError as error:
             raise InputError(f"tokenizer.model cannot be exported: {error}") from None
     flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
-    silent = [i for i, token in enumerate(vocabulary.token_bytes) if not token]  # end of sequence, <unk>
+    silent = [i for i, token in enumerate(tokenizer.token_bytes) if not token]  # end of sequence, <unk>
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False}  # fmt: skip
     tokenizer_json = {
@@ -502,4 +502,4 @@ def to_tokenizer(vocabulary: Tokenizer) -> tuple[dict, str]:
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": model | {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
     }
-    return tokenizer_json, pieces[vocabulary.eos_id]
+    return tokenizer_json, pieces[tokenizer.eos_id]
