@@ -44,7 +44,7 @@ class Template:
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str, token_names: dict[str, str], now: str):
-        """token_names: what the template calls eos_token and so on. now: an ISO date, what strftime_now formats."""
+        """token_names: what the template calls eos_token and so on. now: an ISO date, what strftime_now formats; "" where it is not used."""
         self.chat_template, self._tokenizer, self._token_names, self._now = chat_template, tokenizer, token_names, now
         self._special = _special_tokens(tokenizer)
         # Of several that begin at the same place the longest counts, as in the package tokenizers.
@@ -57,14 +57,15 @@ class Template:
                 for name, (left, right) in zip(self._names, strips, strict=True)
             )
         )
-        self._jinja = _compile(chat_template, datetime.datetime.fromisoformat(now))
+        self._jinja = _compile(chat_template, datetime.datetime.fromisoformat(now or "2000-01-01"))
         self.stop_id = self._closing_token()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Template":
         """The chat template that came with a Hugging Face tokenizer, else PLAIN."""
         source, names = _own(tokenizer)
-        return cls(tokenizer, source or PLAIN, names, datetime.date.today().isoformat())
+        now = datetime.date.today().isoformat() if "strftime_now" in source else ""
+        return cls(tokenizer, source or PLAIN, names, now)
 
     @classmethod
     def from_meta(cls, meta: object, tokenizer: Tokenizer) -> "Template":

@@ -1,5 +1,6 @@
 """The prompt template: the ids of transformers' apply_chat_template, and which of them count."""
 
+import datetime
 import hashlib
 import json
 import random
@@ -276,3 +277,14 @@ def test_a_gguf_file_has_the_chat_template_and_the_token_that_ends_a_turn(tmp_pa
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     end = fields["tokenizer.ggml.eot_token_id" if kind == "thinking" else "tokenizer.ggml.eos_token_id"]
     assert end.contents() == template.stop_id
+
+
+def test_a_template_without_a_date_is_the_same_on_every_day(monkeypatch):
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date(2099, 1, 1)
+
+    today = Template.of(ByteTokenizer()).to_meta()
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert Template.of(ByteTokenizer()).to_meta() == today
