@@ -157,7 +157,12 @@ def main() -> int:
 
     def command() -> None:
         nonlocal good
-        Parser("python -m minidisp.ops", description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
+        Parser(
+            "-m minidisp.ops",
+            usage="python -m minidisp.ops",
+            description=__doc__,
+            formatter_class=RawDescriptionHelpFormatter,
+        ).parse_args()
         text, good = diagnosis()
         print(text)
 
