@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from minidisp import InputError, decoding
 from minidisp.decoding import Context, Segments
 from minidisp.flags import MOST, check_bounds, flag
-from minidisp.loss import can_be_chunked, cross_entropy
+from minidisp.loss import IGNORE, can_be_chunked, cross_entropy
 from minidisp.ops import layers
 from minidisp.ops.attention import causal_attention
 
@@ -263,7 +263,8 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64, T <= block_size; a target of -1 is not counted.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
-        loss_reduction: "mean" gives the training loss, "none" the cross-entropy of each token: see minidisp/loss.py.
+        loss_reduction: "mean" gives the training loss, or in eval mode the mean cross-entropy; "none" the cross-entropy of
+            each token: see minidisp/loss.py.
         segments: (B, T) int64, the number of the example in its row that a token belongs to; tokens attend to those of
             their own example, whose positions begin at 0. None: a row is one text.
         context: instead of segments, anything else that tokens see of one another, such as a PrefixTree.
@@ -325,8 +326,10 @@ class GPT(nn.Module):
             self.choose_loss()
         weight = self.lm_head.weight if self.fast_loss else None
         x, V = x.flatten(0, 1), self.config.vocab_size
-        loss = cross_entropy(x, targets.flatten(), self.logits, V, weight, reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+        if reduction == "mean" and (self.training or self.fast_loss):
+            return cross_entropy(x, targets.flatten(), self.logits, V, weight)
+        nats = cross_entropy(x, targets.flatten(), self.logits, V, weight, "none").view_as(targets)
+        return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
 
     def choose_loss(self) -> None:
         """Find out whether the training loss has a fast form. The first loss does it, but not where it is compiled."""
