@@ -26,6 +26,7 @@ from minidisp.runtime.cli import Parser
 
 MOST_CHARACTERS = 4096  # of a path
 MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture of corpora
+MOST_PATH = 1000  # characters of a run folder's path: a file in it must not exceed the 4,096 bytes of the system
 MOST_BYTES = 200  # of the name of a run folder: file systems allow 255
 MOST_THREADS = 1024  # torch's thread pool ends the process when it cannot start them
 
@@ -215,6 +216,8 @@ class Config(GPTConfig):
             if isinstance(value, str) and (len(value) > MOST_CHARACTERS or not is_plain(value)):
                 raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
         parse_corpora(self.data)
+        if len(self.out) > MOST_PATH or any(len(part.encode()) > 255 for part in Path(self.out).parts):
+            raise InputError(f"--out {self.out[:40]!a}... is too long: give a path of at most {MOST_PATH} characters, 255 bytes per folder")
         if self.block_size < 2:  # one token makes no pair, whose cosine is measured
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:
