@@ -217,7 +217,9 @@ class Config(GPTConfig):
                 raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
         parse_corpora(self.data)
         if len(self.out) > MOST_PATH or any(len(part.encode()) > 255 for part in Path(self.out).parts):
-            raise InputError(f"--out {self.out[:40]!a}... is too long: give a path of at most {MOST_PATH} characters, 255 bytes per folder")
+            raise InputError(
+                f"--out {self.out[:40]!a}... is too long: give a path of at most {MOST_PATH} characters, 255 bytes per folder"
+            )
         if self.block_size < 2:  # one token makes no pair, whose cosine is measured
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:

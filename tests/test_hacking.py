@@ -59,6 +59,9 @@ HACKS = {
     "4. An optimiser": (["--optimizer", "nadam"], "nadam"),
     "5. An average of the weights": ([], None),
     "6. A number that is logged": ([], None),
+    "7. A scheduled weight": (["--norm-penalty", "0.01"], "0.01 x mean squared hidden state"),
+    "8. Another attention": (["--window", "5"], None),
+    "9. Masked targets": ([], None),
 }
 
 
@@ -131,8 +134,12 @@ def test_an_example_trains_and_resumes_exactly(corpus, tmp_path, title):
     assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
     for a, b in zip(*logs, strict=True):
         assert {key: a[key] for key in a.keys() - times} == {key: b[key] for key in b.keys() - times}
-    for number, name in (("1", "norm_penalty"), ("6", "largest_state")):
-        assert (name in logs[0][1]) == title.startswith(number)
+    for numbers, name in (("17", "norm_penalty"), ("6", "largest_state"), ("7", "norm_penalty_weight")):
+        assert (name in logs[0][2]) == (title[0] in numbers)
+    if title.startswith("7"):
+        assert [line["norm_penalty_weight"] for line in logs[0] if "ce" in line] == [
+            0.01 * step / 100 for step in range(8)
+        ]
 
 
 def test_another_block_is_not_exported(corpus, tmp_path):
