@@ -425,7 +425,9 @@ def print_row(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="4x128,6x384,gpt2", help=f"some of {', '.join(MODELS)}")
     parser.add_argument("--against", metavar="DIR", help="a nanoGPT checkout")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="off")
