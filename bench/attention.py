@@ -116,7 +116,9 @@ def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, seconds: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/attention.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", default=SHAPES, help="B x H x T x D, such as 8x6x256x32, separated by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16")

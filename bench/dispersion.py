@@ -192,7 +192,9 @@ def read_shapes(text: str) -> list[tuple[int, int, int]]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="bench/dispersion.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", choices=STREAMED_VARIANTS, default="angular_spread")
     parser.add_argument(

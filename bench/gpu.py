@@ -284,7 +284,9 @@ def main() -> int:
         "profile": profile,
         "page": page,
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=steps)
     parser.add_argument("folder", nargs="?", type=Path, help="of the logs; for page")
     parser.add_argument("--dry", action="store_true", help="judge no number: for a card that computes nothing")

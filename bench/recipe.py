@@ -179,7 +179,9 @@ def show(results: dict[tuple[str, int, int], Result], corpus: str, record: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/recipe.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", metavar="DIR", required=True, help="a nanoGPT checkout")
     parser.add_argument("--data", metavar="DIR", required=True, help="a corpus prepared with --tokenizer byte")
     parser.add_argument("--seeds", type=int, default=3)

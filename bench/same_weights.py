@@ -98,7 +98,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/same_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before", type=Path, help="a checkout of the code to compare with")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "pystdlib", help="a prepared corpus")
     parser.add_argument(

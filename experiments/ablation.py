@@ -8,7 +8,10 @@ conditions. The paper's averages over ten tasks, GPT-2 in mid-training: lambda .
 tau .1/.5/1/2 35.33/35.42/35.61/35.27; early half 34.96, late half 35.37.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

@@ -6,7 +6,10 @@ A small model learns from the text alone, from the text and a larger teacher, or
 teacher has the same seed and is trained first, on the same text; it is part of the comparison.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

@@ -7,7 +7,10 @@ several learning rates. The last tables compare each condition at its best one: 
 mean over the other seeds, so that no evaluation helps to select the rate that it is reported under.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study  # isort: split
 

@@ -7,7 +7,10 @@ correlation of mean cosine and depth (.967, .912, .692, .429). Here everything b
 laptop scale took 26 minutes on one thread of a busy 2-core CPU.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

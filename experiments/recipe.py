@@ -9,7 +9,10 @@ a tenth) and adds one ingredient after the other, with the same number of steps;
 condition. Tokens are bytes, so one token is one character of English.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

@@ -7,7 +7,10 @@ The paper measures the published GPT-2 models of four sizes: the rank correlatio
 published models themselves, use eval.py --hf.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

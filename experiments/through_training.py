@@ -7,7 +7,10 @@ a small model is measured every few steps, with and without the dispersion loss,
 0; then the two conditions at the end. The laptop scale took 38 minutes on one thread of a busy 2-core CPU.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

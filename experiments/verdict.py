@@ -24,11 +24,15 @@ byte of the test books, which take no part in hyperparameter selection. The same
 "report" compares the stages that have finished.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+
 import study  # isort: split
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np

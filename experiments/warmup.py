@@ -7,7 +7,10 @@ without the loss, are trained with several warm-up lengths. The first tables com
 the shortest warm-up; those that follow compare, at each warm-up, the loss with its own baseline.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
 
 import study
 

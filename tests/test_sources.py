@@ -1107,6 +1107,16 @@ def test_python_may_leave_the_folder_of_a_script_out_of_its_path(tmp_path, scrip
     assert "--no-such-flag" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="no -P")
+@pytest.mark.parametrize("script", ["bench/recipe.py", "experiments/size.py", "experiments/verdict.py"])
+def test_studies_and_benchmarks_too_and_their_help_has_their_own_name(tmp_path, script):
+    (tmp_path / "study.py").write_text("raise SystemExit('the wrong one')")
+    result = python("-P", ROOT / script, "--help", path=tmp_path, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {script} ")
+
+
 def test_the_splits_are_all_there(run):
     """A text of any script is prepared with the default tokenizer, whatever its size."""
     for text in ("\u4e00\u4e8c\u4e09\u3002" * 40, "ACGT" * 3000, "one line\n" * 30, "\U0001f642" * 100):
