@@ -57,7 +57,7 @@ HACKS = {
     "2. Another block": (["--parallel"], None),
     "3. A schedule": (["--schedule", "inverse_sqrt"], "inverse_sqrt schedule"),
     "4. An optimiser": (["--optimizer", "nadam"], "nadam"),
-    "5. An average of the weights": ([], None),
+    "5. Weight averaging": ([], None),
     "6. A number that is logged": ([], None),
     "7. A scheduled weight": (["--norm-penalty", "0.01"], "0.01 x mean squared hidden state"),
     "8. Another attention": (["--window", "5"], None),
