@@ -175,13 +175,19 @@ def stream(
     cache = KVCache(model.config, len(idx), size, idx.device, compute_dtype(model.wte.weight))
     context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     drawn, running = idx[:, -1:].clone(), torch.arange(len(idx), device=idx.device)  # the rows that are still computed
-    every = look_every(idx.device)
+    every, finite = look_every(idx.device), torch.tensor(True, device=idx.device)
     try:
         for new in range(1, max_new_tokens + 1):
             if cache.length + unread.shape[1] > block_size:
                 cache.length, unread = 0, context[:, -max(1, block_size // 2) :]
             x, _ = model._backbone(unread, context=cache)
-            unread = sample(model.logits(x[:, -1]).float(), temperature, top_k, top_p, generators)  # (rows, 1)
+            logits = model.logits(x[:, -1]).float()  # (rows, V)
+            finite &= (logits < math.inf).all()
+            if new % every == 0 and not finite:
+                raise InputError(
+                    "the model's logits are NaN or infinite: its weights are damaged, or training diverged"
+                )
+            unread = sample(logits, temperature, top_k, top_p, generators)  # (rows, 1)
             if stops is not None:
                 unread = torch.where(stopped.unsqueeze(1), context[:, -1:], unread)
             context = torch.cat((context, unread), dim=1)
@@ -237,8 +243,6 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: Generators) -> Tensor:
     """Draw one token per row of logits (B, V), float32; returns (B, 1) int64. See GPT.generate for the rest."""
-    if logits.device.type == "cpu" and not (logits < math.inf).all():  # another device would be waited for
-        raise InputError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
