@@ -1,7 +1,8 @@
 """One frozen dataclass holds every setting of a run; it comes from flags or config.json.
 
-A field declared with `flag(default, help)` is the flag of the same name in kebab-case, in the group of --help where it stands
-(GROUPS); what --resume may change stands beside it. Presets are plain dictionaries of fields, applied before the other flags.
+A field declared with `flag(default, help)` becomes the flag of the same name in kebab-case. GROUPS assigns it to a
+section of --help, and its `resume` argument says whether --resume may change it. Presets are plain dictionaries of
+fields, applied before the other flags.
 """
 
 import argparse
@@ -28,10 +29,10 @@ MOST_CHARACTERS = 4096  # of a path
 MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture of corpora
 MOST_PATH = 1000  # characters of a run folder's path: a file in it must not exceed the 4,096 bytes of the system
 MOST_BYTES = 200  # of the name of a run folder: file systems allow 255
-MOST_THREADS = 1024  # torch's thread pool ends the process when it cannot start them
+MOST_THREADS = 1024  # torch's thread pool aborts the process when it cannot start its threads
 
-# Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only what differs
-# from the defaults stands here.
+# Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only the values
+# that differ from the defaults are listed.
 _GPT2 = {"block_size": 1024, "batch_size": 16, "grad_accum": 32, "lr": 6e-4, "beta2": 0.95, "warmup_steps": 700, "max_steps": 20_000,
          "eval_every": 1000, "eval_tokens": 1_048_576, "save_every": 1000}  # fmt: skip
 PRESETS: dict[str, dict] = {
@@ -45,13 +46,15 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
-# A run that starts from weights keeps more of what they know at a tenth of the learning rate of its recipe and preset, which are
-# for training from scratch. Without a preset, which brings the rate of its size, wider models get less in inverse proportion.
+# The learning rates of recipes and presets are for training from scratch. A run that starts from pretrained weights
+# uses a tenth of them, which limits forgetting. Without a preset, whose learning rate fits its size, it is also scaled
+# by 1 / width.
 FINE_TUNING_LR = 0.1
 
-# How to train, whatever the size: fields applied after the preset's and before the other flags. "fast" gives the lowest loss per
-# unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons. A new run is fast unless its
-# command, its preset or the model that it starts from says otherwise; a saved configuration without a recipe means gpt2.
+# How to train, independent of model size: fields applied after the preset's and before the other flags. "fast" gives
+# the lowest loss per unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons. A
+# new run is fast unless its command, its preset or the model that it starts from says otherwise; a saved configuration
+# without a recipe means gpt2.
 RECIPES: dict[str, dict] = {
     "gpt2": {},
     "fast": {
@@ -72,36 +75,40 @@ RECIPES: dict[str, dict] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(GPTConfig):
-    """Everything that a training run depends on. Raises InputError naming the flag on values that make no sense."""
+    """Everything that a training run depends on. Raises InputError, naming the flag, on invalid values."""
 
     # run
     preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="silent")
     recipe: Literal[tuple(RECIPES)] = flag(
         "gpt2",
-        "how to train: fast: lowest loss per unit of time; gpt2: the paper's setting, the plain baseline (see below)",
+        "training recipe; fast: lowest loss per unit of time; gpt2: the paper's setting, used as the baseline (see "
+        "below)",
     )
     out: str = flag(
         "",
-        "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>, and what else is not at its default",
+        "run folder; default runs/<data>-<preset>-d<dispersion>-s<seed>, followed by other non-default settings",
         resume="silent",
     )
     seed: int = flag(0, "seed of the initialisation, the data order and dropout", low=0, high=2**32 - 1)
-    resume: bool = flag(False, "go on with the run in --out, exactly as if it had never stopped", resume="silent")
+    resume: bool = flag(False, "continue the run in --out from its last checkpoint, bit-exactly", resume="silent")
     overwrite: bool = flag(False, "replace the run in --out", resume="silent")
     # data
     data: str | tuple[str, ...] = flag(
         "pystdlib",
-        "corpus: a name under data/ or a folder; built-in names are prepared on first use. Several are mixed, by weights if "
-        "given: chat:3 books:1 takes three sequences of chat for one of books",
+        "corpus: a name under data/ or a folder; built-in names are prepared on first use. Several are mixed, "
+        "optionally weighted: chat:3 books:1 takes three sequences of chat for each one of books",
         resume="silent",
     )
     packing: Literal["separate", "joined", "none"] = flag(
         "separate",
-        "of examples: several share a window and do not see each other (separate) or see those before them (joined), or each "
-        "has a window of its own (none)",
+        "packing of examples into windows; separate: several per window, attention confined to each example; joined: "
+        "several "
+        "per window, each attends to those before it; none: one example per window",
     )
     init_from: str = flag(
-        "", "start from the weights of this run, checkpoint or Hugging Face folder (mid-training)", resume="silent"
+        "",
+        "initialise the weights from this run, checkpoint or Hugging Face folder (fine-tuning, mid-training)",
+        resume="silent",
     )
     # dispersion
     dispersion: float = flag(
@@ -109,47 +116,72 @@ class Config(GPTConfig):
     )
     dispersion_schedule: str = flag(
         "constant",
-        "of the weight: constant; linear:F, down to 0 at the fraction F of the run; delayed:F, off until then",
+        "schedule of that weight; constant; linear:F: decays to 0 at fraction F of the run; delayed:F: 0 until "
+        "fraction F",
         resume="reported",
     )
-    dispersion_variant: Literal[tuple(VARIANTS)] = flag("angular_spread", "which dispersion loss", resume="reported")
+    dispersion_variant: Literal[tuple(VARIANTS)] = flag(
+        "angular_spread", "variant of the dispersion loss", resume="reported"
+    )
     dispersion_layers: str = flag(
-        "all", "all, last, early_half, late_half, or numbers from 1 such as 1,3,5", resume="reported"
+        "all",
+        "layers it applies to: all, last, early_half, late_half, or a list of layers counted from 1, such as 1,3,5",
+        resume="reported",
     )
     dispersion_tau: float = flag(
         1.0,
-        "temperature; angle / pi for angular_spread, squared distance for the others",
+        "temperature, in units of angle / pi for angular_spread, of squared distance for the others",
         low=1e-6,
         high=1e6,
         resume="reported",
     )
     dispersion_clamp: float = flag(
         0.25,
-        "cosines are held in [-1 + clamp, 1 - clamp], gradient straight through",
+        "cosines are clamped to [-1 + clamp, 1 - clamp], with a straight-through gradient",
         above=0,
         below=1,
         resume="reported",
     )
     dispersion_tokens: int = flag(
-        0, "tokens per sequence drawn for the loss; 0 = all, the authors use 256", low=0, resume="reported"
+        0, "tokens sampled per sequence for the loss; 0 = all, the authors use 256", low=0, resume="reported"
     )
-    dispersion_impl: Literal[IMPLEMENTATIONS] = flag("auto", "fused: the compiled extension; streamed: PyTorch, little memory; "
-                                                         "reference: plain; auto: fused where it is, else streamed", resume="silent")  # fmt: skip
-    # other counter-measures
-    noisy_embedding: float = flag(0.0, "NEFTune: uniform noise of at most this / sqrt(T C) on the token embeddings while training; "
-                                  "0 = off, the paper uses 1 for GPT-2 and 5 for Qwen3", low=0, resume="reported")  # fmt: skip
-    active_forgetting: int = flag(0, "steps between resets of the token embeddings, and so of a tied output layer, and of their optimiser "
-                                  "state; no reset in the last K steps; 0 = off, the paper uses 1000", low=0, resume="reported")  # fmt: skip
+    dispersion_impl: Literal[IMPLEMENTATIONS] = flag(
+        "auto",
+        "implementation of the loss; fused: the compiled extension; streamed: PyTorch, low memory; reference: plain "
+        "PyTorch; auto: fused if available, else streamed",
+        resume="silent",
+    )
+    # other mitigation methods
+    noisy_embedding: float = flag(
+        0.0,
+        "NEFTune alpha: uniform noise of at most alpha / sqrt(T C) on the token embeddings during training; 0 = off, "
+        "the "
+        "paper uses 1 for GPT-2 and 5 for Qwen3",
+        low=0,
+        resume="reported",
+    )
+    active_forgetting: int = flag(
+        0,
+        "re-initialise the token embeddings (and a tied output layer) and their optimiser state every N steps; no "
+        "reset in "
+        "the last N steps; 0 = off, the paper uses 1000",
+        low=0,
+        resume="reported",
+    )
     distill: str = flag(
         "",
-        "teacher: a run folder or checkpoint with the same tokenizer, whose predictions are learned as well",
+        "knowledge distillation from this teacher: a run folder or checkpoint with the same tokenizer",
         resume="silent",
     )
     distill_weight: float = flag(
-        1.0, "weight of temperature^2 x KL(teacher || student) beside the cross-entropy", above=0, resume="reported"
+        1.0, "weight of temperature^2 x KL(teacher || student), added to the cross-entropy", above=0, resume="reported"
     )
     distill_temperature: float = flag(
-        2.0, "the logits of teacher and student are divided by it", low=1e-3, high=1e6, resume="reported"
+        2.0,
+        "softmax temperature of teacher and student in the distillation loss",
+        low=1e-3,
+        high=1e6,
+        resume="reported",
     )
     # optimisation
     max_steps: int = flag(400, "optimiser steps", low=0, resume="reported")
@@ -161,50 +193,54 @@ class Config(GPTConfig):
     lr: float = flag(3e-3, "peak learning rate", above=0, resume="reported")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", low=0, resume="reported")
     embedding_lr: float = flag(
-        1.0, "learning rate of the token embeddings in multiples of lr; tied, the output layer's, too", above=0
+        1.0, "learning rate of the token embeddings (and a tied output layer) as a multiple of lr", above=0
     )
     warmup_steps: int = flag(40, "steps of linear warm-up", low=0, resume="reported")
     schedule: Literal[tuple(SCHEDULES)] = flag(
-        "cosine", "after warm-up; linear: down to the end; wsd: constant, last fifth linear down", resume="reported"
+        "cosine",
+        "learning rate schedule after warm-up; linear: linear decay to min_lr; wsd: constant, then linear decay over "
+        "the last fifth",
+        resume="reported",
     )
-    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", low=0, resume="reported")
-    beta1: float = flag(0.9, "AdamW's first decay rate", low=0, below=1, resume="reported")
+    weight_decay: float = flag(0.1, "decoupled weight decay, applied to matrices only", low=0, resume="reported")
+    beta1: float = flag(0.9, "AdamW beta1", low=0, below=1, resume="reported")
     momentum: float = flag(
-        0.95, "Muon's momentum; 0.9 where there are only hundreds of steps", low=0, below=1, resume="reported"
+        0.95, "Muon momentum; 0.9 suits runs of a few hundred steps", low=0, below=1, resume="reported"
     )
-    beta2: float = flag(
-        0.99, "AdamW's second decay rate; the larger presets use 0.95", low=0, below=1, resume="reported"
-    )
+    beta2: float = flag(0.99, "AdamW beta2; the larger presets use 0.95", low=0, below=1, resume="reported")
     ema: float = flag(
         0.0,
-        "decay of an exponential moving average of the weights, such as 0.99: evaluated beside them, kept as ckpt_ema.pt; 0 = off",
+        "decay of an exponential moving average (EMA) of the weights, such as 0.99; it is also evaluated, and saved as "
+        "ckpt_ema.pt; 0 = off",
         low=0,
         below=1,
     )
-    grad_clip: float = flag(1.0, "gradient norm is clipped to this; 0 = no clipping", low=0, resume="reported")
+    grad_clip: float = flag(1.0, "clip the gradient norm to this value; 0 = no clipping", low=0, resume="reported")
     # system
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu", resume="silent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of matrix products; auto: bfloat16 on cuda, else float32", resume="reported"
+        "auto", "compute dtype; auto: bfloat16 on cuda, else float32", resume="reported"
     )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile the model; auto: on cuda", resume="silent")
-    threads: int = flag(0, "CPU threads; 0 = torch's choice", low=0, high=MOST_THREADS, resume="silent")
+    threads: int = flag(0, "CPU threads; 0 = PyTorch's default", low=0, high=MOST_THREADS, resume="silent")
     shard: bool = flag(
-        False, "under torchrun, split weights and optimiser states over the processes (FSDP2)", resume="silent"
+        False, "under torchrun, shard weights and optimiser state across the processes (FSDP2)", resume="silent"
     )
     # logging
     eval_every: int = flag(
-        100, "steps between evaluations; there is always one at step 0 and one at the end", low=1, resume="silent"
+        100, "steps between evaluations; the first and last step are always evaluated", low=1, resume="silent"
     )
     eval_tokens: int = flag(
-        8_192, "validation tokens per evaluation, the same ones every time; 0 = all", low=0, resume="reported"
+        8_192, "validation tokens per evaluation, always the same ones; 0 = all", low=0, resume="reported"
     )
     log_every: int = flag(10, "steps between lines of metrics.jsonl", low=1, resume="silent")
-    save_every: int = flag(200, "steps between checkpoints; there is always one at the end", low=1, resume="silent")
-    keep: int = flag(0, "numbered checkpoints to keep beside ckpt_last.pt and ckpt_best.pt", low=0, resume="silent")
-    tensorboard: bool = flag(False, "log to the run folder for TensorBoard, too", resume="silent")
+    save_every: int = flag(200, "steps between checkpoints; one is always saved at the end", low=1, resume="silent")
+    keep: int = flag(
+        0, "numbered checkpoints to keep in addition to ckpt_last.pt and ckpt_best.pt", low=0, resume="silent"
+    )
+    tensorboard: bool = flag(False, "also log to TensorBoard, in the run folder", resume="silent")
     wandb: bool = flag(
-        False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it in the run folder", resume="silent"
+        False, "also log to Weights & Biases; WANDB_MODE=offline keeps the logs in the run folder", resume="silent"
     )
 
     def __post_init__(self):
@@ -214,42 +250,46 @@ class Config(GPTConfig):
         texts = [*vars(self).items(), *(("data", name) for name in self.data if not isinstance(self.data, str))]
         for name, value in texts:
             if isinstance(value, str) and (len(value) > MOST_CHARACTERS or not is_plain(value)):
-                raise InputError(f"--{kebab(name)} is {value!a:.60}: too long, not UTF-8, or with control characters")
+                raise InputError(
+                    f"--{kebab(name)} is {value!a:.60}: it is too long, is not UTF-8, or contains control characters"
+                )
         parse_corpora(self.data)
         if len(self.out) > MOST_PATH or any(len(part.encode()) > 255 for part in Path(self.out).parts):
             raise InputError(
                 f"--out {self.out[:40]!a}... is too long: give a path of at most {MOST_PATH} characters, 255 bytes per folder"
             )
-        if self.block_size < 2:  # one token makes no pair, whose cosine is measured
+        if self.block_size < 2:  # the mean cosine needs at least one pair of tokens
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min-lr {self.min_lr} is above --lr {self.lr}: change one of them")
         if (
             self.optimizer == "muon" and self.lr > 1e30
-        ):  # it multiplies the learning rate, which must stay within float32
+        ):  # Muon scales the learning rate up, and the product must fit in float32
             raise InputError(f"--lr is {self.lr}, but must be at most 1e30 with --optimizer muon")
         if self.resume and self.overwrite:
-            raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
+            raise InputError("--resume continues a run and --overwrite replaces it: pass only one of them")
         if 2 * self.active_forgetting > self.max_steps:
             raise InputError(
-                f"--active-forgetting {self.active_forgetting} would reset nothing in {self.max_steps} steps, since as many steps "
-                f"follow every reset: give at most {self.max_steps // 2}, or more --max-steps"
+                f"--active-forgetting {self.active_forgetting} would never reset anything in {self.max_steps} steps, "
+                "since every "
+                f"reset needs as many steps after it: pass at most {self.max_steps // 2}, or raise --max-steps"
             )
         if self.distill:
-            teacher = os.path.realpath(self.distill)  # of a loop of links, too
+            teacher = os.path.realpath(self.distill)  # also resolves a loop of symbolic links
             if os.path.realpath(self.run_dir) in (teacher, os.path.dirname(teacher)):
                 raise InputError(
-                    f"--distill {self.distill} is this run itself: name another teacher, or give another --out"
+                    f"--distill {self.distill} is this run itself: choose another teacher or another --out"
                 )
         else:
             for name in ("distill_weight", "distill_temperature"):
                 if getattr(self, name) != getattr(Config, name):
-                    raise InputError(f"--{kebab(name)} does nothing without a teacher: add --distill RUN")
+                    raise InputError(f"--{kebab(name)} has no effect without a teacher: add --distill RUN")
         if self.dispersion and self.dispersion_tokens == 1:
-            raise InputError("--dispersion-tokens is 1, but one token makes no pair: give 0 (all) or at least 2")
+            raise InputError("--dispersion-tokens is 1, but the loss needs pairs of tokens: pass 0 (all) or at least 2")
         if self.dispersion and self.n_embd < 2 and self.dispersion_variant not in ("l2_repel", "perplexity_entropy"):
             raise InputError(
-                f"--n-embd 1 has no angles for --dispersion-variant {self.dispersion_variant}: give at least 2"
+                f"--dispersion-variant {self.dispersion_variant} needs angles, which --n-embd 1 does not have: pass at "
+                "least 2"
             )
         for name, check in (
             ("dispersion_layers", lambda: select_layers(self.dispersion_layers, self.n_layer)),
@@ -262,7 +302,7 @@ class Config(GPTConfig):
 
     @property
     def corpora(self) -> list[tuple[str, int]]:
-        """The corpora of --data with their weights, whole numbers without a common divisor."""
+        """The corpora of --data with their weights, as integers in lowest terms."""
         return parse_corpora(self.data)
 
     @property
@@ -278,7 +318,7 @@ class Config(GPTConfig):
         return self.batch_size * self.grad_accum * self.block_size
 
 
-# What presets set, at its default: a preset that does not name it means that.
+# The default of every field that some preset sets; a preset that leaves a field out gets this default.
 _UNSIZED = {
     f.name: f.default for f in dataclasses.fields(Config) if any(f.name in preset for preset in PRESETS.values())
 }
@@ -296,20 +336,22 @@ def parse_corpora(data: str | tuple[str, ...]) -> list[tuple[str, int]]:
         pairs.append((name, Fraction(weight)))
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"--data: {twice} is named twice; give it once, with a weight such as {twice}:2")
+        raise InputError(f"--data: {twice} is given twice; pass it once, with a weight such as {twice}:2")
     scale = math.lcm(*(weight.denominator for _, weight in pairs))
     weights = [int(weight * scale) for _, weight in pairs]
     weights = [weight // math.gcd(*weights) for weight in weights]
     if sum(weights) > MOST_SEQUENCES:
         raise InputError(
-            f"--data: weights that add up to {sum(weights):,} in lowest terms: give rounder ones, such as 3 and 1"
+            f"--data: the weights add up to {sum(weights):,} in lowest terms: use rounder ones, such as 3 and 1"
         )
     return list(zip(names, weights, strict=True))
 
 
 def corpora_name(data: str | tuple[str, ...]) -> str:
     """The corpora in the name of a run folder, such as chat-3+books-1."""
-    pairs = [(Path(os.path.abspath(name)).name, weight) for name, weight in parse_corpora(data)]  # a name also for "."
+    pairs = [
+        (Path(os.path.abspath(name)).name, weight) for name, weight in parse_corpora(data)
+    ]  # abspath: "." has no name
     return pairs[0][0] if len(pairs) == 1 else "+".join(f"{name}-{weight}" for name, weight in pairs)
 
 
@@ -325,13 +367,14 @@ def command_line(fields: dict) -> list[str]:
     return line
 
 
-# The groups of --help, each by its first field.
+# The sections of --help, each with its first field.
 GROUPS = {
-    "run": "preset", "data": "data", "model": "arch", "dispersion": "dispersion", "other counter-measures": "noisy_embedding",
-    "optimisation": "max_steps", "system": "device", "logging": "eval_every",
+    "run": "preset", "data": "data", "model": "arch", "dispersion": "dispersion",
+    "other mitigation methods": "noisy_embedding", "optimisation": "max_steps",
+    "system": "device", "logging": "eval_every",
 }  # fmt: skip
 
-# What these settings are called elsewhere, for whoever types it.
+# Names of these settings in other frameworks; an unknown flag with such a name gets a suggestion.
 ELSEWHERE = {
     "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "max_iters": "max_steps", "steps": "max_steps",
     "iterations": "max_steps", "num_steps": "max_steps", "epochs": "max_steps", "num_train_epochs": "max_steps",
@@ -352,7 +395,7 @@ ELSEWHERE = {
 
 
 def flags() -> list[dataclasses.Field]:
-    """The fields of Config that have a flag, in the order of --help: the model's behind the data's."""
+    """The fields of Config that have a flag, in the order of --help: the model's follow the data's."""
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     n_model = len([f for f in dataclasses.fields(GPTConfig) if "help" in f.metadata])
     model, own = fields[:n_model], fields[n_model:]
@@ -368,18 +411,18 @@ def parse(
 ) -> Config:
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
-    begin_if_missing: if there is no run to resume, a new one begins.
-    architecture_of: returns the architecture of the model that --init-from names, and whether its context may be shorter. The
-    run takes it over; a flag that contradicts it is an error.
+    begin_if_missing: if there is no run to resume, start a new one.
+    architecture_of: returns the architecture of the model given as --init-from, and whether the run may use a shorter
+    context. The run adopts this architecture; a flag that contradicts it is an error.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "init_from", "distill"} & given.keys():
-        given[name] = os.path.expanduser(given[name])  # where no shell has done so
+        given[name] = os.path.expanduser(given[name])  # in case no shell expanded ~
     if "data" in given:
         given["data"] = [os.path.expanduser(name) for name in given["data"]]
         given["data"] = given["data"] if len(given["data"]) > 1 else given["data"][0]
     if given.get("resume") and given.get("init_from"):
-        raise InputError("--resume continues from a run's own weights: leave out --init-from")
+        raise InputError("--resume continues from the run's own weights: leave out --init-from")
     if "config" in given:
         base = _read_saved(Path(given.pop("config")))
         if given.get("resume"):
@@ -390,7 +433,8 @@ def parse(
             return _resumed({**_read_saved(run_dir / "config.json"), "out": str(run_dir)}, given)
         if not begin_if_missing:
             raise InputError(
-                f"--resume: there is no run in {run_dir} (it has no config.json); name its folder with --out, or leave --resume out"
+                f"--resume: there is no run in {run_dir} (no config.json found): pass its folder with --out, or leave "
+                "out --resume"
             )
         base, given["resume"] = {}, False
     else:
@@ -399,11 +443,11 @@ def parse(
 
 
 def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPTConfig, bool]] | None) -> Config:
-    """The Config of a run that begins: the saved settings `base`, if any, then preset, recipe and the flags that were given."""
+    """The Config of a new run: the saved settings `base`, if any, then preset, recipe and the given flags."""
     _refuse_another_recipe(base, given)
     start = given.get("init_from", base.get("init_from"))
     source = architecture_of(start) if architecture_of and start else None
-    # A preset counts in all that presets set, and the recipe goes on top.
+    # A preset determines every field that any preset sets; the recipe is applied on top.
     preset = {**_UNSIZED, **PRESETS[given.get("preset", Config.preset)]} if "preset" in given or not base else {}
     typed_as = dict.fromkeys(preset if "preset" in given else (), "preset")
     recipe = {}
@@ -426,11 +470,13 @@ def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPT
         return config
     wider = 1.0 if "preset" in given else max(1.0, config.n_embd / GPTConfig.n_embd)
     lr = float(f"{FINE_TUNING_LR * config.lr / wider:.2g}")
-    return dataclasses.replace(config, lr=lr, out=str(config.run_dir))  # the folder's name does without what follows
+    return dataclasses.replace(
+        config, lr=lr, out=str(config.run_dir)
+    )  # keep the folder name, which does not include this learning rate
 
 
 def _resumed(base: dict, given: dict) -> Config:
-    """The Config of a run that goes on: its saved settings, and the flags that were given; preset and recipe only name it."""
+    """The Config of a resumed run: its saved settings and the given flags; preset and recipe are only labels here."""
     _refuse_another_recipe(base, given)
     saved = base.get("preset", "tiny")
     if given.get("preset", saved) != saved:
@@ -441,13 +487,14 @@ def _resumed(base: dict, given: dict) -> Config:
 def _refuse_another_recipe(base: dict, given: dict) -> None:
     if base and given.get("recipe", base.get("recipe", "gpt2")) != base.get("recipe", "gpt2"):
         raise InputError(
-            f"--recipe {given['recipe']} cannot replace the recipe of a saved run: give its flags anew, without its config"
+            f"--recipe {given['recipe']} cannot replace the recipe of a saved run: start a new run with explicit "
+            "flags, without its config"
         )
 
 
 def default_recipe(preset: str, source: GPTConfig | None = None) -> str:
-    """The recipe of a run whose command names none: fast, except for the sizes of published models, and for a model that starts
-    from weights of another architecture than fast's.
+    """The recipe of a run if --recipe is not given: fast, or gpt2 for the sizes of published models and for initial
+    weights whose architecture differs from fast's.
     """
     fast = RECIPES["fast"]
     if source:
@@ -456,8 +503,8 @@ def default_recipe(preset: str, source: GPTConfig | None = None) -> str:
 
 
 def _run_to_resume(given: dict) -> Path:
-    """The folder of the run that a command without --config resumes: the one whose name it would have begun with, or else, as
-    --resume may change some flags, the one without these.
+    """The folder of the run that a command without --config resumes: the default folder of its flags or, if there is no
+    run, the default folder without the flags that --resume may change.
     """
     if "out" in given or given.get("overwrite"):
         return from_dict({name: given[name] for name in ("out", "resume", "overwrite") if name in given}).run_dir
@@ -467,10 +514,11 @@ def _run_to_resume(given: dict) -> Path:
 
 
 def default_run_dir(fields: dict) -> Path:
-    """runs/<data>-<preset>-d<dispersion>-s<seed>, and behind it the settings that differ from those of the preset and its recipe.
+    """runs/<data>-<preset>-d<dispersion>-s<seed>, followed by the settings that differ from those of the preset and its
+    recipe.
 
-    fields: settings by name; a missing one has the preset's and recipe's value. What changes nothing, or only when the run ends,
-    is left out.
+    fields: settings by name; a missing one has the preset's and recipe's value. Settings that do not change the
+    training, or only its length, are left out.
     """
     preset = fields.get("preset", Config.preset)
     recipe = fields.get("recipe", default_recipe(preset))
@@ -489,7 +537,7 @@ def default_run_dir(fields: dict) -> Path:
 
 
 def _parser(prog: str) -> Parser:
-    """The flags of train.py, in groups. The defaults shown are those of a run whose command names nothing."""
+    """The flags of train.py, in sections. The defaults shown are those of a run without any flag."""
     parser = Parser(
         prog=prog,
         usage=f"python {prog} [--flag value ...]",
@@ -532,7 +580,7 @@ def _parser(prog: str) -> Parser:
 
 
 def _tables() -> str:
-    """The presets and recipes, for the end of --help."""
+    """The tables of presets and recipes at the end of --help."""
     headers = ("preset", "layers x width", "context", "tokens/step", "steps", "lr")
     rows = []
     for name, fields in PRESETS.items():
@@ -562,10 +610,10 @@ def _tables() -> str:
 
 
 def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dict, typed_as: dict[str, str]) -> dict:
-    """The architecture of the model that --init-from names, as fields; InputError where a flag says otherwise.
+    """The architecture of the model given as --init-from, as fields. Raises InputError where a flag contradicts it.
 
-    Dropout is no part of it. Where the context may be shorter, it is the wanted one, or else at most the default.
-    typed_as: the flag that brought a field, of those that were typed.
+    Dropout is not part of it. Where the context may be shorter, it is the requested one, or else at most the default.
+    typed_as: for each field set on the command line, the flag that set it.
     """
     architecture = [field.name for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume") == "refused"]
     values = {name: value for name, value in to_dict(source).items() if name in architecture}
@@ -580,7 +628,7 @@ def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dic
 
 
 def _read_saved(path: Path) -> dict:
-    """The settings in a saved config.json, without its folder, how it was started and what it ran on."""
+    """The settings in a saved config.json, without --out, --resume, --overwrite and the environment."""
     values = read_json(path)
     recipe = {name: value for name, value in values.items() if name not in ("resume", "overwrite", "environment")}
     try:
@@ -630,7 +678,7 @@ def _expected(kind) -> str:
 def to_dict(config: GPTConfig) -> dict:
     """The fields as a dictionary that JSON can hold and `from_dict` reads back.
 
-    A field that has the usual choice is 0: if n_embd changes later, the usual choice follows.
+    A field with its derived default is stored as 0, so that it follows a later change of n_embd.
     """
     usual = {name: 0 for name, value in config.usual().items() if getattr(config, name) == value}
     usual |= {"bias": True} if config.arch != "gpt2" else {}
@@ -641,8 +689,8 @@ def to_dict(config: GPTConfig) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises InputError naming the file if it is missing or holds something else."""
+    """The object in a JSON file. Raises InputError, naming the file, if it is missing or is not a JSON object."""
     values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds a JSON {type(values).__name__}, but must hold an object")
+        raise InputError(f"{path} contains a JSON {type(values).__name__}, but must contain an object")
     return values

@@ -1,4 +1,6 @@
-"""What is compared with the dispersion loss: noisy embeddings, active forgetting, and distillation from a larger model."""
+"""Mitigation methods to compare with the dispersion loss: noisy embeddings, active forgetting, and knowledge
+distillation.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from minidisp.shards import sha256_of
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator whose numbers depend on the device's kind and the key alone, and not on torch's global one."""
+    """A generator seeded from the key alone, independent of torch's global generator; its numbers differ between device
+    types.
+    """
     return torch.Generator(device).manual_seed(derived_seed(*key))
 
 
@@ -28,15 +32,16 @@ def derived_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-# Second part of the keys, after the run's seed.
+# The second part of a key; the first is the run's seed.
 NOISE, FORGETTING, RANK = 1, 2, 3
 
 
 class EmbeddingNoise:
     """NEFTune (arXiv 2310.05914): uniform noise on the token embeddings in training mode, at most alpha / sqrt(T C).
 
-    It hangs on the embedding as a forward hook, so the model need not know. The noise of a sequence depends on the seed
-    and the sequence's index in the run alone: resuming needs no state, and dropout draws what it would without noise.
+    Implemented as a forward hook on the embedding, so the model needs no change. The noise of a sequence depends only
+    on the seed and the sequence's index in the run, so resuming needs no state and the random numbers of dropout do not
+    change.
     """
 
     def __init__(self, wte: nn.Embedding, config: Config):
@@ -58,35 +63,39 @@ class EmbeddingNoise:
 
 
 def forgets_before(step: int, config: Config) -> bool:
-    """Whether the token embeddings are reset before this step: every K steps, while at least K are left to learn them."""
+    """Whether the token embeddings are reset before this step: every K steps, as long as at least K steps remain."""
     K = config.active_forgetting
     return K > 0 and step > 0 and step % K == 0 and step + K <= config.max_steps
 
 
 @torch.no_grad()
 def forget(weight: Tensor, optimizers: list[torch.optim.Optimizer], seed: int, step: int) -> None:
-    """Active forgetting (arXiv 2307.01163): draw the token embeddings anew, N(0, 0.02), and clear their optimiser state.
+    """Active forgetting (arXiv 2307.01163): re-initialise the token embeddings from N(0, 0.02) and clear their
+    optimiser state.
 
-    Tied to them, the output layer is the same matrix and begins anew, too. Position embeddings stay. What is drawn depends
-    on (seed, step) alone.
+    A tied output layer is the same matrix, so it is reset as well; position embeddings are kept. The new values depend
+    only on (seed, step).
     """
     fresh = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     fresh.normal_(std=0.02, generator=generator(weight.device, seed, FORGETTING, step))
     weight.copy_(checkpoint.sharded_like(weight, fresh))
     for optimizer in optimizers:
-        optimizer.state.pop(weight, None)  # moments and step count: the next update begins them again
+        optimizer.state.pop(weight, None)  # moments and step count; the next update creates them again
 
 
 def tokens_at_once(device: torch.device, vocab_size: int) -> int:
-    """How many tokens' logits exist at the same time, of student and teacher, in several copies: few on a CPU, so that
-    they fit its caches; elsewhere, to be done in few launches, as many as make 256 MiB in float32."""
+    """The number of tokens whose logits (of student and teacher, in several copies) are held at the same time.
+
+    Few on a CPU, so that they fit in its caches; elsewhere 256 MiB in float32, which needs only a few kernel launches.
+    """
     return 512 if device.type == "cpu" else max(1, (1 << 26) // vocab_size)
 
 
 class Teacher:
     """Knowledge distillation (arXiv 1503.02531) from the model of another run, in eval mode and without gradients.
 
-    Raises InputError if the run has another tokenizer than the data, or a shorter context than the student.
+    Raises InputError if the tokenizer of the run differs from that of the data, or its context is shorter than the
+    student's.
     """
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
@@ -96,11 +105,14 @@ class Teacher:
         self.hash = sha256_of(checkpoint.find(config.distill))
         if vocabulary.hash != dataset.tokenizer.hash:
             raise InputError(
-                f"--distill {config.distill} has another tokenizer than {dataset.folder}: train a teacher on the same data"
+                f"--distill {config.distill} has a different tokenizer from {dataset.folder}: train a teacher on the "
+                "same data"
             )
         if saved.block_size < config.block_size:
-            raise InputError(f"--distill {config.distill} has a context of {saved.block_size} tokens: give --block-size {saved.block_size} "
-                             f"or less, not {config.block_size}")  # fmt: skip
+            raise InputError(
+                f"--distill {config.distill} has a context of {saved.block_size} tokens: pass --block-size "
+                f"{saved.block_size} or less, not {config.block_size}"
+            )
 
     def divergence(
         self,
@@ -112,11 +124,11 @@ class Teacher:
     ) -> Tensor:
         """Mean over the tokens of temperature^2 KL(teacher || student) in nats, of softmax(logits / temperature).
 
-        The factor keeps the gradient's size when the temperature changes. idx: (B, T) tokens; x: the student's hidden
-        states after the final norm, (B, T, C); logits: its output layer, from (N, C) to (N, V). targets, segments: see
-        GPT.forward; where the data are examples, the mean is over the counted targets. Returns a float32 scalar (float64 if
-        x is). The logits are computed chunk by chunk, and again in the backward pass, so those of all tokens never exist at
-        once.
+        The factor temperature^2 keeps the size of the gradient independent of the temperature. idx: (B, T) tokens; x:
+        the student's hidden states after the final norm, (B, T, C); logits: its output layer, from (N, C) to (N, V).
+        targets, segments: see GPT.forward; for examples, the mean is over the targets that are not masked. Returns a
+        float32 scalar (float64 if x is). The logits are computed chunk by chunk and recomputed in the backward pass, so
+        they are never fully materialised.
         """
         with torch.no_grad():
             target, _ = self.model._backbone(idx, context=None if segments is None else Segments(segments))

@@ -1,4 +1,4 @@
-"""A dataclass field that is also a command-line flag: its default, help text and bounds stand in one place, beside the field."""
+"""Dataclass fields that are also command-line flags, declared together with their default, help text and bounds."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ LARGEST = 1e38  # the largest magnitude of a float, unless a flag says otherwise
 
 
 class Bounds(NamedTuple):
-    """The values that a number may have; None: no such bound."""
+    """The range of a number; None: unbounded."""
 
     low: float | None = None  # inclusive
     high: float | None = None
@@ -45,15 +45,15 @@ def flag(
 
     help: None for a field that has bounds and no flag.
     low, high: inclusive bounds of a number; above, below: exclusive ones. Values outside raise InputError.
-    resume: whether --resume may change it. "silent": it changes nothing, or rounding only. "reported": the run trains
-    differently from there on, which is reported. "refused": it would no longer be the same run.
+    resume: whether --resume may change it. "silent": yes, as it affects the results at most by rounding. "reported":
+    yes, but training differs from there on, which is reported. "refused": no, as it would no longer be the same run.
     """
     metadata: dict = {"resume": resume, "bounds": Bounds(low, high, above, below)}
     return dataclasses.field(default=default, metadata=metadata if help is None else {"help": help, **metadata})
 
 
 def check_bounds(config) -> None:
-    """Raise InputError naming the flag for the first number of a dataclass that is not finite or out of its bounds."""
+    """Raise InputError, naming the flag, for the first number of a dataclass that is NaN, Inf or out of bounds."""
     for field in dataclasses.fields(config):
         value, bounds = getattr(config, field.name), field.metadata.get("bounds", Bounds())
         if value is None or isinstance(value, bool | str | tuple):
@@ -73,7 +73,7 @@ def kebab(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of any size and kind, in a few characters of an error message."""
+    """A value of any size and type, shortened for an error message."""
     if type(value) is int and abs(value) > 10**20:
         return "an integer of more than 20 digits"
     if value is None or isinstance(value, str | int | float):

@@ -1,14 +1,15 @@
-"""How far the tokens of a model have condensed, and how well it predicts (arXiv 2602.00217).
+"""Metrics of condensation and of prediction quality (arXiv 2602.00217).
 
     condensation = Condensation()
     for batch in batches:
         condensation.update(model(batch, return_hidden_states=True).hidden_states)
     condensation.result()["mean_cosine_by_layer"]
 
-Condensation is the paper's protocol, FullCondensation adds what answers its weaknesses, for more time and memory.
-Condensation: with depth, the hidden states of all tokens of a sequence turn towards one direction, so their cosines
-approach 1. The paper's L tokens and D features are T and C here. Layer 0 is the embeddings, layer n_layer is after the
-final norm. What is undefined (the rank correlation of a constant, the perplexity of no token) is NaN.
+Condensation means that with depth the hidden states of all tokens of a sequence collapse towards a common direction, so
+their pairwise cosine similarity approaches 1. The class Condensation follows the paper's protocol; FullCondensation
+adds metrics that address its weaknesses, at a higher cost in time and memory. The paper's L tokens and D features are T
+and C here. Layer 0 is the embeddings, layer n_layer is after the final norm. Undefined values (the rank correlation of
+a constant, the perplexity of zero tokens) are NaN.
 """
 
 import math
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from minidisp.dispersion import full_precision, select_layers
 
-BINS = 128  # of every histogram, equally wide on [-1, 1]
-SAMPLED_SEQUENCES, SAMPLED_TOKENS = 128, 32  # per sequence: what FullCondensation keeps to centre and standardise
+BINS = 128  # bins of every histogram, equally wide on [-1, 1]
+SAMPLED_SEQUENCES, SAMPLED_TOKENS = (
+    128,
+    32,
+)  # (tokens per sequence) that FullCondensation keeps to centre and standardise
 
 
 @full_precision
@@ -40,7 +44,7 @@ def _ratio(a: float, b: float) -> float:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """1 for the smallest; equal values share the mean of their ranks. All NaN if one value is."""
+    """Ranks from 1 for the smallest; tied values share their mean rank. All NaN if any value is NaN."""
     x = np.asarray(values, dtype=np.float64)
     _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -62,7 +66,7 @@ def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def perplexity(nats: float, tokens: int) -> float:
-    """exp of the mean loss per token. nats: the loss summed over the tokens. Infinity where float64 cannot hold it."""
+    """exp of the mean loss per token. nats: the loss summed over the tokens. Infinity if it overflows float64."""
     try:
         return math.exp(_ratio(nats, tokens))
     except OverflowError:
@@ -70,18 +74,18 @@ def perplexity(nats: float, tokens: int) -> float:
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Loss per byte of text in bits, which can be compared across tokenizers. nats: the loss summed over the text."""
+    """Loss per byte of text in bits, comparable across tokenizers. nats: the loss summed over the text."""
     return _ratio(nats, n_bytes * math.log(2))
 
 
 def word_perplexity(nats: float, words: int) -> float:
-    """exp of the loss per whitespace-separated word, which can be compared across tokenizers. nats: summed loss."""
+    """exp of the loss per whitespace-separated word, comparable across tokenizers. nats: summed loss."""
     return perplexity(nats, words)
 
 
 def _count_pairs(cosines: Tensor) -> Tensor:
     """How many cosines (B, T, T) of pairs i != j fall into each bin, (BINS,) int64, exactly (torch.histc counts in
-    float32); NaN falls into none."""
+    float32). NaN is not counted."""
     bins = ((cosines + 1) * (BINS / 2)).clamp(max=BINS - 1).nan_to_num(BINS).to(torch.uint8)
     bins.diagonal(dim1=1, dim2=2).fill_(BINS)
     count = _count_at_once if bins.device.type in ("cpu", "mps") else _count_by_rows
@@ -89,14 +93,14 @@ def _count_pairs(cosines: Tensor) -> Tensor:
 
 
 def _count_at_once(bins: Tensor) -> Tensor:
-    """How often each of 0..BINS is there, (BINS + 1,) int64."""
+    """The number of occurrences of each of 0..BINS, (BINS + 1,) int64."""
     return torch.bincount(bins.flatten(), minlength=BINS + 1)
 
 
 def _count_by_rows(bins: Tensor) -> Tensor:
-    """The same without waiting for the device, as bincount does to find the largest. Slower on a CPU.
+    """The same without synchronising with the device, which bincount does to find the maximum. Slower on a CPU.
 
-    Each row has counts of its own, so that few threads add to the same number.
+    Each row has its own counts, so that few threads add to the same address.
     """
     counts = torch.zeros(*bins.shape[:-1], BINS + 1, dtype=torch.int64, device=bins.device)
     ones = torch.ones((), dtype=torch.int64, device=bins.device).expand(bins.shape)
@@ -108,11 +112,12 @@ def _density(counts: np.ndarray, total: int) -> list[float]:
 
 
 class Condensation:
-    """The paper's condensation protocol, one batch after another.
+    """The paper's condensation protocol, accumulated over batches.
 
-    Keeps the sum of the T x T cosine matrices of each layer, in float64, and a count of the individual cosines per bin:
-    the memory does not grow with the number of sequences. Both lie on the hidden states' device, which only `result`
-    waits for, or on the CPU where that has no float64. The paper takes 100 held-out sequences of 512 tokens.
+    Keeps the sum of the T x T cosine matrices of each layer, in float64, and a count of the individual cosines per bin,
+    so memory does not grow with the number of sequences. Both are on the device of the hidden states (or on the CPU if
+    that device has no float64); only `result` synchronises with it. The paper uses 100 held-out sequences of 512
+    tokens.
     """
 
     def __init__(self):
@@ -124,14 +129,14 @@ class Condensation:
     def update(self, hidden_states: Sequence[Tensor]) -> None:
         """Add a batch: n_layer + 1 tensors (B, T, C), embeddings first, on any device and of any floating dtype.
 
-        n_layer >= 1 and T >= 2 are the same in every call. Raises ValueError naming the shapes otherwise.
+        n_layer >= 1 and T >= 2 must be the same in every call. Raises ValueError, with the shapes, otherwise.
         """
         shapes = [tuple(z.shape) for z in hidden_states]
         if len(shapes) < 2 or {len(shape) for shape in shapes} != {3} or len({shape[:2] for shape in shapes}) > 1:
             raise ValueError(f"hidden_states must be n_layer + 1 tensors (B, T, C), not {shapes}")
         B, T, _ = shapes[0]
         if T < 2:
-            raise ValueError(f"one token has no cosine with another: hidden_states are {shapes}")
+            raise ValueError(f"a cosine needs at least two tokens per sequence: hidden_states are {shapes}")
         if self.matrix_sums is None:
             device = hidden_states[0].device if hidden_states[0].device.type != "mps" else "cpu"
             self.matrix_sums = torch.zeros(len(shapes), T, T, dtype=torch.float64, device=device)
@@ -148,18 +153,18 @@ class Condensation:
             counts += _count_pairs(cosines).to(counts.device)
 
     def result(self) -> dict:
-        """The scores so far, in plain Python numbers and lists that can go into a JSON file.
+        """The metrics so far, as plain Python numbers and lists that JSON can represent.
 
-        sequences, tokens_per_sequence: what was measured.
+        sequences, tokens_per_sequence: the amount of text measured.
         mean_cosine_by_layer: mean of the averaged cosine matrix, diagonal included (the paper's mu), l = 0..n_layer.
-        off_diagonal_mean_by_layer: the same over the pairs i != j alone, so that T does not matter.
+        off_diagonal_mean_by_layer: the same over the pairs i != j only, which does not depend on T.
         spearman, kendall: rank correlation of mean_cosine_by_layer with l; +1 = each layer condenses more.
         last_half_mean: mean of mean_cosine_by_layer over the late half of layers 1..n_layer (see select_layers).
-        last_1_to_5_means: the same over the last 1, 2, .. 5 layers, as far as there are so many; never the embeddings.
+        last_1_to_5_means: the same over the last 1, 2, .. 5 layers, as far as the model has them; never the embeddings.
         histogram_by_layer: density of the entries of the averaged matrix, the paper's heat map; BINS bins on [-1, 1].
-        pair_histogram_by_layer: density of the individual cosines, i != j. Averaging sequences narrows a histogram, and
-            the diagonal adds a peak at 1: this one has neither.
-        Raises ValueError before the first update.
+        pair_histogram_by_layer: density of the individual cosines, i != j. Unlike histogram_by_layer, it is not
+            narrowed by averaging over sequences and has no peak at 1 from the diagonal. Raises ValueError before the
+            first update.
         """
         if not self.sequences:
             raise ValueError("no hidden states yet: call update first")
@@ -187,12 +192,12 @@ class Condensation:
 def singular_values(x: Tensor) -> Tensor:
     """Singular values of matrices (..., T, C), largest first, (..., min(T, C)) in float64; NaN if x is not finite.
 
-    Roots of the eigenvalues of the smaller of X X^T and X^T X, several times faster than a decomposition of X. The
-    squaring costs half of float64's digits: the absolute error is up to about 1e-7 of the largest singular value, which
-    is what the float32 of the hidden states is worth.
+    Computed as square roots of the eigenvalues of X X^T or X^T X, whichever is smaller: several times faster than an
+    SVD of X. Squaring costs half of float64's digits: the absolute error is up to about 1e-7 of the largest singular
+    value, comparable to the float32 precision of the hidden states.
     """
     x = x.double()
-    finite = x.isfinite().all(dim=-1).all(dim=-1)[..., None]  # or the eigenvalues would not converge
+    finite = x.isfinite().all(dim=-1).all(dim=-1)[..., None]  # eigvalsh does not converge on NaN or Inf
     x = torch.where(finite[..., None], x, 0.0)
     gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
     s = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0).sqrt()
@@ -209,13 +214,15 @@ def singular_entropy(s: Tensor) -> Tensor:
 
 
 def isoscore_star(covariance: np.ndarray) -> float:
-    """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it lies in one.
+    """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it is in a single
+    one.
 
     (k - 1) / (C - 1) if it is equal in k of them. Algorithm 1 of Rudman & Eickhoff (arXiv 2305.19358) takes eigenvalues
     e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C - sqrt C)), phi = (C - delta^2 (C - sqrt
-    C))^2 / C^2 and returns (C phi - 1) / (C - 1). Put together, C phi = (sum e)^2 / sum e^2, which needs no
-    eigenvalues: sum e is the trace and sum e^2 the squared Frobenius norm. For fewer points than a few C, shrink first:
-    (1 - zeta) covariance + zeta covariance_of_more_points, as the authors do. NaN if the covariance is 0 or C is 1.
+    C))^2 / C^2 and returns (C phi - 1) / (C - 1). Combined, C phi = (sum e)^2 / sum e^2, which needs no
+    eigenvalues: sum e is the trace and sum e^2 the squared Frobenius norm. With fewer points than a few times C, shrink
+    first: (1 - zeta) covariance + zeta covariance_of_more_points, as the authors do. NaN if the covariance is 0 or C is
+    1.
     """
     C = len(covariance)
     directions = _ratio(float(np.trace(covariance)) ** 2, float(np.square(covariance).sum()))
@@ -223,11 +230,11 @@ def isoscore_star(covariance: np.ndarray) -> float:
 
 
 class FullCondensation(Condensation):
-    """Condensation and, per layer, the scores that show what a mean cosine alone can hide. For evaluations rather than
-    for training: all of it is computed in float64 on the CPU, which takes about as long as the model's forward pass
-    there.
+    """Condensation and further metrics per layer that reveal what the mean cosine alone can hide.
 
-    Keeps a C x C matrix more per layer, and 32 tokens of each of the first 128 sequences.
+    Meant for evaluation rather than for training: everything is computed in float64 on the CPU, which takes about as
+    long as a forward pass of the model there. Keeps an additional C x C matrix per layer, and 32 tokens of each of the
+    first 128 sequences.
     """
 
     PER_SEQUENCE = ("mev", "singular_entropy", "effective_rank", "hfc_lfc_ratio", "log_hfc_growth")
@@ -241,7 +248,7 @@ class FullCondensation(Condensation):
 
     @torch.no_grad()
     def update(self, hidden_states: Sequence[Tensor]) -> None:
-        """See Condensation.update; besides, every layer has the same C."""
+        """See Condensation.update; C must be the same in every layer."""
         super().update(hidden_states)
         B, T, C = hidden_states[0].shape
         if not self.sums:
@@ -253,7 +260,7 @@ class FullCondensation(Condensation):
         sampled = range(before, min(self.sequences, SAMPLED_SEQUENCES))
         positions = torch.tensor(np.array([_sample_positions(T, sequence) for sequence in sampled], dtype=np.int64))
         if hidden_states[0].device.type != "cpu":
-            hidden_states = torch.stack(tuple(hidden_states)).cpu()  # at once: each copy waits for the device
+            hidden_states = torch.stack(tuple(hidden_states)).cpu()  # in one copy, as each synchronises with the device
         hfc_of_embeddings = None
         for layer, z in enumerate(hidden_states):
             x = z.double()
@@ -265,7 +272,7 @@ class FullCondensation(Condensation):
             s = singular_values(x)  # (B, min(T, C))
             entropy = singular_entropy(s)
             mean = x.mean(dim=1, keepdim=True)
-            hfc = x - mean  # LFC is the mean token, T times: its only singular value is sqrt(T) ||mean||
+            hfc = x - mean  # LFC is the mean token repeated T times; its only singular value is sqrt(T) ||mean||
             ratio = singular_values(hfc)[:, 0] / (math.sqrt(T) * torch.linalg.vector_norm(mean, dim=(1, 2)))
             hfc = torch.linalg.vector_norm(hfc, dim=(1, 2))
             hfc_of_embeddings = hfc if layer == 0 else hfc_of_embeddings
@@ -276,17 +283,18 @@ class FullCondensation(Condensation):
     def result(self) -> dict:
         """Condensation.result and, for the layers 0..n_layer:
 
-        centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token from each,
-            so a direction that all tokens of all texts share no longer counts. The mean is over SAMPLED_TOKENS tokens
-            of each of many sequences, and the pairs are of these: centred on its own mean, any one sequence would come
-            out near 0. With 100 sequences the sampling error is below about 0.01.
-        standardised_mean_by_layer: the same after dividing each dimension by its standard deviation, so the few
-            dimensions with far larger values than the others count no more than they (Timkey & van Schijndel 2021,
-            arXiv 2109.04404).
-        isoscore_star_by_layer: see isoscore_star; of the covariance of all tokens of all sequences, without shrinkage,
-            and so too low for fewer tokens than several C.
+        centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token, which
+            removes any direction shared by all tokens of all texts. The mean token is taken over SAMPLED_TOKENS tokens
+            of
+            each of many sequences, and the pairs are taken from these: a sequence centred on its own mean would always
+            score near 0. With 100 sequences the sampling error is below about 0.01.
+        standardised_mean_by_layer: the same after also dividing each dimension by its standard deviation, so a few
+            dimensions with much larger values do not dominate (Timkey & van Schijndel 2021, arXiv 2109.04404).
+        isoscore_star_by_layer: isoscore_star of the covariance of all tokens of all sequences, without shrinkage; it is
+            biased low unless there are several times C tokens.
         Of each sequence's (T, C) matrix X with singular values s_i, averaged over the sequences:
-        mev_by_layer: s_1^2 / sum s_i^2, the share of the strongest direction, from 1 / min(T, C) to 1.
+        mev_by_layer: s_1^2 / sum s_i^2, the share of variance explained by the leading direction, from 1 / min(T, C) to
+            1.
         singular_entropy_by_layer, effective_rank_by_layer: see singular_entropy; the rank itself is averaged.
         hfc_lfc_ratio_by_layer: ||HFC||_2 / ||LFC||_2, spectral norms. LFC is X with each token replaced by the
             sequence's mean token, HFC = X - LFC; 0 = all tokens are equal.
@@ -315,8 +323,8 @@ class FullCondensation(Condensation):
 def _sample_positions(T: int, sequence: int) -> np.ndarray:
     """Up to SAMPLED_TOKENS positions in a sequence, the same ones each time.
 
-    They differ between sequences, or what is due to the position would be centred away. The first token is left out:
-    many models give it a norm that dwarfs all others.
+    They differ between sequences, as centring would otherwise remove positional effects. The first token is excluded:
+    in many models its norm is far larger than all others.
     """
     if T <= SAMPLED_TOKENS:
         return np.arange(T)
@@ -330,16 +338,16 @@ def _off_diagonal_mean(matrices: Tensor) -> float:
 
 
 def minimal_pair_values(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """1 where the good sentence of a pair is likelier, 1/2 where both are equally so, else 0 (arXiv 1912.00582).
+    """1 where the good sentence of a pair is more likely, 1/2 for a tie, else 0 (arXiv 1912.00582).
 
-    good, bad: total log-probability of each sentence, (N,). Their mean is the accuracy; guessing gives 1/2. A pair with
-    a NaN counts 0.
+    good, bad: total log-probability of each sentence, (N,). The mean of the result is the accuracy; chance level is
+    1/2. A pair with a NaN counts as 0.
     """
     return (good > bad) + (good == bad) / 2
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
-    """Share of a text's n-grams that occur before in it, 1 - distinct / all, in [0, 1); NaN if it has none.
+    """Share of a text's n-grams that have occurred earlier in it, 1 - distinct / all, in [0, 1); NaN if it has none.
 
     seq-rep-n of Welleck et al. (arXiv 1908.04319), rep-n of Su et al. (2202.06417), who take its mean over texts.
     """
@@ -348,7 +356,8 @@ def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
 
 
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
-    """distinct-n: different n-grams in all texts together over all n-grams there, in (0, 1]; NaN if there are none.
+    """distinct-n: the number of distinct n-grams over the number of all n-grams in all texts, in (0, 1]; NaN if there
+    are none.
 
     Li et al. (arXiv 1510.03055) divide by the number of tokens, which is the same for n = 1. It falls as texts are
     added, so compare equal numbers of equally long texts.

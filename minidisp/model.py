@@ -31,7 +31,7 @@ class GPTConfig:
     The upper bounds are far above any model there is, and low enough to reject a hostile file before its numbers are used.
     """
 
-    arch: Literal["gpt2", "qwen3"] = flag("gpt2", "kind of block")
+    arch: Literal["gpt2", "qwen3"] = flag("gpt2", "architecture of the blocks")
     n_layer: int = flag(8, "number of blocks", low=1, high=10_000)
     n_head: int = flag(6, "attention heads per block", low=1, high=1 << 16)
     n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head", low=0, high=1 << 16)
@@ -49,11 +49,11 @@ class GPTConfig:
     )
     mlp: Literal["arch", "relu2"] = flag("arch", "arch: GELU (gpt2) or SwiGLU (qwen3); relu2: squared ReLU, ungated")
     zero_init: bool = flag(
-        False, "weights that write into the residual stream start at 0, so at first every block adds nothing"
+        False, "zero-initialise the output projections of attention and MLP, so every block starts as the identity"
     )
     recompute: bool = flag(
         False,
-        "compute blocks again in the backward pass instead of keeping what is inside: less memory, more time",
+        "activation checkpointing: recompute each block in the backward pass; less memory, more time",
         resume="silent",
     )
     tied: bool = flag(True, "input embedding and output layer share one matrix")

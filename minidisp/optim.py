@@ -1,7 +1,7 @@
-"""Optimisers and learning-rate schedules: a name and its function stand in one dictionary each, OPTIMIZERS and SCHEDULES.
+"""Optimisers and learning-rate schedules, registered by name in two dictionaries, OPTIMIZERS and SCHEDULES.
 
-Flags, checks and messages follow from them. To add one, write its function and put it into the dictionary. `config` is the
-Config of a run, which is not named here, as its choices come from here.
+The choices of the flags, their checks and their messages come from these. To add one, write its function and put it
+into the dictionary. `config` is the Config of a run; config.py imports this file, so it is not imported here.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from minidisp import InputError
 
 
 class Untraced(torch.optim.Optimizer):
-    """torch's own methods, without the wrappers that keep torch.compile from tracing them.
+    """PyTorch's own methods without the wrappers that prevent torch.compile from tracing them.
 
-    Nobody traces the optimisers of a run, and to say so the wrappers import the compiler: over a second at every start.
+    Optimisers are never traced here, and the wrappers import the compiler, which would cost over a second at every
+    start.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -55,7 +56,7 @@ def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
 
 
 def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config) -> AdamW:
-    """lr_scale: what the trainer multiplies a group's learning rate by; where it is not, 1."""
+    """lr_scale: the factor by which the trainer multiplies a group's learning rate; 1 if the group has none."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -71,14 +72,16 @@ def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config) -> Adam
 
 
 class Muon(Untraced, torch.optim.Muon):
-    """torch's Muon, state and step, but matrices of one shape are made orthogonal together, which small ones gain most by."""
+    """PyTorch's Muon (same state, same update), with matrices of equal shape orthogonalised in one batch; small ones
+    gain most.
+    """
 
-    AT_ONCE = 1 << 24  # numbers in bfloat16: more would take memory, and gain no time
+    AT_ONCE = 1 << 24  # bfloat16 elements per batch; more costs memory and saves no time
 
     @torch.no_grad()
     def step(self) -> None:
         if any(hasattr(p, "placements") for group in self.param_groups for p in group["params"]):
-            super().step()  # sharded: each matrix is gathered when its turn comes
+            super().step()  # sharded: matrices are gathered one by one
             return
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
@@ -121,7 +124,7 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: in
     return x
 
 
-# name: (model, config) -> the optimisers that take a step together, each parameter in one of them
+# name: (model, config) -> optimisers that step together; every parameter belongs to exactly one
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
@@ -131,9 +134,9 @@ def build_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
 
 
 class Average:
-    """An exponential moving average of a model's weights, with a decay that begins low: min(decay, (1 + t) / (10 + t)).
+    """An exponential moving average of a model's weights, with a decay that ramps up: min(decay, (1 + t) / (10 + t)).
 
-    So the first weights, which are random, are soon forgotten. weights: float32 tensors in the order of model.parameters().
+    This quickly forgets the random initial weights. weights: float32 tensors in the order of model.parameters().
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -147,7 +150,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the average as its weights."""
+        """Use the average as the model's weights inside the `with` block."""
         kept = [p.clone() for p in self._parameters]
         self._set(self.weights)
         try:
@@ -164,35 +167,37 @@ class Average:
 
 # --- schedules --------------------------------------------------------------------------------------------------------
 
-WSD_DECAY = 0.2  # share of the steps in which warmup-stable-decay goes down
+WSD_DECAY = 0.2  # share of the steps in the decay phase of warmup-stable-decay
 
 
 def cosine(step: int, config) -> float:
-    """Half a cosine down to final_lr (arXiv 1608.03983)."""
+    """Cosine decay to final_lr (arXiv 1608.03983)."""
     share = 0.5 * (1 + math.cos(math.pi * _progress(step, config.warmup_steps, config)))
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
 def wsd(step: int, config) -> float:
-    """lr until the last fifth, then a straight line down to final_lr (warmup-stable-decay, arXiv 2404.06395)."""
+    """Constant lr, then linear decay to final_lr over the last fifth of the steps (warmup-stable-decay, arXiv
+    2404.06395).
+    """
     start = max(config.warmup_steps, round((1 - WSD_DECAY) * config.max_steps))
     share = 1 - _progress(step, start, config)
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
 def linear(step: int, config) -> float:
-    """A straight line down to final_lr (with final_lr 0: arXiv 2502.15938)."""
+    """Linear decay to final_lr (with final_lr = 0: arXiv 2502.15938)."""
     share = 1 - _progress(step, config.warmup_steps, config)
     return config.final_lr + share * (config.lr - config.final_lr)
 
 
 def constant(step: int, config) -> float:
-    """lr to the end."""
+    """Constant lr."""
     return config.lr
 
 
 def _progress(step: int, start: int, config) -> float:
-    """How much of the way from step `start` to the end is done, from 0 to 1."""
+    """Progress from step `start` to the end, from 0 to 1."""
     return min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
 
 
@@ -211,7 +216,7 @@ def learning_rate(step: int, config) -> float:
 
 
 def linear_weight(progress: float, fraction: float) -> float:
-    """From 1 in a straight line to 0 at this fraction of the run."""
+    """Linear decay from 1 to 0 at this fraction of the run."""
     return max(0.0, 1 - progress / fraction)
 
 
@@ -220,7 +225,7 @@ def delayed_weight(progress: float, fraction: float) -> float:
     return float(progress >= fraction)
 
 
-# name: (share of the steps that are done, the fraction behind the colon) -> the factor on the weight
+# name: (progress of the run from 0 to 1, the fraction after the colon) -> the factor on the weight
 WEIGHT_SCHEDULES = {"linear": linear_weight, "delayed": delayed_weight}
 
 
@@ -239,19 +244,19 @@ def weight_schedule(schedule: str, max_steps: int) -> Callable[[int], float] | N
     if name not in WEIGHT_SCHEDULES or not 0 < fraction <= 1:
         known = ", ".join(f"{known}:F" for known in WEIGHT_SCHEDULES)
         raise InputError(
-            f"{schedule!a:.60} is no schedule: give constant, {known}, with F a fraction of the run in (0, 1]"
+            f"{schedule!a:.60} is not a schedule: pass constant, {known}, with F a fraction of the run in (0, 1]"
         )
     return lambda step: WEIGHT_SCHEDULES[name](step / max_steps, fraction)
 
 
-# --- a step that may be left out --------------------------------------------------------------------------------------
+# --- updates that may be skipped --------------------------------------------------------------------------------------
 
 
 def step_where(finite: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Let all optimizers step if `finite`, a bool scalar; if not, all weights and states stay as they are.
+    """Step all optimizers if `finite`, a bool scalar, is true; otherwise leave all weights and states unchanged.
 
-    On CUDA the decision is taken on the device, so that nothing waits for it. A fused AdamW can do that by itself; what
-    any other one has changed is put back, which takes the memory of its weights and states once more for a moment.
+    On CUDA the decision is made on the device, without synchronising. Fused AdamW supports this itself; the changes of
+    any other optimiser are undone, which temporarily needs a second copy of its weights and states.
     """
     if finite.device.type != "cuda":
         if finite:
@@ -275,7 +280,7 @@ def step_where_on_device(finite: Tensor, optimizers: list[torch.optim.Optimizer]
             tensor.copy_(torch.where(finite, tensor, old))
         known = {id(tensor) for tensor in changed}
         for tensor in _states(optimizer):
-            if id(tensor) not in known:  # it began with this step
+            if id(tensor) not in known:  # created by this step
                 tensor.copy_(torch.where(finite, tensor, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""What is measured while a model trains: the loss and the condensation of a fixed set of held-out windows."""
+"""Evaluation during training: the loss and the condensation metrics of a fixed set of held-out windows."""
 
 import itertools
 import math
@@ -29,15 +29,15 @@ class Validation:
         for part, weight in zip(dataset.parts, dataset.weights, strict=True):
             tokens = -(-config.eval_tokens * weight // total)
             parts.append(eval_windows(part.split("val"), config.block_size, tokens))
-        self.ends = np.cumsum([len(part[0]) for part in parts]).tolist()  # of each corpus's windows
+        self.ends = np.cumsum([len(part[0]) for part in parts]).tolist()  # where the windows of each corpus end
         self.x, self.y = (np.concatenate([part[i] for part in parts]) for i in range(2))
-        self.segments = None  # each example is scored by itself, however it is trained
+        self.segments = None  # each example is scored on its own, whatever --packing is
         if dataset.template:
             self.segments = np.concatenate([part[2] if len(part) > 2 else np.zeros_like(part[0]) for part in parts])
         self.counted = self.y != IGNORE
         self.targets = int(self.counted.sum())
         if not self.targets:
-            raise InputError(f"{dataset.folder}: no target of the validation windows is counted: raise --eval-tokens")
+            raise InputError(f"{dataset.folder}: all targets of the validation windows are masked: raise --eval-tokens")
         lengths = np.array([len(token) for token in dataset.tokenizer.token_bytes])
         by_window = np.where(self.counted, lengths[self.y], 0).sum(axis=1)  # bytes
         self.bytes_by_corpus, self.targets_by_corpus = (
@@ -45,15 +45,15 @@ class Validation:
             for values in (by_window, self.counted)
         )
         self.device, self.world = device, world
-        self.batch_size = config.batch_size  # windows at a time: fewer where the memory does not suffice
+        self.batch_size = config.batch_size  # windows per forward pass; reduced on out-of-memory
 
     def scores(self, model: GPT, step: int, average: Average | None = None) -> dict:
-        """val_loss in nats per token, perplexity, bits_per_byte, and the condensation scores of the same windows.
+        """val_loss in nats per token, perplexity, bits_per_byte, and the condensation metrics of the same windows.
 
-        Loss, perplexity and bits per byte are over the counted targets alone (those that are not -1).
+        Loss, perplexity and bits per byte are over the unmasked targets (those that are not -1).
 
-        With an average of the weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. Only val_loss, if it is
-        not finite. The model's mode is what it was. step: for messages.
+        With an average of the weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. If val_loss is NaN
+        or Inf, it is the only score. The model's train/eval mode is restored. step: for messages.
         """
         scores = self._scores_in_memory(model, step)
         if average and len(scores) > 1:
@@ -63,7 +63,7 @@ class Validation:
         return scores
 
     def _scores_in_memory(self, model: GPT, step: int) -> dict:
-        """Fewer windows at a time where the memory does not suffice."""
+        """_scores, retried with fewer windows per forward pass on out-of-memory."""
         while True:
             try:
                 return self._scores(model)
@@ -93,14 +93,14 @@ class Validation:
         nats_by_corpus = [0.0 for _ in self.ends]
         for (corpus, start, stop), loss in zip(
             batches, torch.stack(losses).tolist(), strict=True
-        ):  # waits for the device
+        ):  # synchronises with the device
             counted = int(self.counted[start:stop].sum())
-            nats_by_corpus[corpus] += loss * counted if counted else 0.0  # the mean of no target is NaN
+            nats_by_corpus[corpus] += loss * counted if counted else 0.0  # the mean over zero targets is NaN
         nats = sum(nats_by_corpus)
         if not math.isfinite(nats):
             return {"val_loss": nats}
         scores = condensation.result()
-        # The histogram is what the heat map and its history are drawn from; four digits are plenty for a colour.
+        # The histogram is the source of the heat map and its history; four digits are enough for a colour.
         histogram = [[round(density, 4) for density in layer] for layer in scores["histogram_by_layer"]]
         wanted = ("mean_cosine_by_layer", "off_diagonal_mean_by_layer", "spearman", "kendall", "last_half_mean")
         return {
@@ -114,7 +114,7 @@ class Validation:
 
     @torch.no_grad()
     def is_finite(self, model: GPT) -> bool:
-        """Whether the loss of the first window with counted targets is finite."""
+        """Whether the loss of the first window with unmasked targets is finite."""
         was_training = model.training
         model.eval()
         first = int(self.counted.any(axis=1).argmax())

@@ -235,7 +235,7 @@ def test_a_scheduled_weight_resumes_exactly(corpus, tmp_path, schedule):
 )
 def test_an_unknown_weight_schedule_is_refused(schedule):
     with pytest.raises(
-        InputError, match=r"--dispersion-schedule: .* is no schedule: give constant, linear:F, delayed:F"
+        InputError, match=r"--dispersion-schedule: .* is not a schedule: pass constant, linear:F, delayed:F"
     ):
         parse([f"--dispersion-schedule={schedule}"])
 

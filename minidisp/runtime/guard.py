@@ -1,4 +1,4 @@
-"""Guards of a run: numbers that are not finite, and memory that does not suffice."""
+"""Guards of a run against NaN or Inf in loss and gradients, and against running out of memory."""
 
 import math
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from minidisp.runtime.cli import is_out_of_memory
 from minidisp.runtime.device import memory_bytes
 from minidisp.runtime.processes import World
 
-# A step whose loss or gradient is not finite changes no weight. So many of them in a row, or in total, end the run.
+# An update with NaN or Inf in the loss or the gradient is skipped. This many in a row, or in total, end the run.
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_SKIPPED_IN_A_ROW_FLOAT16 = 30  # its gradient scale starts at 2^16, and each skipped step halves it
-MAX_SKIPPED = 20  # and one per hundred steps
+MAX_SKIPPED = 20  # plus one per hundred steps
 
 
 class Diverged(RuntimeError):
-    """Too many steps gave numbers that are not finite."""
+    """Too many updates were skipped because of NaN or Inf."""
 
 
 class Guard:
-    """Counts the steps whose loss or gradient is not finite, on the device: the CPU does not wait for it before
-    `fetch`.
+    """Counts the steps with NaN or Inf in the loss or the gradient. The counts are on the device; only `fetch`
+    synchronises with it.
 
-    total, in_a_row, longest and last_skipped (the index of the last such step) are what the last `fetch` has seen.
+    total, in_a_row, longest and last_skipped (the index of the last such step) are as of the last `fetch`.
     """
 
     def __init__(self, device: torch.device, float16: bool):
@@ -49,7 +49,7 @@ class Guard:
         )
 
     def fetch(self, step: int) -> None:
-        """Wait for the device, fetch the counts, and say what has been skipped since the last time."""
+        """Synchronise with the device, fetch the counts, and report updates skipped since the last call."""
         before = self.total
         self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
         if self.total > before:
@@ -59,7 +59,7 @@ class Guard:
             )
 
     def hopeless(self, step: int) -> bool:
-        """Whether too many of the first `step` steps were skipped to go on."""
+        """Whether too many of the first `step` updates were skipped to continue."""
         return self.longest >= self._most_in_a_row or self.total > max(MAX_SKIPPED, self._most_in_a_row) + step // 100
 
     def state(self) -> dict[str, int]:
@@ -75,7 +75,7 @@ class Guard:
 class Interval:
     """The mean loss and the largest gradient norm since the last line of metrics.jsonl, over the steps that were not skipped.
 
-    Kept on the device, so that nothing waits for it. A loss spike between two lines shows in the largest norm.
+    Kept on the device, which avoids synchronising. A loss spike between two lines shows in the largest norm.
     """
 
     def __init__(self, device: torch.device):
@@ -88,7 +88,7 @@ class Interval:
         self._values = torch.stack([total + loss, steps + finite, torch.maximum(largest, norm)])
 
     def take(self) -> dict[str, Tensor]:
-        """What metrics.jsonl gets of the interval; a new one begins."""
+        """The fields of metrics.jsonl for this interval; starts the next one."""
         total, steps, largest = self._values.unbind()
         self._values = torch.zeros_like(self._values)
         return {"ce_mean": total / steps, "grad_norm_max": largest}
@@ -107,14 +107,15 @@ class Interval:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor, in one piece or sharded, are finite."""
+    """Whether all elements of a tensor, sharded or not, are finite."""
     return bool(torch.isfinite(gathered(tensor)).all())
 
 
 def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[float, Forward]]) -> str:
-    """The tensor that first becomes NaN or Inf in a step, in words: the step is taken again, without an update.
+    """A description of the tensor that first becomes NaN or Inf in a step, found by repeating the step without an
+    update.
 
-    forwards: per micro-batch, its share of the step and the forward pass, which is done when the next one is requested.
+    forwards: per micro-batch, its share of the step and the forward pass, computed lazily.
     """
     for name, p in model.named_parameters():
         if not is_finite(p):
@@ -128,7 +129,7 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
                     if layer
                     else "the embeddings became NaN or Inf first"
                 )
-        with torch.no_grad():  # one sequence at a time: logits are large
+        with torch.no_grad():  # one sequence at a time, as logits are large
             if not all(is_finite(model.logits(sequence)) for sequence in forward.hidden_states[-1]):
                 return "the logits became NaN or Inf first"
         values = objective(forward)
@@ -137,28 +138,31 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
                 return f"the {term.title} became NaN or Inf first"
         with torch.autocast(values["loss"].device.type, enabled=False):
             (values["loss"] * share).backward()
-    for name, p in reversed(list(model.named_parameters())):  # the way that gradients come
+    for name, p in reversed(list(model.named_parameters())):  # in the order of the backward pass
         if p.grad is not None and not is_finite(p.grad):
             return f"the gradient of {name} became NaN or Inf first"
     return "no tensor is NaN or Inf when the step is repeated, as the weights have changed since"
 
 
 def half_of(batch: int, error: BaseException, where: str, world: World, dropout: float = 0.0) -> int:
-    """Half as many sequences at a time, rounded up, after running out of memory; any other error is raised again.
+    """Half the number of sequences per micro-batch, rounded up, after an out-of-memory error; other errors are
+    re-raised.
 
-    dropout: of the model that is trained. Raises InputError if it was one sequence already, or where other processes wait in the middle of their step.
+    dropout: the model's dropout probability, for the message. Raises InputError if there was only one sequence, or if
+    other processes are waiting in the middle of their step.
     """
     if not is_out_of_memory(error):
         raise error
     if world.size > 1 and batch > 1:
         raise InputError(
-            f"{where}: process {world.rank} is out of memory: lower --batch-size, and raise --grad-accum as much, which "
-            "keeps the batch; --shard needs less memory, too"
+            f"{where}: process {world.rank} is out of memory: lower --batch-size and raise --grad-accum by the same "
+            "factor, "
+            "which keeps the effective batch size, or use --shard"
         ) from None
     if batch == 1:
         raise InputError(
             f"{where}: out of memory with one sequence at a time: lower --block-size or the size of the model "
-            "(--n-layer, --n-embd), or the loss's share with --dispersion-tokens 256"
+            "(--n-layer, --n-embd), or the memory of the dispersion loss with --dispersion-tokens 256"
         ) from None
     half = (batch + 1) // 2
     remark = ", but other random numbers for dropout" if dropout else ""
@@ -169,11 +173,12 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
 
 
 def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
-    """Raise InputError if the model's own numbers exceed the memory, before they fill it."""
+    """Raise InputError if weights, gradients and optimiser state cannot fit in memory, before allocating them."""
     needed = 16 * config.parameter_count / shards  # weights, gradients, two moments, in float32
     there = memory_bytes(device)
     if there and needed > there:
         raise InputError(
-            f"out of memory: {config.parameter_count:,} parameters take {needed / 2**30:,.0f} GiB with their gradients and "
-            f"moments, and {device.type} has {there / 2**30:,.0f}: lower --n-layer or --n-embd"
+            f"out of memory: {config.parameter_count:,} parameters need {needed / 2**30:,.0f} GiB with gradients and "
+            "optimiser "
+            f"state, and {device.type} has {there / 2**30:,.0f} GiB: lower --n-layer or --n-embd"
         )
