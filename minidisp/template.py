@@ -8,10 +8,14 @@ A template is Jinja, as in transformers, and gives the ids of its `apply_chat_te
 message contains the name of a special token, such as </s>, it is encoded as text, so no message can end its own turn.
 """
 
+import contextlib
 import datetime
 import itertools
 import json
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +30,8 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant' + eos_token }}{% endif %}"
 )
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SECONDS, BYTES = 5, 1 << 30  # what a template may take each time that it is used; those in use take milliseconds
+STATM = Path("/proc/self/statm")  # of Linux: the address space in use, in pages
 FILE = "template.json"  # of a run that was trained on examples, beside its tokenizer.model
 Messages = Sequence[dict[str, str]]  # with "role" (system, user or assistant) and "content"
 
@@ -127,16 +133,21 @@ class Template:
         return [{**message, "content": guarded(message["content"])} for message in messages], guard
 
     def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
+        said = sum(len(message["content"]) for message in messages)
         try:
-            return self._jinja.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._token_names,
-            )
+            with _limited():
+                text = self._jinja.render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **self._token_names,
+                )
         except Exception as error:  # a template can raise anything
             raise InputError(f"the chat template refuses it: {_in_short(error)}") from None
+        if len(text) > 100 * said + (1 << 20):
+            raise InputError(f"the chat template makes {len(text):,} characters of {said:,}")
+        return text
 
     def _start(self, messages: Messages, i: int, text: str) -> int:
         """Where the turn of messages[i] begins in the text of the whole dialogue: behind the generation prompt."""
@@ -232,9 +243,39 @@ def _compile(source: str, now: datetime.datetime) -> "jinja2.Template":  # noqa:
     jinja.filters["tojson"] = to_json
     jinja.globals |= {"raise_exception": refuse, "strftime_now": now.strftime}
     try:
-        return jinja.from_string(source)
-    except jinja2.TemplateError as error:
+        with _limited():  # constants are computed here
+            return jinja.from_string(source)
+    except Exception as error:  # of Jinja or of Python, which compiles what Jinja makes of it
         raise InputError(f"the tokenizer's chat template is not valid: {_in_short(error)}") from None
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """Ends what a template does inside: TimeoutError after SECONDS of computing, MemoryError beyond BYTES more memory.
+
+    The sandbox keeps a template away from files and from Python's own objects, but lets it loop for ever. The time is
+    limited in the main thread, where signals arrive, and the memory on Linux.
+    """
+    began = time.thread_time()
+
+    def check(number, frame):
+        if time.thread_time() - began > SECONDS:
+            raise TimeoutError(f"it takes more than {SECONDS} s")
+
+    with contextlib.ExitStack() as stack:
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, check))
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS / 10, SECONDS / 10)
+            stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        if STATM.exists():
+            import resource
+
+            in_use = int(STATM.read_text().split()[0]) * resource.getpagesize()
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            ceiling = min([in_use + BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
+        yield
 
 
 def _unused(text: str) -> Iterator[str]:

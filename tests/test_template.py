@@ -4,6 +4,8 @@ import datetime
 import hashlib
 import json
 import random
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,30 @@ def test_a_date_is_that_of_the_template_and_meta_brings_it_back(tmp_path):
 def test_templates_that_cannot_be_used_are_refused(tmp_path, source, message):
     with pytest.raises(InputError, match=message):
         Template.of(bpe(tmp_path, source)).render(DIALOGUES[0])
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ messages[0].role | center(10 ** 10) }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{{ 'a' * 10 ** 8 }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% for a in messages %}" * 40 + "{% endfor %}" * 40,
+    ],
+)
+def test_a_template_that_never_ends_or_fills_the_memory_is_refused(monkeypatch, bomb):
+    monkeypatch.setattr("minidisp.template.SECONDS", 0.1)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    meta = {"chat_template": bomb + PLAIN, "token_names": {"eos_token": ByteTokenizer.eos_token}, "now": ""}
+    with pytest.raises(InputError, match=r"refuses it|is not valid|makes .* characters"):
+        Template.from_meta(meta, ByteTokenizer())
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def tuned_run(folder, tokenizer, rows: str):
