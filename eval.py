@@ -10,8 +10,8 @@
     python eval.py runs/NAME --text-file letter.txt
     python eval.py --hf FOLDER --data NAME
 
-Every token of the held-out text is predicted exactly once, from as much text before it as fits: windows are as long as
-the model's context and advance by --stride tokens. The first token follows an end-of-document token. With several runs,
+Every token of the held-out text is scored exactly once, with a sliding window: windows are as long as the model's
+context and advance by --stride tokens. The first token follows an end-of-document token. With several runs,
 configurations are compared over their seeds. Exit codes: 0 done; 2 bad usage or input.
 """
 
@@ -86,37 +86,37 @@ from minidisp.template import Template, load_template
 
 
 class Subject(NamedTuple):
-    """What is evaluated: a model, and what is known of its training."""
+    """A model to evaluate, and what is known of its training."""
 
     name: str
     model: GPT | OtherModel  # in eval mode, on the device
     tokenizer: object
-    config: dict | None  # settings of its training
-    metrics: list[dict]  # lines of its metrics.jsonl, none if there is no such file
+    config: dict | None  # the configuration it was trained with
+    metrics: list[dict]  # lines of its metrics.jsonl; empty if there is none
     data_hash: str | None = None  # of the corpus that it was trained on
     folder: Path | None = None  # of the run
 
     @property
     def template(self) -> Template:
-        """The prompt template of a run that was trained on examples, else that of its tokenizer."""
+        """The prompt template the run was trained with, else that of its tokenizer."""
         own = load_template(self.folder, self.tokenizer) if self.folder else None
         return own or Template.of(self.tokenizer)
 
     @property
     def run(self) -> Run:
-        """What comparisons need to know of it."""
+        """The facts that a comparison needs."""
         return Run(self.name, self.tokenizer.hash, self.config, self.data_hash)
 
 
 class Findings(NamedTuple):
-    """What is printed and put on the page: tables, tables to fold away there, and sentences that compare runs."""
+    """The output of an evaluation: tables, further tables (collapsed on the page), and sentences that compare runs."""
 
     tables: list[report.Table]
     details: list[report.Table]
     sentences: list[str]
 
     def add(self, comparison: Comparison, scores: list[dict], of: str) -> None:
-        """What the runs differ by in a score, which is called `of` in the JSON file."""
+        """Add the comparison of the runs in one score, whose key in the JSON file is `of`."""
         self.sentences.extend(comparison.sentences)
         if len(scores) > 1:
             for group in comparison.groups:
@@ -125,7 +125,7 @@ class Findings(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Evaluate what the command line names; prints tables and returns the list of scores that --json writes."""
+    """Run the evaluation of a command line; prints tables and returns the list of scores that --json writes."""
     take_over()
     args = parse(argv)
     device = pick_device(args.device)
@@ -158,7 +158,7 @@ def evaluate(
     written: str,
     device: torch.device,
 ) -> list[dict]:
-    """Measure everything, write the files, print, and sample. written: a text to measure on instead of a corpus."""
+    """Compute all scores, write the files, print the tables, and sample. written: a text to use instead of a corpus."""
     scores = [
         {
             "name": s.name,
@@ -197,17 +197,17 @@ def evaluate(
         measure_writing(subjects, scores, found, *chosen, args.seed or 0, device)
     if seeds := report.seeds_table(scores):
         found.tables.append(seeds)
-    if texts:  # last, since it is long
+    if texts:  # last, as it is long
         found.tables.extend([report.condensation_table(scores), report.further_table(scores)])
 
-    # Files first: whatever is printed or sampled then can fail without taking the numbers along.
+    # Files first, so that a failure while printing or sampling does not lose the scores.
     if args.json:
         write_json(args.json, scores)
     figures = report.draw_comparison(scores, [s.metrics for s in subjects], args.figures) if args.figures else []
     if args.html:
         write_page(args.html, "; ".join(measured_on), subjects, scores, found)
     layers = [report.layer_table(s) for s in scores] if args.layers else []
-    blocks = ["\n".join(found.sentences)] if found.sentences else []  # the answer first
+    blocks = ["\n".join(found.sentences)] if found.sentences else []  # conclusions first
     if blocks := [*blocks, *found.tables, *layers]:
         print(*blocks, sep="\n\n")
     for path in figures:
@@ -225,15 +225,15 @@ def evaluate(
 
 
 def only_text(texts: dict[str, Text | Examples]) -> Text:
-    """The one plain text. Raises InputError where there are several, or examples."""
+    """The only text, which must be plain text. Raises InputError otherwise."""
     text, *others = texts.values()
     if others or isinstance(text, Examples):
-        raise InputError("--texts continues the documents of one corpus of plain text: name it with --data")
+        raise InputError("--texts needs a single plain-text corpus: choose it with --data")
     return text
 
 
 def only_curves(args: argparse.Namespace) -> bool:
-    """Whether nothing but figures of the training is asked for, which metrics.jsonl is enough for."""
+    """Whether only training curves are requested, for which metrics.jsonl is enough."""
     other = (args.json, args.html, args.sampling, args.minimal_pairs, args.choices, args.completions, args.text_file)
     return bool(args.figures) and args.split == "none" and all(asked is None for asked in other)
 
@@ -241,12 +241,12 @@ def only_curves(args: argparse.Namespace) -> bool:
 def draw_curves(args: argparse.Namespace) -> list[dict]:
     """Draw the training curves of the runs, without their models."""
     if args.hf:
-        raise InputError("--figures --split none draws the training of runs, which --hf models do not come with")
+        raise InputError("--figures --split none draws training curves, which --hf models do not have")
     metrics = []
     for run in args.runs:
         path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run).parent / "metrics.jsonl"
         if not path.is_file():
-            raise InputError(f"{run} has no metrics.jsonl: --figures --split none draws the training of runs")
+            raise InputError(f"{run} has no metrics.jsonl, from which --figures --split none draws training curves")
         metrics.append(report.read_metrics(path))
     scores = [{"name": name} for name in short_names(args.runs)]
     for path in report.draw_comparison(scores, metrics, args.figures):
@@ -255,13 +255,13 @@ def draw_curves(args: argparse.Namespace) -> list[dict]:
 
 
 def read_text(path: str) -> str:
-    """A text file. Raises InputError where it is empty or not UTF-8."""
+    """Read a text file. Raises InputError if it is empty or not UTF-8."""
     try:
         text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start:,}") from None
     if not text.strip():
-        raise InputError(f"{path} has no text in it")
+        raise InputError(f"{path} contains no text")
     return text
 
 
@@ -269,7 +269,7 @@ def read_text(path: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, complete and checked: what can be refused without a model is refused here.
+    """Parse and check the command line; everything that can be rejected without loading a model is rejected here.
 
     Adds `sampling`, a Sampling, or None if nothing is sampled. json, html and figures are paths or None.
     """
@@ -277,16 +277,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     _add_flags(parser)
-    args = parser.parse_intermixed_args(argv)  # a RUN may stand anywhere
+    args = parser.parse_intermixed_args(argv)  # a RUN may appear anywhere
     if min(args.tokens, args.stride, args.block_size, args.texts) < 0:
         raise InputError("--tokens, --stride, --block-size and --texts must be 0 or more")
     if wrong := next((run for run in args.runs if run.endswith((".jsonl", ".jsonl.gz"))), None):
-        raise InputError(f"{wrong} is no run: if it is for --minimal-pairs or a task, put the pattern in quotes")
+        raise InputError(f"{wrong} is not a run: if it belongs to --minimal-pairs or a task, quote the pattern")
     tasks = [flag for flag in ("choices", "completions", "chat") if getattr(args, flag) not in (None, False)]
     if args.text_file is not None and (args.data or args.tokens or args.split not in (None, "none")):
-        raise InputError(
-            "--text-file is measured as a whole instead of a corpus: leave out --data, --split and --tokens"
-        )
+        raise InputError("--text-file replaces the corpus: leave out --data, --split and --tokens")
     of_text = [flag for flag in ("data", "tokens", "stride", "layers", "texts") if getattr(args, flag)]
     if args.split is None:
         silent = tasks or args.sample == "-"
@@ -296,17 +294,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if no_text and not measured and args.html is not None:
         of_text.append("html")
     if no_text and of_text:
-        raise InputError(f"--{of_text[0]} goes with held-out text: leave --split none out, or that flag")
+        raise InputError(f"--{of_text[0]} needs held-out text: leave out --split none or --{of_text[0]}")
     if no_text and not measured and args.sample is args.prompts is args.figures is None:
         raise InputError(
             "--split none leaves nothing to do: add --sample, --prompts, --choices, --completions or --chat"
         )
     if not args.runs and not (args.hf and (args.data or args.split == "none")):
-        raise InputError("give a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
+        raise InputError("pass a RUN, or --hf DIR with --data NAME (python eval.py --help lists the flags)")
     if args.chat:
         refuse_beside_chat(args)
     elif args.system is not None:
-        raise InputError("--system goes with --chat: add it")
+        raise InputError("--system needs --chat: add it")
     given = {name: value for name in Sampling.__dataclass_fields__ if (value := getattr(args, name)) is not None}
     args.sampling = Sampling(**given)
     if args.sample is args.prompts is None and not args.chat:
@@ -314,7 +312,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         allowed = {"seed"} if args.texts else set()
         allowed |= {"max_new_tokens"} if args.completions is not None else set()
         if alone := next((name for name in given if name not in allowed), None):
-            raise InputError(f"--{alone.replace('_', '-')} goes with --sample or --prompts: add one of them")
+            raise InputError(f"--{alone.replace('_', '-')} needs --sample or --prompts: add one of them")
     args.answering = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens or Sampling.max_new_tokens)
     check_text(args.system or "", "--system")
     check_text(args.sample or "", "--sample")
@@ -330,89 +328,92 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse_beside_chat(args: argparse.Namespace) -> None:
-    """Raise InputError naming what does not go with --chat, which takes the terminal and one model."""
+    """Raise InputError for flags that cannot be combined with --chat, which needs the terminal and exactly one model."""
     if len(args.runs) + len(args.hf) != 1:
-        raise InputError("--chat is with one model: give one RUN, or one --hf DIR")
+        raise InputError("--chat needs exactly one model: pass one RUN or one --hf DIR")
     others = ("minimal_pairs", "choices", "completions", "sample", "prompts", "text_file", "json", "html", "figures")
     if found := next((flag for flag in others if getattr(args, flag) is not None), None):
-        raise InputError(f"--{found.replace('_', '-')} does not go with --chat: run them one after the other")
+        raise InputError(f"--{found.replace('_', '-')} cannot be combined with --chat: run them separately")
     if args.split != "none":
-        raise InputError("--chat measures nothing on held-out text: leave out --split, and flags that go with it")
+        raise InputError("--chat does not evaluate held-out text: leave out --split and its related flags")
     if args.samples is not None or args.stop is not None:
-        raise InputError("--samples and --stop do not go with --chat")
+        raise InputError("--samples and --stop cannot be combined with --chat")
 
 
 def _add_flags(parser: Parser) -> None:
-    what = parser.add_argument_group("what is evaluated")
+    what = parser.add_argument_group("models")
     what.add_argument(
-        "runs", nargs="*", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file"
+        "runs", nargs="*", metavar="RUN", help="run folder (its best checkpoint is used) or checkpoint file"
     )
     what.add_argument(
         "--hf",
         action="append",
         default=[],
         metavar="DIR",
-        help="a causal language model: its Hugging Face folder, or owner/name on the hub, with its own tokenizer; may be "
-        "repeated. Families other than GPT-2, Qwen3 and Apertus need transformers, and are measured on held-out text only",
+        help="Hugging Face causal language model (folder, or owner/name on the hub) with its own tokenizer; may be "
+        "repeated. Families other than GPT-2, Qwen3 and Apertus need transformers and support held-out text only",
     )
     what.add_argument(
         "--block-size",
         type=int,
         default=0,
         metavar="N",
-        help="context in tokens; longer than that of the training only with rotary positions; 0 = the model's own",
+        help="context length in tokens; beyond the training context only with rotary positions; 0 = the model's own",
     )
     what.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of matrix products; bfloat16 is faster where the processor has it, see docs/evaluation.md for its error "
+        help="compute dtype; bfloat16 is faster on hardware that supports it, see docs/evaluation.md for its error "
         "(default float32)",
     )
     what.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
 
     text = parser.add_argument_group("held-out text")
-    text.add_argument("--data", default="", metavar="TEXT", help="corpus to evaluate on; default: the first run's own")
-    text.add_argument("--text-file", metavar="FILE", help="measure on this text file instead of a corpus")
+    text.add_argument(
+        "--data", default="", metavar="TEXT", help="corpus to evaluate on (default: that of the first run)"
+    )
+    text.add_argument("--text-file", metavar="FILE", help="evaluate on this text file instead of a corpus")
     text.add_argument(
         "--split",
         choices=("val", "test", "none"),
-        help="held-out part of the corpus; none: measure nothing on it (default: val, but none where only a task, --chat or --sample - is asked for)",
+        help="held-out split of the corpus; none: skip held-out text (default: val, or none if only a task, --chat or "
+        "--sample - is requested)",
     )
     text.add_argument(
-        "--tokens", type=int, default=0, metavar="N", help="evaluate the first N tokens only; 0 = all (default)"
+        "--tokens", type=int, default=0, metavar="N", help="evaluate only the first N tokens; 0 = all (default)"
     )
     text.add_argument(
         "--stride",
         type=int,
         default=0,
         metavar="N",
-        help="tokens a window advances by, 1 to the model's context; smaller is slower and gives every token more "
-        "context (default: half the context)",
+        help="tokens by which the sliding window advances, 1 to the context length; smaller is slower and gives "
+        "every token more context (default: half the context)",
     )
-    text.add_argument("--layers", action="store_true", help="print the further metrics layer by layer, too")
+    text.add_argument("--layers", action="store_true", help="also print the further metrics layer by layer")
     text.add_argument(
         "--texts",
         type=int,
         default=0,
         metavar="N",
         help=f"continue the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} tokens, greedily and with "
-        "nucleus sampling, and measure how often the text repeats itself",
+        "nucleus sampling, and measure repetition in the generated text",
     )
 
     pairs = parser.add_argument_group("minimal pairs")
     pairs.add_argument(
         "--minimal-pairs",
         metavar="GLOB",
-        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: how often is the good one more likely? Put a "
-        'pattern in quotes, such as "blimp/*.jsonl"',
+        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: accuracy of preferring the good one. "
+        'Quote a pattern such as "blimp/*.jsonl"',
     )
 
-    tasks = parser.add_argument_group("tasks: JSON lines, maybe .gz; put a pattern in quotes")
+    tasks = parser.add_argument_group("tasks (JSON lines, optionally .gz; quote patterns)")
     tasks.add_argument(
         "--choices",
         metavar="GLOB",
-        help="rows of context, choices and answer (the index of the right one): accuracy by log-probability, as "
+        help="rows of context, choices and answer (index of the correct choice): accuracy by log-likelihood, as "
         "lm-evaluation-harness computes acc and acc_norm",
     )
     tasks.add_argument(
@@ -421,7 +422,7 @@ def _add_flags(parser: Parser) -> None:
         help="rows of context and completion are scored (accuracy, perplexity); rows of prompt and completion are answered "
         "greedily (exact match, and chrF and BLEU with sacrebleu)",
     )
-    tasks.add_argument("--chat", action="store_true", help="talk to a run; Ctrl-C stops an answer, Ctrl-D leaves")
+    tasks.add_argument("--chat", action="store_true", help="chat with a model; Ctrl-C stops an answer, Ctrl-D exits")
     tasks.add_argument("--system", metavar="TEXT", help="system message of the chat")
 
     default = Sampling()
@@ -429,14 +430,15 @@ def _add_flags(parser: Parser) -> None:
     sample.add_argument(
         "--sample",
         metavar="TEXT",
-        help="continue this text with every run; -: what you type, until an empty line or Ctrl-D",
+        help="prompt to continue with every run; -: read prompts from the terminal, until an empty line or Ctrl-D",
     )
-    sample.add_argument("--prompts", metavar="FILE", help="continue each line of this file with every run")
+    sample.add_argument("--prompts", metavar="FILE", help="file of prompts, one per line")
+    sample.add_argument("--samples", type=int, metavar="N", help=f"samples per prompt (default {default.samples})")
     sample.add_argument(
-        "--samples", type=int, metavar="N", help=f"continuations of every prompt (default {default.samples})"
-    )
-    sample.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"most tokens of each (default {default.max_new_tokens})"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of generated tokens (default {default.max_new_tokens})",
     )
     sample.add_argument(
         "--temperature",
@@ -449,40 +451,36 @@ def _add_flags(parser: Parser) -> None:
         "--top-p",
         type=float,
         metavar="P",
-        help="nucleus (top-p) sampling: among the fewest tokens with a total probability of P (default: all)",
+        help="nucleus (top-p) sampling: sample from the smallest set of tokens with total probability P (default: all)",
     )
     sample.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help=f"of the first sample; the next has N + 1; the same for every run (default {default.seed})",
+        help=f"seed of the first sample; the next sample uses N + 1; the same for every run (default {default.seed})",
     )
-    sample.add_argument("--stop", metavar="TEXT", help="end a continuation before this text")
+    sample.add_argument("--stop", metavar="TEXT", help="stop generating before this text")
 
-    files = parser.add_argument_group("files, written before anything is printed")
+    files = parser.add_argument_group("output files (written before anything is printed)")
+    files.add_argument("--json", metavar="FILE", help="all scores, including condensation per layer, and the samples")
     files.add_argument(
-        "--json", metavar="FILE", help="all scores, condensation per layer included, and at the end the samples"
+        "--figures", metavar="DIR", help="folder for figures as PNG and PDF: heat maps, cosine by layer, loss by step"
     )
-    files.add_argument(
-        "--figures", metavar="DIR", help="heat maps, cosine by layer and loss by step, as PNG and PDF, into this folder"
-    )
-    files.add_argument(
-        "--html", metavar="FILE", help="all scores, with the course of the training, as one page that opens offline"
-    )
+    files.add_argument("--html", metavar="FILE", help="all scores and training curves as one self-contained page")
 
 
 def output_path(flag: str, given: str, folder: bool) -> Path:
-    """The path to write to. Raises InputError if that could not be done, long before it is; nothing is created."""
+    """The path of an output. Raises InputError early if it cannot be written; creates nothing."""
     path = Path(os.path.expanduser(given))
     try:
         if folder and path.exists() and not path.is_dir():
-            raise InputError(f"{flag} {given} is no folder: give another one")
+            raise InputError(f"{flag} {given} is not a folder: choose another path")
         if not folder and path.is_dir():
-            raise InputError(f"{flag} {given!r} is a folder: give a file")
+            raise InputError(f"{flag} {given!r} is a folder: pass a file name")
         if not folder and path.exists() and not path.is_file():
-            raise InputError(f"{flag} {given} is not a regular file: give another one")
+            raise InputError(f"{flag} {given} is not a regular file: choose another path")
         if not folder and path.exists() and not os.access(path, os.W_OK):
-            raise InputError(f"{flag} {given} is read-only: give another one")
+            raise InputError(f"{flag} {given} is read-only: choose another path")
         if not folder:
             path.with_name(f"{path.name}.tmp").exists()  # raises if the name is too long
         there = path if folder else path.parent
@@ -495,13 +493,13 @@ def output_path(flag: str, given: str, folder: bool) -> Path:
     return path
 
 
-# --- what is evaluated ------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def load_subjects(runs: list[str], folders: list[str], block_size: int, device: torch.device) -> list[Subject]:
-    """Run folders or checkpoint files, and Hugging Face models behind them, as evaluation needs them.
+    """Load run folders or checkpoint files, followed by Hugging Face models.
 
-    block_size: their context in tokens, 0 = their own.
+    block_size: context length in tokens; 0 = each model's own.
     """
     subjects, names = [], short_names([*runs, *folders])
     for run, name in zip(runs, names, strict=False):
@@ -522,7 +520,7 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
 
 
 def with_context(model: GPT, block_size: int, name: str) -> GPT:
-    """The model with another context. Raises InputError where it has no positions for it."""
+    """The model with another context length. Raises InputError if its learned positions do not reach that far."""
     weights, device = model.state_dict(), model.wte.weight.device
     if "wpe.weight" in weights:
         if block_size > len(weights["wpe.weight"]):
@@ -535,12 +533,12 @@ def with_context(model: GPT, block_size: int, name: str) -> GPT:
 
 
 def _recipe(config: Config) -> dict:
-    """The settings that make a run what it is."""
+    """The settings of a run, without --out, --resume and --overwrite."""
     return {key: value for key, value in to_dict(config).items() if key not in ("out", "resume", "overwrite")}
 
 
 def _data_hash(run: Path) -> str | None:
-    """The hash of the corpus that a run was trained on, from its config.json; None if that does not say."""
+    """The hash of the corpus that a run was trained on, from its config.json; None if not recorded."""
     path = run / "config.json"
     environment = read_json(path).get("environment") if path.is_file() else None
     found = environment.get("data_hash") if isinstance(environment, dict) else None
@@ -548,26 +546,26 @@ def _data_hash(run: Path) -> str | None:
 
 
 def refuse_other(subjects: list[Subject], args: argparse.Namespace) -> None:
-    """Raise InputError if something but held-out text is asked for of a model that is computed by transformers."""
+    """Raise InputError if anything but held-out text is requested of a model that runs in transformers."""
     flags = ("minimal_pairs", "choices", "completions", "chat", "sample", "prompts", "texts")
     asked = next((flag for flag in flags if getattr(args, flag) not in (None, False, 0)), None)
     other = next((s.name for s in subjects if isinstance(s.model, OtherModel)), None)
     if asked and other:
         raise InputError(
-            f"{other} is computed by transformers, for held-out text only: leave out --{asked.replace('_', '-')}"
+            f"{other} runs in transformers, which supports held-out text only: leave out --{asked.replace('_', '-')}"
         )
 
 
 def refuse_broken(subjects: list[Subject]) -> None:
-    """Raise InputError naming a model that cannot be sampled from, since its weights are not finite."""
+    """Raise InputError if a model cannot be sampled from because its weights contain NaN or Inf."""
     for subject in subjects:
         if not all(parameter.isfinite().all() for parameter in subject.model.parameters()):
             raise InputError(
-                f"{subject.name} cannot be sampled from: its weights are not finite, its training diverged"
+                f"{subject.name} cannot be sampled from: its weights contain NaN or Inf, as its training diverged"
             )
 
 
-# --- what is measured: each adds to the scores, and to what is shown --------------------------------------------------
+# --- measurements: each adds to the scores and to the findings --------------------------------------------------------
 
 
 def measure_text(
@@ -578,7 +576,7 @@ def measure_text(
     stride: int,
     device: torch.device,
 ) -> None:
-    """Prediction and condensation on held-out text."""
+    """Prediction quality and condensation on held-out text."""
     results = [score_text(s.name, s.model, s.tokenizer, texts, stride, device) for s in subjects]
     found.add(compare_texts([s.run for s in subjects], results), scores, "bits_per_byte")
     for score, result in zip(scores, results, strict=True):
@@ -609,7 +607,7 @@ def measure_pairs(
 def measure_choices(
     subjects: list[Subject], scores: list[dict], found: Findings, questions: list[Question], device: torch.device
 ) -> None:
-    """Accuracy on questions with choices."""
+    """Accuracy on multiple-choice questions."""
     chosen = [score_choices(s.model, s.tokenizer, questions, device) for s in subjects]
     summaries = summarise_choices(questions, chosen)
     for key, comparison in compare_choices([s.run for s in subjects], chosen, summaries).items():
@@ -627,7 +625,7 @@ def measure_completions(
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Completions that are scored, and prompts that are answered."""
+    """Scores of given completions and of generated answers."""
     completed = []
     for s in subjects:
         answer = lambda prompts, s=s: answer_all(s.model, s.tokenizer, s.template, prompts, args.answering)  # noqa: E731
@@ -651,7 +649,7 @@ def measure_writing(
     seed: int,
     device: torch.device,
 ) -> None:
-    """How often the continuations of held-out texts repeat themselves. kind: what choose_texts says of them."""
+    """Repetition in continuations of held-out texts. kind: as returned by choose_texts."""
     for subject, score in zip(subjects, scores, strict=True):
         ways = writing(subject.model, subject.tokenizer, texts, seed, device)
         score["writing"] = {"texts": len(texts), "of": kind, "seed": seed, **ways}
@@ -659,18 +657,18 @@ def measure_writing(
 
 
 def other_corpus(subjects: list[Subject], corpus: Dataset | Corpora) -> list[str]:
-    """A sentence for runs that were trained on another state of the corpus than the one that is measured on."""
+    """A warning for runs that were trained on a different version of the corpus from the one evaluated on."""
     same = [s for s in subjects if s.config and s.config["data"] == subjects[0].config["data"]]
     changed = [s.name for s in same if s.data_hash not in (None, corpus.hash)]
     if not changed:
         return []
     return [
-        f"{corpus.folder} is not what {' and '.join(changed)} was trained on: the corpus has changed, or it is another one. "
-        "This text may be in their training data"
+        f"{corpus.folder} differs from the corpus that {' and '.join(changed)} was trained on. "
+        "The evaluation text may be part of their training data"
     ]
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, scores: list[dict]) -> None:
@@ -688,10 +686,10 @@ def write_page(path: Path, measured_on: str, subjects: list[Subject], scores: li
 def sample_prompts(
     subjects: list[Subject], scores: list[dict], typed: Iterable[str], prompts: list[str], sampling: Sampling
 ) -> None:
-    """Let every run go on with each prompt, the same seeds for all, and show it; at last, how fast that was.
+    """Continue each prompt with every run, using the same seeds, print the samples, and finally the speed.
 
-    typed: prompts that are continued one by one; a single sample is shown as it is written. prompts: those that are
-    continued together.
+    typed: prompts continued one by one; a single sample is streamed to the terminal. prompts: prompts continued in
+        batches.
     """
     for score in scores:
         score["samples"] = []

@@ -1,4 +1,4 @@
-"""Text generation: a continuation shown as it is written, many prompts in batches, and a conversation in the terminal."""
+"""Text generation: streaming a single sample, sampling many prompts in batches, and chatting in the terminal."""
 
 import codecs
 import itertools
@@ -16,20 +16,23 @@ from minidisp.decoding import check_sampling, look_every
 from minidisp.model import GPT
 from minidisp.template import Template
 
-ROWS = 64  # sequences that are generated at a time
+ROWS = 64  # sequences per batch
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued. Raises InputError naming what is out of range. See GPT.generate for the rest."""
+    """Sampling parameters. Raises InputError, naming the flag, if one is out of range.
 
-    samples: int = 1  # of every prompt; the first has the seed, the next seed + 1, and so on
+    See GPT.generate for the rest.
+    """
+
+    samples: int = 1  # per prompt; sample i uses seed + i
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-    stop: str | None = None  # a continuation ends before this text
+    stop: str | None = None  # generation stops before this text
 
     def __post_init__(self):
         for name in ("samples", "max_new_tokens"):
@@ -45,11 +48,11 @@ class Sampling:
         if self.stop is not None:
             check_text(self.stop, "--stop")
             if not self.stop:
-                raise InputError("--stop is empty: give the text that ends a sample, or leave it out")
+                raise InputError("--stop is empty: pass the text that ends a sample, or leave out --stop")
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise InputError naming `what` unless UTF-8 can represent the text."""
+    """Raise InputError, naming `what`, unless the text can be encoded as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -57,7 +60,7 @@ def check_text(text: str, what: str) -> None:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises InputError naming the line that is not UTF-8."""
+    """The non-blank lines of a text file. Raises InputError, with the line number, on invalid UTF-8."""
     prompts = []
     for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         try:
@@ -67,19 +70,19 @@ def read_prompts(path: str | Path) -> list[str]:
         if prompt.strip():
             prompts.append(prompt)
     if not prompts:
-        raise InputError(f"{path} holds no prompt: write one on each line")
+        raise InputError(f"{path} contains no prompts: write one per line")
     return prompts
 
 
 def visible(text: str) -> str:
-    """A text that any terminal shows and none obeys: control characters but newline and tab are escaped."""
+    """The text with control characters other than newline and tab escaped, safe to print in a terminal."""
     return printable(text, keep="\n\t")
 
 
 def typed_lines() -> Iterator[str]:
-    """What a person types, line by line, until the end of the input (Ctrl-D). Ctrl-C at the terminal only drops a line.
+    """Lines read from stdin until its end (Ctrl-D). In a terminal, Ctrl-C only discards the current line.
 
-    Raises InputError where a line is not UTF-8.
+    Raises InputError on a line that is not UTF-8.
     """
     while sys.stdin is not None:
         try:
@@ -91,26 +94,26 @@ def typed_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print("\n(Ctrl-D leaves)")
+            print("\n(Ctrl-D exits)")
             continue
         check_text(line, "the prompt")
         yield line
 
 
 def typed_prompts() -> Iterator[str]:
-    """What a person types, line by line, until an empty line or the end of the input (Ctrl-D)."""
+    """Lines read from stdin until an empty line or its end (Ctrl-D)."""
     return itertools.takewhile(bool, typed_lines())
 
 
 def prompt_ids(vocabulary, prompt: str) -> list[int]:
-    """The tokens of a prompt, behind EOS, as a text begins in training."""
+    """The tokens of a prompt, preceded by EOS as every text is in training."""
     return [vocabulary.eos_id, *vocabulary.encode(prompt)]
 
 
 def stream_sample(
     model: GPT, vocabulary, prompt: str, sampling: Sampling, seed: int, write: Callable[[str], object]
 ) -> dict:
-    """Continue one prompt; write(text) is called as by `stream_text`. Returns what goes into the JSON file:
+    """Continue one prompt; write(text) is called as by `stream_text`. Returns the entry of the JSON file:
 
     prompt, seed, continuation, new_tokens and seconds.
     """
@@ -132,8 +135,8 @@ def stream_text(
 ) -> int:
     """Continue a prompt. write(text) is called with every new piece of text, in whole characters. Returns the new tokens.
 
-    The text ends with one of the tokens `stops`, before sampling.stop, or after max_new_tokens. Bytes that are no UTF-8
-    become U+FFFD, as Tokenizer.decode has it.
+    The text ends at one of the tokens `stops`, before sampling.stop, or after max_new_tokens. Invalid UTF-8 is replaced
+    by U+FFFD, as in Tokenizer.decode.
     """
     idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -162,7 +165,7 @@ def _stream(
 
 
 def _fetched(tokens: Iterator[torch.Tensor], device: torch.device, stops: Collection[int]) -> Iterator[int]:
-    """The tokens (1, 1) as numbers, up to the first that ends a text; see look_every."""
+    """The tokens, each (1, 1), as integers up to the first stop token; see look_every."""
     while group := list(itertools.islice(tokens, look_every(device))):
         for token in torch.cat(group, dim=1)[0].tolist():
             yield token
@@ -171,14 +174,14 @@ def _fetched(tokens: Iterator[torch.Tensor], device: torch.device, stops: Collec
 
 
 def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of the text may be the beginning of `stop`: they are held back."""
+    """The number of characters at the end of the text that may be the start of `stop`, and are held back."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def sample_all(model: GPT, vocabulary, prompts: list[str], sampling: Sampling) -> list[dict]:
-    """The samples of all prompts, in their order, drawn in batches; each is the one that its seed gives alone.
+    """The samples of all prompts, in order, generated in batches; each equals the sample of its seed generated alone.
 
-    Returns what stream_sample does, with an equal share of the seconds each.
+    Returns entries as stream_sample does; the total time is divided equally among them.
     """
     seeds = range(sampling.seed, sampling.seed + sampling.samples)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -200,9 +203,9 @@ def sample_all(model: GPT, vocabulary, prompts: list[str], sampling: Sampling) -
 def continue_all(
     model: GPT, prompts: list[list[int]], sampling: Sampling, seeds: list[int], stops: Collection[int]
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to one of the tokens `stops`, which is included.
+    """The generated tokens for each prompt, up to and including one of the tokens `stops`.
 
-    Prompts of equal length are continued together, up to ROWS of them.
+    Prompts of equal length are batched, up to ROWS at a time.
     """
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -222,7 +225,7 @@ def continue_all(
 def answer_all(
     model: GPT, vocabulary, template: Template, prompts: list[str], sampling: Sampling
 ) -> list[tuple[str, int]]:
-    """The answer to each prompt as a user's message, greedy unless sampling says otherwise, and its number of tokens."""
+    """The answer to each prompt, given as a user message, and its number of tokens."""
     stops = {template.stop_id, vocabulary.eos_id}
     rendered = [template.render([{"role": "user", "content": prompt}], True).ids for prompt in prompts]
     room = model.config.block_size - 1
@@ -231,7 +234,7 @@ def answer_all(
 
 
 def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampling: Sampling, system: str) -> None:
-    """Answer line after line, each with what was said before it, as far as it fits into the context.
+    """Answer each line, given the conversation so far as far as it fits into the context.
 
     Ctrl-C stops an answer. system: the system message, "" for none. An empty line is ignored.
     """
@@ -246,9 +249,9 @@ def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampl
         while len(ids := template.render(opening + said, True).ids) > room and len(said) > 1:
             said, cut = said[2:], cut + 2
         if cut:
-            print(f"(the context is full: the first {cut} messages are forgotten)")
+            print(f"(the context is full: the first {cut} messages were dropped)")
         if len(ids) > room:
-            print(f"(this message is longer than the context: only its last {room} tokens are read)")
+            print(f"(this message is longer than the context: only its last {room} tokens are used)")
         bits: list[str] = []
 
         def write(bit: str, bits: list[str] = bits) -> None:

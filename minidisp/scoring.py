@@ -1,6 +1,6 @@
-"""Measuring a model on held-out text, and how often the text that it generates repeats itself.
+"""Evaluation of a model on held-out text, and of repetition in the text that it generates.
 
-Models are in eval mode and on `device`. Nats are -log p, natural logarithm. What a number means stands in metrics.py.
+Models are in eval mode and on `device`. Nats are -log p with the natural logarithm. metrics.py defines the metrics.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from minidisp.shards import COUNTED
 from minidisp.tasks import Passage, score
 
 SEQUENCES, SEQUENCE_TOKENS = 100, 512  # the paper's condensation protocol
-BLOCK_BYTES = 1024  # what the bootstrap resamples
+BLOCK_BYTES = 1024  # size of the blocks of text that the bootstrap resamples
 BATCH_TOKENS = 4096  # per forward pass
 PROMPT_TOKENS, CONTINUATION_TOKENS, TOP_P = 32, 128, 0.95  # of `writing`; the first two as in arXiv 2202.06417
 ROWS = 64  # sequences that are generated at a time
@@ -36,16 +36,16 @@ ROWS = 64  # sequences that are generated at a time
 
 
 class Text(NamedTuple):
-    """Held-out text that all models are measured on."""
+    """Held-out text, the same for all models."""
 
     documents: list[str]
-    ends: bool  # the last document is complete, and so followed by EOS
+    ends: bool  # whether the last document is complete, and thus followed by EOS
     tokens: np.ndarray  # the corpus's own tokens, (N,) int64
     tokenizer: object
 
     @classmethod
     def read(cls, dataset: Dataset, split: str, limit: int) -> "Text":
-        """The first `limit` tokens of a split (0 = all), less a last character that this would cut in two."""
+        """The first `limit` tokens of a split (0 = all), without a partial UTF-8 character at the end."""
         source, vocabulary = dataset.split(split), dataset.tokenizer
         tokens = source.slice(0, min(limit, source.tokens) if limit else source.tokens)
         if not limit:
@@ -59,12 +59,12 @@ class Text(NamedTuple):
 
     @classmethod
     def of(cls, text: str, tokenizer) -> "Text":
-        """A text from elsewhere as one document, of which this is the beginning."""
+        """Any text, as one document without an end."""
         found = cls([text], False, np.array([], dtype=np.int64), None)
         return found._replace(tokens=found._encoded(tokenizer), tokenizer=tokenizer)
 
     def encode(self, vocabulary) -> np.ndarray:
-        """The text in the tokens of another tokenizer, (M,) int64; every document ends with its EOS."""
+        """The text encoded with another tokenizer, (M,) int64; every document ends with its EOS."""
         return self.tokens if vocabulary.hash == self.tokenizer.hash else self._encoded(vocabulary)
 
     def _encoded(self, vocabulary) -> np.ndarray:
@@ -82,21 +82,24 @@ def _bytes_of(vocabulary, tokens: np.ndarray) -> int:
 
 
 def refuse_lost_bytes(found: int, wanted: int, whose: str) -> None:
-    """Raise InputError unless the tokens stand for all bytes of the text: losses per byte would not be of this text."""
+    """Raise InputError unless the tokens represent every byte of the text, as losses per byte would be wrong."""
     if found != wanted:
-        raise InputError(f"{whose} keeps {found:,} of the {wanted:,} bytes of this text: it cannot be measured with it")
+        raise InputError(
+            f"{whose} preserves only {found:,} of the {wanted:,} bytes of this text, so losses per byte cannot be "
+            "computed"
+        )
 
 
 class Examples(NamedTuple):
-    """Held-out examples, of which the completions are measured, each example by itself."""
+    """Held-out examples; only their completions are scored, each example on its own."""
 
     passages: list[Passage]
-    tokens: np.ndarray  # of all of them, prompts included, (N,) int64
+    tokens: np.ndarray  # of all examples, including prompts, (N,) int64
     tokenizer: object
 
     @classmethod
     def read(cls, dataset: Dataset, split: str, limit: int) -> "Examples":
-        """The examples of a split, or the first ones that have `limit` tokens together (0 = all)."""
+        """The examples of a split, up to `limit` tokens in total (0 = all)."""
         source = dataset.split(split)
         places = source.examples.tolist()
         if limit:
@@ -109,7 +112,7 @@ class Examples(NamedTuple):
 
 
 def _whole(tail: bytes) -> bool:
-    """Whether the end of these bytes is the end of a UTF-8 character; they may begin inside one."""
+    """Whether these bytes end at a UTF-8 character boundary; they may begin inside a character."""
     try:
         tail.lstrip(bytes(range(0x80, 0xC0))).decode()
     except UnicodeDecodeError as error:
@@ -118,10 +121,10 @@ def _whole(tail: bytes) -> bool:
 
 
 class Result(NamedTuple):
-    scores: dict  # what goes into the JSON file
-    block_nats: np.ndarray  # nats per block of text, or per example, to compare runs with
-    block_bytes: np.ndarray  # its bytes
-    token_nats: np.ndarray | None  # nats per token; None where not every token counts
+    scores: dict  # as in the JSON file
+    block_nats: np.ndarray  # nats per block of text or per example, for comparing runs
+    block_bytes: np.ndarray  # bytes per block
+    token_nats: np.ndarray | None  # nats per token; None if some tokens are masked
 
 
 @torch.no_grad()
@@ -134,7 +137,7 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
     progress = tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False, disable=None)
     batches, losses = [], []
     while windows:
-        # Windows of one batch have one length; only the first ones and the last one differ.
+        # All windows of a batch have the same length; only the first few and the last window differ.
         length = windows[0].stop - windows[0].context_start
         batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
         windows = windows[len(batch) :]
@@ -150,7 +153,7 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
 
 
 def fetched_at_once(tensors: list[torch.Tensor]) -> list[np.ndarray]:
-    """The tensors in float64 on the CPU; another device is waited for once."""
+    """The tensors in float64 on the CPU, copied with a single device synchronisation."""
     if not tensors:
         return []
     flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu().double()
@@ -176,15 +179,13 @@ def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
 def score_text(
     name: str, model: GPT, vocabulary, texts: dict[str, Text | Examples], stride: int, device: torch.device
 ) -> Result:
-    """All scores of one model on the texts, together and, if there are several, each by its name.
+    """All scores of one model on the texts together and, if there are several, on each text by name.
 
-    stride: tokens that a window advances by, 0 = half the context; of plain text. Raises InputError if a text is too short,
-    or the context, or the stride too long.
+    stride: tokens by which the sliding window over plain text advances; 0 = half the context. Raises InputError if a
+    text or the context is too short, or the stride too long.
     """
     if model.config.block_size < 2:
-        raise InputError(
-            f"{name} has a context of one token, which has no cosine with another: give --block-size 2 or more"
-        )
+        raise InputError(f"{name} has a context of one token, but a cosine needs two: pass --block-size 2 or more")
     parts, streams = {}, []
     for part, text in texts.items():
         measure = _score_examples if isinstance(text, Examples) else _score_plain
@@ -203,7 +204,7 @@ def _score_plain(
     tokens = text.encode(vocabulary)
     if len(tokens) < 2:
         raise InputError(
-            f"{len(tokens)} tokens are too few to evaluate {name} on: give more --tokens, or another --data or --split"
+            f"{len(tokens)} tokens are too few to evaluate {name}: pass a larger --tokens, or another --data or --split"
         )
     stride = stride or max(1, model.config.block_size // 2)
     nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
@@ -220,7 +221,9 @@ def _score_examples(
     name: str, model: GPT, vocabulary, examples: Examples, stride: int, device: torch.device
 ) -> tuple[Result, np.ndarray]:
     if vocabulary.hash != examples.tokenizer.hash:
-        raise InputError(f"{name} has another tokenizer than the corpus of examples: give --data for one with its own")
+        raise InputError(
+            f"{name} has a different tokenizer from the corpus of examples: pass --data with a corpus for its tokenizer"
+        )
     nats = score(model, examples.passages, device).nats
     answers = [[token for token, counts in zip(*passage, strict=True) if counts] for passage in examples.passages]
     n_bytes = np.array([sum(len(vocabulary.token_bytes[token]) for token in ids) for ids in answers])
@@ -230,7 +233,7 @@ def _score_examples(
 
 
 def _joined(parts: list[Result]) -> Result:
-    """The results of several texts as that of one."""
+    """Merge the results of several texts."""
     if len(parts) == 1:
         return parts[0]
     nats = float(sum(part.block_nats.sum() for part in parts))
@@ -252,7 +255,7 @@ def _scores(nats: float, tokens: int, n_bytes: int, words: int) -> dict:
 
 
 def text_measure(results: list[Result]) -> Measure:
-    """Bits per byte of every run, and what two runs differ by on the same text."""
+    """Bits per byte of every run, and the difference of two runs on the same text."""
 
     def difference(i: int, j: int) -> tuple[float, float, float]:
         return paired_bootstrap(results[i].block_nats, results[j].block_nats, results[i].block_bytes)
@@ -270,10 +273,10 @@ def text_measure(results: list[Result]) -> Measure:
 
 
 def compare_texts(runs: list[Run], results: list[Result]) -> Comparison:
-    """Every run against the first; the numbers go into the scores, too.
+    """Compare every run with the first; also stores the results in the scores.
 
-    versus_first: difference in bits per byte, low and high end of its 95 % interval over the text, verdict; and where the
-    tokens are the same, the difference in nats per token and the share of tokens that the run predicts better (ties count
+    versus_first: difference in bits per byte, lower and upper end of its 95 % interval over the text, verdict; and with
+    equal tokenizers the difference in nats per token and the share of tokens that the run predicts better (ties count
     half).
     """
     found = compare(runs, text_measure(results))
@@ -285,7 +288,9 @@ def compare_texts(runs: list[Run], results: list[Result]) -> Comparison:
 
 
 def _by_token(first: Result, other: Result) -> dict[str, float]:
-    """The difference in nats per token, and the share of tokens that `other` predicts better; {} for other tokens."""
+    """The difference in nats per token, and the share of tokens that `other` predicts better; {} if the tokenizers
+    differ.
+    """
     if other.scores["tokenizer"] != first.scores["tokenizer"] or first.token_nats is None:
         return {}
     per_token = other.token_nats - first.token_nats
@@ -293,14 +298,14 @@ def _by_token(first: Result, other: Result) -> dict[str, float]:
     return {"nats_per_token": float(per_token.mean()), "tokens_better": better}
 
 
-# --- how it writes ----------------------------------------------------------------------------------------------------
+# --- repetition in generated text -------------------------------------------------------------------------------------
 
 
 def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str], str]:
-    """`count` held-out documents, evenly spread over those that are long enough for `writing` in every tokenizer.
+    """`count` held-out documents, evenly spaced among those long enough for `writing` in every tokenizer.
 
-    Where there are fewer, stretches of the text, side by side. Returns them, and which of the two they are. Raises
-    InputError if the text is too short for that.
+    If there are too few, consecutive pieces of the text instead. Returns the texts and which of the two they are.
+    Raises InputError if the text is too short for either.
     """
     least = PROMPT_TOKENS + CONTINUATION_TOKENS
     lengths = np.full(len(text.documents), least)
@@ -314,20 +319,20 @@ def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str],
         return [text.documents[i] for i in which], "documents"
     joined = "".join(text.documents)
     size = len(joined) // count
-    stretches = (joined[i * size : (i + 1) * size] for i in range(count))  # the count may be any number
+    stretches = (joined[i * size : (i + 1) * size] for i in range(count))  # lazily: the count may be huge
     if not size or any(len(vocabulary.encode(stretch)) < least for stretch in stretches for vocabulary in vocabularies):
         raise InputError(
-            f"--texts {count}: the text is too short for so many times {least} tokens: give a lower number"
+            f"--texts {count}: the text is too short for this many pieces of {least} tokens: pass a lower number"
         )
     return [joined[i * size : (i + 1) * size] for i in range(count)], "stretches of the text"
 
 
 @torch.no_grad()
 def writing(model: GPT, vocabulary, texts: list[str], seed: int, device: torch.device) -> dict:
-    """How often a model repeats itself: {way: {rep_2, rep_3, rep_4, distinct_1, distinct_2}}, see metrics.py.
+    """Repetition metrics of generated text: {way: {rep_2, rep_3, rep_4, distinct_1, distinct_2}}, see metrics.py.
 
-    The ways are true (how the text goes on), greedy, and nucleus (top-p 0.95, temperature 1). A prompt is EOS and the
-    first 32 tokens of a text; each continuation has 128 tokens, and EOS counts as one.
+    The ways are true (the actual continuation), greedy, and nucleus (top-p 0.95, temperature 1). A prompt is EOS and
+    the first 32 tokens of a text; each continuation has 128 tokens, including any EOS.
     """
     encoded = np.array([vocabulary.encode(text)[: PROMPT_TOKENS + CONTINUATION_TOKENS] for text in texts])
     prompts = np.insert(encoded[:, :PROMPT_TOKENS], 0, vocabulary.eos_id, axis=1)

@@ -184,7 +184,7 @@ def test_a_corpus_that_changed_between_two_runs(tmp_path, capsys):
     scores = evaluation.main([str(tmp_path / "a"), str(tmp_path / "b")])
     shown = capsys.readouterr().out
     assert scores[1]["versus_first"]["verdict"] == "other data"
-    assert f"{out} is not what a was trained on" in shown
+    assert f"{out} differs from the corpus that a was trained on" in shown
     assert "no verdict, since they were trained on different data" in shown
 
 
@@ -458,11 +458,11 @@ def test_a_sample_on_any_stdout(run, tmp_path, monkeypatch, encoding):
         (["--sample", "x", "--samples", "0"], "--samples is 0"),
         (["--sample", "x", "--max-new-tokens", "-3"], "--max-new-tokens is -3"),
         (["--sample", "x", "--seed", "-1"], "--seed is -1"),
-        (["--temperature", "0.5"], "--temperature goes with --sample"),
-        (["--seed", "3"], "--seed goes with --sample"),
+        (["--temperature", "0.5"], "--temperature needs --sample"),
+        (["--seed", "3"], "--seed needs --sample"),
         (["--split", "none"], "nothing to do"),
-        (["--split", "none", "--sample", "x", "--html", "x.html"], "--html goes with held-out text"),
-        (["--prompts", "EMPTY"], "holds no prompt"),
+        (["--split", "none", "--sample", "x", "--html", "x.html"], "--html needs held-out text"),
+        (["--prompts", "EMPTY"], "contains no prompts"),
         (["--prompts", "LATIN"], "LATIN, line 2, is not UTF-8"),
         (["--prompts", ""], "No such file"),
         (["--json", "FOLDER"], "--json 'FOLDER' is a folder"),
@@ -471,14 +471,14 @@ def test_a_sample_on_any_stdout(run, tmp_path, monkeypatch, encoding):
         (["--json", "EMPTY/deeper/x.json"], "EMPTY/deeper/x.json cannot be written: Not a directory"),
         (["--json", "x" * 255], "cannot be written: File name too long"),
         (["--html", "/proc/x/y.html"], "--html /proc/x/y.html cannot be written"),
-        (["--figures", "EMPTY"], "--figures EMPTY is no folder"),
+        (["--figures", "EMPTY"], "--figures EMPTY is not a folder"),
         (["--figures", "/proc/x"], "--figures /proc/x cannot be written"),
         (["--json", "same", "--html", "FOLDER/../same"], "different paths"),
         (["--texts", "-1"], "--texts"),
         (["--minimal-pairs", "*.nothing"], "no such file"),
         (["--minimal-pairs", ""], "no such file"),
         (["--minimal-pairs", "EMPTY"], "no rows"),
-        (["--minimal-pairs", "EMPTY", "b.jsonl"], "in quotes"),
+        (["--minimal-pairs", "EMPTY", "b.jsonl"], "quote the pattern"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_first_forward_pass(

@@ -300,7 +300,7 @@ def test_a_conversation(run, monkeypatch, capsys):
     assert "\x1b" not in shown
     assert shown.count("\\x1b[2Jok\n") == 4
     assert "(the context is full: the first" in shown
-    assert "only its last 112 tokens are read" in shown
+    assert "only its last 112 tokens are used" in shown
     assert all(len(ids) <= 112 for ids, _, _ in asked)
     assert asked[0][2] == {template.stop_id, tokenizer.eos_id}
 
@@ -335,20 +335,20 @@ def test_chat_through_a_pipe(run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--system", "x"], "--system goes with --chat"),
-        (["--chat", "--sample", "x"], "--sample does not go with --chat"),
-        (["--chat", "--json", "x.json"], "--json does not go with --chat"),
-        (["--chat", "--split", "val"], "--chat measures nothing"),
-        (["--chat", "OTHER"], "--chat is with one model"),
+        (["--system", "x"], "--system needs --chat"),
+        (["--chat", "--sample", "x"], "--sample cannot be combined with --chat"),
+        (["--chat", "--json", "x.json"], "--json cannot be combined with --chat"),
+        (["--chat", "--split", "val"], "--chat does not evaluate"),
+        (["--chat", "OTHER"], "--chat needs exactly one model"),
         (["--chat", "--system", "\udce9"], "--system is not UTF-8"),
-        (["--choices", "q.jsonl", "--temperature", "0.3"], "--temperature goes with"),
-        (["--text-file", "EMPTY"], "has no text"),
+        (["--choices", "q.jsonl", "--temperature", "0.3"], "--temperature needs"),
+        (["--text-file", "EMPTY"], "contains no text"),
         (["--text-file", "LATIN"], "not UTF-8 text: byte 5"),
-        (["--text-file", "EMPTY", "--split", "val"], "instead of a corpus"),
+        (["--text-file", "EMPTY", "--split", "val"], "replaces the corpus"),
         (["--text-file", "missing.txt"], "missing.txt"),
         (["--texts", "2000000000"], "the text is too short"),
         (["--block-size", "64", "--split", "none", "--sample", "x"], "learned positions for 32 tokens only"),
-        (["--figures", "f", "--split", "none", "--hf", "x"], "training of runs"),
+        (["--figures", "f", "--split", "none", "--hf", "x"], "draws training curves"),
     ],
 )
 def test_what_does_not_go_together_is_refused(run, tmp_path, monkeypatch, capsys, flags, expected):
@@ -443,7 +443,7 @@ def test_examples_are_measured_one_by_one(examples, run, tmp_path, capsys):
     assert (score["tokens"], score["bytes"]) == (count, n_bytes) == (count, split.bytes)
     assert score["loss"] == pytest.approx(total / count, rel=1e-5)
     assert score["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
-    with pytest.raises(InputError, match="--texts continues the documents of one corpus of plain text"):
+    with pytest.raises(InputError, match="--texts needs a single plain-text corpus"):
         evaluation.main([str(run), "--data", str(examples), "--texts", "2"])
 
 
@@ -484,9 +484,9 @@ def test_a_tokenizer_that_loses_text_is_refused(corpus):
             return super().encode("".join(c for c in text if not c.isdigit()))
 
     text = Text(["a1b2"], True, np.array([97]), ByteTokenizer())
-    with pytest.raises(InputError, match=r"keeps 2 of the 4 bytes of this text"):
+    with pytest.raises(InputError, match=r"preserves only 2 of the 4 bytes of this text"):
         text.encode(WithoutDigits())
-    with pytest.raises(InputError, match=r"keeps 2 of the 4 bytes of this text"):
+    with pytest.raises(InputError, match=r"preserves only 2 of the 4 bytes of this text"):
         Text.of("a1b2", WithoutDigits())
     assert len(Text.read(Dataset(corpus), "val", 0).tokens)
 
@@ -530,7 +530,7 @@ def test_other_families_through_transformers(bpe_run, bpe_corpus, tmp_path, caps
     assert len(want) == 4
     assert score["condensation"]["mean_cosine_by_layer"] == pytest.approx(want, abs=1e-5)
     assert evaluation.cli(["--hf", str(folder), "--split", "none", "--sample", "x"]) == 2
-    assert "for held-out text only: leave out --sample" in capsys.readouterr().err
+    assert "supports held-out text only: leave out --sample" in capsys.readouterr().err
 
 
 # lm-evaluation-harness, where it is installed: pip install "minidisp[lm-eval]", with a clone in the working directory
