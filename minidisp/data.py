@@ -1,8 +1,8 @@
-"""The tokens of a corpus, and which of them each training step sees.
+"""Prepared corpora, and the order in which training reads them.
 
 `Dataset` opens a folder that data/prepare.py has written (shards.py has the format). `Batches` is a pure function of
-(seed, index of the sequence): a run that is resumed, or spread over another number of processes and micro-steps, sees
-the same tokens in the same order.
+(seed, index of the sequence): a run that is resumed, or uses a different number of processes or micro-steps,
+reads the same tokens in the same order.
 """
 
 import functools
@@ -36,7 +36,7 @@ from minidisp.tokenizer import load as load_tokenizer
 
 
 class Column:
-    """Several files as one: the tokens of a split, or its masks. limit: every value is below it."""
+    """Several files as one array: the tokens of a split, or its masks. limit: exclusive upper bound of the values."""
 
     def __init__(self, parts: list[Shard], files: list[Path], limit: int, what: str):
         self._parts, self.files, self._limit, self._what = parts, files, limit, what
@@ -46,9 +46,9 @@ class Column:
         return int(self._ends[-1])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Values start..stop-1 as int64, (stop - start,). Raises InputError naming the file if one is not below the limit.
+        """Values start..stop-1 as int64, (stop - start,). Raises InputError, naming the file, if a value is too large.
 
-        They are checked here, when they are used: that costs two microseconds a sequence. A check on opening would have
+        Values are checked when they are used, which costs two microseconds per sequence; checking on opening would have
         to read all files.
         """
         out = np.empty(stop - start, dtype=np.int64)
@@ -70,8 +70,9 @@ class Column:
 class Split:
     """One split of a corpus: its tokens and their counts.
 
-    tokens, documents; bytes of the text as UTF-8 and whitespace-separated words, neither counting EOS. In a corpus of
-    examples, bytes and words are those of the answers; `mask` has the bits COUNTED and FIRST of every token, else it is None.
+    tokens, documents; bytes of the text as UTF-8 and whitespace-separated words, both without EOS. In a corpus of
+    examples, bytes and words are those of the answers; `mask` has the bits COUNTED and FIRST of every token, otherwise
+    it is None.
     """
 
     def __init__(self, name: str, meta: dict, columns: list[Column]):
@@ -82,7 +83,7 @@ class Split:
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 as int64, (stop - start,). IndexError unless 0 <= start <= stop <= tokens.
 
-        Raises InputError naming the shard if one of them is not in the vocabulary.
+        Raises InputError, naming the shard, if a token is not in the vocabulary.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start}..{stop} of the {self.tokens} in split {self.name}")
@@ -90,7 +91,7 @@ class Split:
 
     @functools.cached_property
     def examples(self) -> np.ndarray:
-        """Where each example begins, and where its last counted token ends, (documents, 2) int64; of examples only.
+        """The start of each example and the end of its last unmasked token, (documents, 2) int64; for examples only.
 
         Reads all masks. Raises InputError if they are damaged.
         """
@@ -113,11 +114,12 @@ class Split:
 
 
 class Dataset:
-    """A prepared corpus: `tokenizer`, `meta` (what meta.json says), `split(name)`, and `hash`, which identifies it.
+    """A prepared corpus: `tokenizer`, `meta` (the content of meta.json), `split(name)`, and `hash`, which identifies
+    it.
 
-    template: the prompt template of a corpus of examples, else None. parts, weights: itself, as `Corpora` has several.
-    Opening checks that meta.json is complete and agrees with every shard's header and size, and that the tokenizer is
-    the one the tokens were made with; it reads no tokens. Raises InputError naming the file that is wrong.
+    template: the prompt template of a corpus of examples, else None. parts, weights: itself with weight 1, as in
+    `Corpora`. Opening checks that meta.json is complete and agrees with every shard's header and size, and that the
+    tokenizer is the one used for the tokens; no tokens are read. Raises InputError with the name of the bad file.
     """
 
     def __init__(self, folder: str | Path):
@@ -126,7 +128,7 @@ class Dataset:
         self.meta = meta = read_meta(path)
         self.tokenizer = load_tokenizer(self.folder / "tokenizer.model")
         if (self.tokenizer.hash, self.tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
-            raise InputError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that {path} names")
+            raise InputError(f"{self.folder / 'tokenizer.model'} is not the tokenizer recorded in {path}")
         of_examples = meta["format"] == EXAMPLES_FORMAT
         vocab_size, self.template = meta["vocab_size"], None
         if of_examples:
@@ -151,7 +153,7 @@ class Dataset:
             file = self.folder / entry["file"]
             part = open_shard(file, kind)
             if (len(part), part.dtype) != (entry["tokens"], dtype):
-                raise InputError(f"{file} holds {len(part):,} {part.dtype} tokens, not what meta.json says")
+                raise InputError(f"{file} contains {len(part):,} {part.dtype} tokens, which does not match meta.json")
             parts.append(part)
             files.append(file)
         return Column(parts, files, limit, what)
@@ -171,17 +173,17 @@ class Dataset:
         return self._splits[name]
 
     def verify(self) -> None:
-        """Read everything, and raise InputError naming the first file whose sha256 is not the one in meta.json."""
+        """Read everything; raise InputError with the first file whose sha256 differs from that in meta.json."""
         for entry in (entry for split in SPLITS for entry in self._files(split)):
             file = self.folder / entry["file"]
             if sha256_of(file) != entry["sha256"]:
-                raise InputError(f"{file} has changed since it was written: its sha256 is another")
+                raise InputError(f"{file} has changed since it was written: its sha256 does not match")
 
 
 class Corpora:
-    """Several corpora that are trained on together, weights[i] windows of parts[i] in every sum(weights).
+    """A mixture of corpora: weights[i] of every sum(weights) windows are from parts[i].
 
-    Raises InputError unless they have one tokenizer and, as far as they are examples, one prompt template.
+    Raises InputError unless all have the same tokenizer and, for examples, the same prompt template.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[int]):
@@ -190,13 +192,14 @@ class Corpora:
         for part in parts[1:]:
             if part.tokenizer.hash != first.tokenizer.hash:
                 raise InputError(
-                    f"--data: {part.folder} has another tokenizer than {first.folder}: prepare one of them again with the "
+                    f"--data: {part.folder} has a different tokenizer from {first.folder}: prepare one of them again "
+                    "with the "
                     "other's, --tokenizer-from"
                 )
         templates = [part for part in parts if part.template]
         for part in templates[1:]:
             if part.template.to_meta() != templates[0].template.to_meta():
-                raise InputError(f"--data: {part.folder} has another prompt template than {templates[0].folder}")
+                raise InputError(f"--data: {part.folder} has a different prompt template from {templates[0].folder}")
         self.folder, self.tokenizer = first.folder, first.tokenizer
         self.template = templates[0].template if templates else None
         self.meta = {"name": " ".join(part.meta["name"] for part in parts)}
@@ -216,16 +219,16 @@ class Corpora:
 class Batches:
     """Training sequences of T = block_size tokens, in an order that depends on (seed, index) alone.
 
-    An epoch cuts the N tokens into n = max(1, (N - 1) // T - 1) windows side by side, starting at a random offset (the
-    one window given up is what leaves room for it), and visits each once, in random order. Sequence k of the run is
-    window k % n of epoch k // n; both random choices come from a generator seeded with [seed, epoch].
+    An epoch splits the N tokens into n = max(1, (N - 1) // T - 1) adjacent windows, starting at a random offset (giving
+    up one window makes room for the offset), and visits each once, in random order. Sequence k of the run is window k %
+    n of epoch k // n; both random choices come from a generator seeded with [seed, epoch].
     """
 
     def __init__(self, split: Split, block_size: int, seed: int):
         _check_length(split, block_size)
         self._split, self._T, self._seed = split, block_size, seed
         self._n = max(1, (split.tokens - 1) // block_size - 1)
-        # A batch has sequences of one epoch, or of two where it crosses a boundary: keep both.
+        # A batch spans at most two epochs: cache both.
         self._epoch_starts = functools.lru_cache(maxsize=2)(self._starts)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -244,12 +247,12 @@ class Batches:
 
 
 class Examples:
-    """Training sequences of T = block_size tokens made of examples, each whole where it fits; a function of (seed, index).
+    """Training sequences of T = block_size tokens packed from examples; a function of (seed, index).
 
-    An example is used up to its last counted token. One longer than T keeps its end; `cut` is the number of those. They
-    are shuffled once by the seed and packed into n windows (see `pack`). The rest of a window is filled with the beginnings
-    of other examples, of which nothing is counted, so that every position holds text. Sequence k of the run is window
-    k % n of epoch k // n, in an order drawn from a generator seeded with [seed, epoch].
+    An example is used up to its last unmasked token. One longer than T is truncated at the start; `cut` counts these.
+    Examples are shuffled once with the seed and packed into n windows (see `pack`). The rest of a window is filled with
+    the start of other examples, with all targets masked. Sequence k of the run is window k % n of epoch k // n, in an
+    order drawn from a generator seeded with [seed, epoch].
     packing: see Config. chosen: these examples only, in this order.
     """
 
@@ -260,7 +263,7 @@ class Examples:
         starts, self._ends = split.examples.T
         self._starts = np.maximum(starts, self._ends - block_size - 1)
         self.cut = int((self._starts > starts).sum())
-        self.sizes = self._ends - self._starts - 1  # how many positions of a window each example takes
+        self.sizes = self._ends - self._starts - 1  # positions that each example takes in a window
         if chosen is None:
             chosen = np.random.default_rng(seed).permutation(len(starts))
         chosen = np.asarray(chosen, dtype=np.int64)
@@ -275,14 +278,14 @@ class Examples:
     def batch(self, first: int, count: int) -> tuple[np.ndarray, ...]:
         """Sequences first..first+count-1 of the run: x, y and segments, int64, (count, T).
 
-        y is x one token later, -1 where it is not counted. segments numbers the examples of a window from 0; joined, tokens
-        may attend to the examples before their own, and there are no segments.
+        y is x shifted by one token, -1 where masked. segments numbers the examples of a window from 0; with packing
+        "joined", tokens may attend to earlier examples, and there are no segments.
         """
         columns = self._read([self._epoch_order(k // self.n)[k % self.n] for k in range(first, first + count)])
         return columns[:2] if self._packing == "joined" else columns
 
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every window once, in the order of the packing: as `batch`."""
+        """Every window once, in packing order; returns the same as `batch`."""
         return self._read(range(self.n))
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -305,14 +308,15 @@ class Examples:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Windows of that room for things of these lengths, each at most room: each goes into the fullest window that it fits in.
+    """Best-fit packing of items of these lengths, each at most `room`, into windows of size `room`; returns item
+    indices.
 
     >>> pack([5, 4, 3, 2, 6], room=8)
     [[0, 2], [1, 3], [4]]
     """
     windows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # windows by the room that they have left
-    rooms = 0  # bit r is set where there is a window with room r: the lowest one from `length` on is the fullest
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # windows by remaining room
+    rooms = 0  # bit r: some window has r left; the lowest set bit >= `length` is the best fit
     for i, length in enumerate(map(int, lengths)):
         if fitting := rooms >> length:
             left = length + (fitting & -fitting).bit_length() - 1
@@ -332,14 +336,14 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 @functools.cache
 def interleaved(weights: tuple[int, ...]) -> list[tuple[int, int]]:
-    """A cycle of a mixture: (corpus, how many of it came before), weights[i] times corpus i, evenly spread."""
-    # The j-th of w sequences stands at (j + 1/2) / w of the cycle.
+    """One cycle of a mixture: (corpus, index within that corpus), with corpus i weights[i] times, evenly spread."""
+    # The j-th of w sequences is placed at (j + 1/2) / w of the cycle.
     places = sorted(((2 * j + 1) / w, i, j) for i, w in enumerate(weights) for j in range(w))
     return [(i, j) for _, i, j in places]
 
 
 def shares(weights: Sequence[int], first: int, count: int) -> dict[str, list[float]]:
-    """For metrics.jsonl: the share of each corpus in the tokens of these sequences of a run; nothing if there is one only."""
+    """For metrics.jsonl: the share of each corpus in these sequences of a run; {} for a single corpus."""
     cycle = interleaved(tuple(weights))
     corpora = [cycle[k % len(cycle)][0] for k in range(first, first + count)]
     return {"share_by_corpus": [corpora.count(i) / count for i in range(len(weights))]} if len(weights) > 1 else {}
@@ -348,7 +352,7 @@ def shares(weights: Sequence[int], first: int, count: int) -> dict[str, list[flo
 class Mixture:
     """Training sequences from several corpora, weights[i] of corpus i in every sum(weights), evenly spread.
 
-    Each corpus has an order of its own, so what is drawn from it does not depend on the others.
+    Each corpus is read in its own order, independent of the other corpora.
     """
 
     def __init__(self, parts: Sequence[Batches | Examples], weights: Sequence[int]):
@@ -370,7 +374,7 @@ class Mixture:
 def training_batches(
     dataset: Dataset | Corpora, block_size: int, seed: int, packing: str
 ) -> Batches | Examples | Mixture:
-    """The training sequences of what --data names; see Config for packing."""
+    """The training sequences for --data; see Config for packing."""
     parts = [
         Examples(part.split("train"), block_size, seed, packing)
         if part.template
@@ -381,17 +385,17 @@ def training_batches(
 
 
 def micro_batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Sequences start..stop-1 in parts of at most `size`: (the first one, how many)."""
+    """Split sequences start..stop-1 into parts of at most `size`, yielded as (first, count)."""
     for first in range(start, stop, size):
         yield first, min(size, stop - first)
 
 
 def eval_windows(split: Split, block_size: int, n_tokens: int) -> tuple[np.ndarray, ...]:
-    """The fixed validation set of training: windows spread evenly over the split, in its order, without overlap.
+    """The fixed validation set of training: non-overlapping windows, evenly spaced over the split, in order.
 
-    n_tokens: how many tokens to predict, rounded down to whole windows but at least one; 0 = as many as there are.
-    Returns x and y, int64, (windows, block_size); of examples, x, y and segments (see `Examples`), with as many examples,
-    evenly spread, as have about n_tokens tokens. The same for every seed.
+    n_tokens: the number of tokens to predict, rounded down to full windows but at least one window; 0 = all.
+    Returns x and y, int64, (windows, block_size); for examples, x, y and segments (see `Examples`) of evenly
+    spaced examples with about n_tokens tokens in total. Independent of the seed.
     """
     if getattr(split, "mask", None) is not None:
         n, tokens = split.documents, int(Examples(split, block_size, 0, chosen=()).sizes.sum())
@@ -420,18 +424,20 @@ class Window(NamedTuple):
 
 
 def strided_windows(n_tokens: int, block_size: int, stride: int) -> Iterator[Window]:
-    """Windows that predict every token 0..n_tokens-1 of a text exactly once, for perplexity with a sliding context.
+    """Windows that predict every token 0..n_tokens-1 of a text exactly once, for perplexity with a sliding window.
 
-    With stream = [EOS] + tokens, the model reads stream[context_start:stop], at most block_size tokens, and its outputs
-    for tokens[start:stop], the last stop - start of them, count. With stride = block_size the windows lie side by side,
-    and the first token of each has almost no context. A smaller stride gives every token but the first ones at least
-    block_size - stride tokens of context, and costs block_size / stride times as much.
+    With stream = [EOS] + tokens, the model reads stream[context_start:stop], at most block_size tokens, and only
+    its outputs for tokens[start:stop], the last stop - start of them, are scored. With stride = block_size the windows
+    are adjacent, and the first token of each has almost no context. A smaller stride gives every token but the first
+    ones at least block_size - stride tokens of context, and costs block_size / stride times as much.
 
     >>> [tuple(window) for window in strided_windows(9, block_size=4, stride=2)]
     [(0, 0, 4), (2, 4, 6), (4, 6, 8), (5, 8, 9)]
     """
     if not 1 <= stride <= block_size:
-        raise InputError(f"a stride of {stride} is none for windows of {block_size} tokens: take 1 to {block_size}")
+        raise InputError(
+            f"the stride is {stride}, but for windows of {block_size} tokens must be from 1 to {block_size}"
+        )
     start, stop = 0, min(block_size, n_tokens)
     while start < stop:
         yield Window(max(0, stop - block_size), start, stop)

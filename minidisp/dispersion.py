@@ -1,17 +1,17 @@
-"""The dispersion loss (arXiv 2602.00217) in plain PyTorch: it pushes the hidden states of a sequence's tokens apart.
+"""The dispersion loss (arXiv 2602.00217) in plain PyTorch, which spreads out the hidden states of a sequence's tokens.
 
     loss = cross_entropy + weight * dispersion_loss(z)                                  # one layer
     loss = cross_entropy + weight * DispersionLoss()(hidden_states)                     # a whole model
 
 The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant
-is a loss per sequence over the pairs of its tokens i != j, averaged over the batch. Common to all of them:
-- float64 stays float64, every other dtype is computed in float32, also under autocast (dispersion_loss says where the
-  fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, and then parallel tokens can no longer be told
-  apart. (Call backward outside of autocast, as PyTorch asks.)
-- Zero, equal and opposite tokens give finite values and gradients; NaN or infinity in z gives NaN.
+is a loss per sequence over pairs of tokens i != j, averaged over the batch. Common to all:
+- float64 stays float64, every other dtype is computed in float32, also under autocast (see dispersion_loss for
+  where the fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, which makes nearly parallel tokens
+  indistinguishable. (Call backward outside of autocast, as PyTorch recommends.)
+- Zero, equal and opposite tokens give finite values and gradients; NaN or Inf in z gives NaN.
 - The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss (not here).
 
-The variants check nothing: dispersion_loss does, then calls them.
+The variants do not check their arguments; dispersion_loss does.
 """
 
 import functools
@@ -28,7 +28,7 @@ from minidisp.ops import dispersion as ops
 
 
 def full_precision(function: Callable) -> Callable:
-    """Let function(z, ...) see float64 as it is and any other dtype as float32, with autocast off."""
+    """Decorator: call function(z, ...) with z in float32 unless it is float64, and with autocast disabled."""
 
     @functools.wraps(function)
     def wrapped(z: Tensor, *args, **kwargs) -> Tensor:
@@ -45,11 +45,11 @@ def _unit(z: Tensor, eps: float) -> Tensor:
 
 
 def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
-    """The angle between tokens i and j in half turns: arccos(c_ij) / pi, (B, T, T).
+    """The angle between tokens i and j in units of pi: arccos(c_ij) / pi, (B, T, T).
 
-    arccos is infinitely steep at +-1, so it is taken of the clamped cosine. The gradient is straight-through: it, too,
-    is that of arccos at the clamped cosine, but passed on outside the band, or parallel tokens would never be pushed
-    apart.
+    The derivative of arccos is infinite at +-1, so the cosine is clamped first. The gradient is straight-through: that
+    of arccos at the clamped cosine, but not zeroed outside the band, as parallel tokens would otherwise get no
+    gradient.
     """
     u = _unit(z, eps)
     cosine = u @ u.mT
@@ -60,9 +60,9 @@ def _angles(z: Tensor, clamp: float, eps: float) -> Tensor:
 def _squared_distances(z: Tensor) -> Tensor:
     """||z_i - z_j||^2, (B, T, T).
 
-    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j loses its digits for tokens that lie close together compared with their norms, and
-    these tokens matter most. Hence float64, where the device has it, and the mean token moved to the origin, which
-    changes no distance.
+    ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j suffers from cancellation for tokens that are close together relative to their
+    norms, which matter most. Hence float64, where the device supports it, and centring on the mean token, which
+    preserves distances.
     """
     wide = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
     wide = wide - wide.mean(dim=1, keepdim=True).detach()
@@ -71,7 +71,7 @@ def _squared_distances(z: Tensor) -> Tensor:
 
 
 def _fill_diagonal(pairs: Tensor, value: float) -> Tensor:
-    """Replace what belongs to i = j in (B, T, T)."""
+    """Replace the entries i = j of (B, T, T)."""
     return pairs.masked_fill(torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device), value)
 
 
@@ -85,8 +85,8 @@ def _pair_mean(pairs: Tensor) -> Tensor:
 def angular_spread(z: Tensor, tau: float = 1.0, clamp: float = 0.25, eps: float = 1e-2) -> Tensor:
     """log mean_{i!=j} exp(-D_ij / tau), D_ij = arccos(c_ij) / pi: the paper's main variant.
 
-    tau is a temperature in half turns. -0.5 / tau when all tokens are orthogonal; about -0.23 / tau, the most, when all
-    are parallel (clamp = 0.25). The paper writes a log-sum, larger by the constant log(T (T - 1)).
+    tau is a temperature in units of pi. -0.5 / tau if all tokens are orthogonal; about -0.23 / tau, the maximum, if all
+    are parallel (clamp = 0.25). The paper uses a log-sum, larger by the constant log(T (T - 1)).
     """
     T = z.shape[1]
     exponents = _fill_diagonal(-_angles(z, clamp, eps) / tau, -math.inf)
@@ -103,10 +103,10 @@ def orthogonalization(z: Tensor, clamp: float = 0.25, eps: float = 1e-2) -> Tens
 def l2_repel(z: Tensor, tau: float = 1.0) -> Tensor:
     """log mean_{i,j} exp(-||z_i - z_j||^2 / tau) + 0.1 mean(z^2), i = j included; at least -log T.
 
-    tau has the unit of z^2. The second part keeps the norms from growing without end.
+    tau has the unit of z^2. The second term keeps the norms bounded.
     """
     T = z.shape[1]
-    exponents = _fill_diagonal(-_squared_distances(z) / tau, 0.0)  # instead of rounding errors
+    exponents = _fill_diagonal(-_squared_distances(z) / tau, 0.0)  # exact instead of rounding errors
     return (exponents.logsumexp(dim=(1, 2)) - 2 * math.log(T)).mean() + 0.1 * z.square().mean()
 
 
@@ -115,11 +115,11 @@ def decorrelation(z: Tensor) -> Tensor:
     """mean_{i!=j} R_ij^2, R_ij the correlation of tokens i and j over their features. From 0 to 1.
 
     The paper standardises each token (unbiased std) and divides Z Z^T by C - 1: the cosine of the centred tokens.
-    A token with all features equal correlates with nothing and gets no gradient.
+    A token whose features are all equal has correlation 0 with every other and gets no gradient.
     """
     centred = z - z.mean(dim=-1, keepdim=True)
     rounding = 4 * torch.finfo(z.dtype).eps * z.abs().amax(dim=-1, keepdim=True)
-    constant = centred.abs().amax(dim=-1, keepdim=True) <= rounding  # what is left of such a token is no direction
+    constant = centred.abs().amax(dim=-1, keepdim=True) <= rounding  # only rounding errors remain of such a token
     u = _unit(centred.masked_fill(constant, 0.0), eps=0.0)
     return _pair_mean((u @ u.mT).square())
 
@@ -136,10 +136,10 @@ def perplexity_entropy(z: Tensor, tau: float = 1.0) -> Tensor:
 
 @full_precision
 def mean_cosine(z: Tensor, eps: float = 1e-2) -> Tensor:
-    """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C): no pairs. Not in the paper.
+    """mean_{i!=j} c_ij = (||sum_i u_i||^2 - sum_i ||u_i||^2) / (T (T - 1)), in O(T C), without pairs. Not in the paper.
 
-    As u_i = z_i / (||z_i|| + eps) is not quite a unit vector, the pairs i = j add up to the second sum instead of T. So
-    this is exactly the mean of the cosines that angular_spread sees. Where all of them exceed its clamp, the gradient
+    As u_i = z_i / (||z_i|| + eps) is not exactly a unit vector, the pairs i = j sum to the second term instead of T. So
+    this is exactly the mean of the cosines in angular_spread. Where all of them exceed its clamp, the gradient
     of angular_spread is this one's times 1 / (pi tau sqrt(1 - (1 - clamp)^2)).
     """
     B, T, _ = z.shape
@@ -151,8 +151,8 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
     variant.__name__: variant
     for variant in (angular_spread, orthogonalization, l2_repel, decorrelation, perplexity_entropy, mean_cosine)
 }
-CLOSED_FORM = ("mean_cosine",)  # no pairs: the same under every implementation
-# Which of tau, clamp and eps a variant listens to, read off its signature: ("z", ...).
+CLOSED_FORM = ("mean_cosine",)  # without pairs, identical for every implementation
+# Which of tau, clamp and eps a variant uses, from its signature: ("z", ...).
 _OPTIONS = {name: tuple(inspect.signature(variant).parameters)[1:] for name, variant in VARIANTS.items()}
 
 
@@ -161,7 +161,7 @@ def _check_options(variant: str, tau: float, clamp: float, eps: float) -> None:
         raise InputError(f"unknown dispersion variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     if not 0 < tau < math.inf:
         raise InputError(f"the dispersion tau must be a positive number, not {tau}")
-    least = torch.finfo(torch.float32).eps  # with less, 1 - clamp is 1 in float32
+    least = torch.finfo(torch.float32).eps  # below, 1 - clamp rounds to 1 in float32
     if not least <= clamp < 1:
         raise InputError(f"the dispersion clamp must lie between 0 and 1 (at least {least:.1e}), not {clamp}")
     if not 0 <= eps < math.inf:
@@ -179,24 +179,24 @@ def dispersion_loss(
     """The dispersion loss of one layer.
 
     z: hidden states, (B, T, C), any floating dtype. T >= 2; C >= 2, or 1 for l2_repel and perplexity_entropy.
-    variant: a name in VARIANTS; each uses those of the options that its function has and ignores the others.
-    tau: temperature, > 0. clamp: cosines are held in [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >= 0.
+    variant: a name in VARIANTS; options that its function does not take are ignored.
+    tau: temperature, > 0. clamp: cosines are clamped to [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >=
+        0.
     impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but
     keeps no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but
-    float64; what it lacks is streamed. "auto" is fused where the extension is or can be built, now; else streamed.
-    mean_cosine has no pairs and is the same under every name.
-    Precision: exact float32 at float32 matmul precision "highest". At "high", on CUDA, fused takes tensor cores for all
-    but l2_repel: its gradient is off by up to 2e-3 of its norm, its value by 5e-4 (1 + |value|); more where tokens
-    form tight groups that lie apart (docs/gpu.md). At "high" and under autocast, on a CPU with AMX, fused takes matrix
-    tiles for angular_spread with tau >= 0.5 and clamp >= 0.2, T >= 32 and C >= 16: off by no more than that. The
-    reference's products are TF32 on CUDA, off by up to 7e-2 of the gradient where tokens are nearly parallel. streamed
-    stays exact.
-    Returns a scalar, float64 if z is, else float32. Raises ValueError naming the shape or value that does not fit.
+    float64; other cases use "streamed". "auto" is fused if the extension is available or can be built now, else
+    streamed. mean_cosine has no pairs and is the same for every impl. Precision: exact float32 at float32 matmul
+    precision "highest". At "high", on CUDA, fused uses tensor cores for all but l2_repel, with an error of up to 2e-3
+    of the gradient's norm and 5e-4 (1 + |value|) in the value; more if tokens form tight, well-separated clusters
+    (docs/gpu.md). At "high" and under autocast, on a CPU with AMX, fused uses AMX tiles for angular_spread with tau >=
+    0.5 and clamp >= 0.2, T >= 32 and C >= 16, with no larger error. The reference uses TF32 on CUDA, with an error of
+    up to 7e-2 of the gradient for nearly parallel tokens. streamed stays exact. Returns a scalar, float64 if z is, else
+    float32. Raises ValueError with the invalid shape or value.
     """
     _check_options(variant, tau, clamp, eps)
     if z.ndim != 3 or not z.is_floating_point():
         raise ValueError(f"z must be (B, T, C) of a floating dtype, not {tuple(z.shape)} of {z.dtype}")
-    min_features = 1 if variant in ("l2_repel", "perplexity_entropy") else 2  # one feature makes no angle
+    min_features = 1 if variant in ("l2_repel", "perplexity_entropy") else 2  # an angle needs two features
     if z.shape[0] < 1 or z.shape[1] < 2 or z.shape[2] < min_features:
         raise ValueError(f"{variant} needs B >= 1, T >= 2 and C >= {min_features}, but z is {tuple(z.shape)}")
 
@@ -208,10 +208,10 @@ def dispersion_loss(
 
 
 def select_layers(layers: str, n_layer: int) -> list[int]:
-    """Turn "all", "last", "early_half", "late_half" or "1,3,5" into ascending layer numbers in 1..n_layer.
+    """Parse "all", "last", "early_half", "late_half" or "1,3,5" into ascending layer numbers in 1..n_layer.
 
     Layer l is the output of block l; 0, the embeddings, is never chosen. early_half is the first floor(n_layer / 2)
-    layers, late_half the others. Raises ValueError if the text is none of these or chooses no layer.
+    layers, late_half the others. Raises ValueError if the text is invalid or selects no layer.
     """
     half = n_layer // 2
     named = {
@@ -235,11 +235,12 @@ class DispersionLoss(nn.Module):
     """Mean of dispersion_loss over the chosen layers of a model.
 
     layers: see select_layers. variant, tau, clamp, eps: see dispersion_loss.
-    tokens: 0 takes every token. N > 0 takes, where T > N, a random set of N positions, one per layer and shared by the
-    batch, from a generator of its own: the set depends on (seed, step, layer) and nothing else. So the micro-batches of
-    an optimiser step share it, a resumed run needs no state, and the global random numbers are what they were.
+    tokens: 0 uses every token. N > 0 samples N positions if T > N, a set per layer, shared by the batch, from a
+        separate
+    generator: the set depends only on (seed, step, layer). So the micro-batches of an optimiser step share it, a
+    resumed run needs no state, and the global generator is not affected.
     impl: see dispersion_loss.
-    Raises ValueError for options that cannot be used.
+    Raises ValueError for invalid options.
     """
 
     def __init__(
@@ -264,10 +265,10 @@ class DispersionLoss(nn.Module):
         ops.check_name(impl)
         self.impl = impl
         self.calls = 0
-        self._drawn: tuple = (None, {})  # the positions of the newest step: what they depend on, and a copy per device
+        self._drawn: tuple = (None, {})  # the positions of the latest step: cache key, and a copy per device
 
     def prepare(self, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-        """Find or build what this loss will run with on hidden states of that kind, and say in a few words what it is.
+        """Find or build the implementation for hidden states of this kind, and return its description.
 
         device_type: "cpu", "cuda", ... dtype: of the hidden states. Builds the extension only if it will be used.
         Without this call, the first forward does the same. Raises InputError if impl is fused and there is none.
@@ -282,30 +283,30 @@ class DispersionLoss(nn.Module):
     ) -> Tensor:
         """hidden_states: n_layer + 1 tensors (B, T, C), embeddings first, as Hugging Face models return them.
 
-        step: the optimiser step, which decides the random positions; None counts the calls of this module instead.
-        attention_mask: (B, T), 0 for padding, which is left out, as transformers' models take it; every sequence with two
-            or more tokens counts alike, whatever its length. A GPU is waited for once, to learn the lengths.
-        Returns a scalar.
+        step: the optimiser step, which determines the random positions; None counts the calls of this module instead.
+        attention_mask: (B, T), 0 for padding, which is ignored, as in transformers; every sequence with two or more
+            tokens has the same weight, whatever its length. Synchronises once with a GPU to read the lengths. Returns a
+            scalar.
         """
         if attention_mask is not None:
             return torch.compiler.disable(self._masked)(hidden_states, step, attention_mask)
         layers = select_layers(self.layers, len(hidden_states) - 1)
         states = [hidden_states[layer] for layer in layers]
         if 0 < self.tokens < states[0].shape[1]:
-            # numpy's generator cannot be traced, and a traced counter would mean compiling anew each call. Not a
-            # decorator: that would load the compiler, two seconds of it, with every import of this file.
+            # numpy's generator cannot be traced, and a traced counter would cause a recompilation per call. Not a
+            # decorator, which would load the compiler (two seconds) with every import of this file.
             positions = torch.compiler.disable(self._positions)(states[0].shape[1], layers, step, states)
             states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()
 
     def _masked(self, hidden_states: Sequence[Tensor], step: int | None, attention_mask: Tensor) -> Tensor:
-        """The mean over the sequences of what each gives without its padding; those of one length are taken together."""
+        """The mean of the sequences' losses without padding; sequences of equal length are batched."""
         if attention_mask.shape != hidden_states[-1].shape[:2]:
             raise ValueError(
                 f"attention_mask must be (B, T) = {tuple(hidden_states[-1].shape[:2])}, not {tuple(attention_mask.shape)}"
             )
-        if step is None and self.tokens:  # one call, however many lengths there are
+        if step is None and self.tokens:  # count one call, regardless of the number of lengths
             step = self.calls
             self.calls += 1
         chosen, mask = select_layers(self.layers, len(hidden_states) - 1), attention_mask.bool()
@@ -322,19 +323,19 @@ class DispersionLoss(nn.Module):
     def _positions(self, T: int, layers: list[int], step: int | None, states: list[Tensor]) -> list[Tensor]:
         """The random positions of each layer, (tokens,) int64, on the device of its states.
 
-        Those of one step are drawn once, and copied once to a device for all layers: its micro-batches share them.
+        Sampled once per step and copied once per device for all layers; the micro-batches of a step share them.
         """
         if step is None:
             step = self.calls
             self.calls += 1
         key = (T, tuple(layers), step, self.tokens, self.seed)
-        with torch.inference_mode(False):  # they are kept, whatever they are first used in
+        with torch.inference_mode(False):  # cached tensors must not be inference tensors
             if self._drawn[0] != key:
                 self._drawn = key, {torch.device("cpu"): torch.stack(self._draw_positions(T, layers, step))}
             copies = self._drawn[1]
             for device in {z.device for z in states} - copies.keys():
                 drawn = copies[torch.device("cpu")]
-                # From pinned memory the copy does not wait for what the GPU has still to do.
+                # From pinned memory the copy does not wait for pending work on the GPU.
                 drawn = drawn.pin_memory() if device.type == "cuda" else drawn
                 copies[device] = drawn.to(device, non_blocking=device.type == "cuda")
         return [copies[z.device][i] for i, z in enumerate(states)]

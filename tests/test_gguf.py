@@ -236,11 +236,11 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_way_out(tmp_path, caps
     for number, (vocabulary, fields, expected) in enumerate([
         (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
         (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
-        (tokenizer, {"arch": "qwen3"}, "no name for the way"),
-        (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "no name for the way"),
-        (changed(merges=merges[1:]), {"arch": "qwen3"}, "not all that make"),
+        (tokenizer, {"arch": "qwen3"}, "does not support the pre-tokenizer"),
+        (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "does not support the pre-tokenizer"),
+        (changed(merges=merges[1:]), {"arch": "qwen3"}, "cannot reproduce the merges"),
         (changed(**space), {"arch": "qwen3"}, "U+2581"),
-        (changed(**parts), {"arch": "qwen3"}, "'</s>' out of text"),
+        (changed(**parts), {"arch": "qwen3"}, "'</s>' from text"),
     ]):  # fmt: skip
         run = tmp_path / f"run{number}"
         write_run(run, vocabulary, **fields)
@@ -257,7 +257,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert hf.main(flags) == 0
     assert str(tmp_path / "out" / "run-Q8_0.gguf") in capsys.readouterr().out
     assert hf.main(flags) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert hf.main([*flags[:4], "--dtype", "float16"]) == 0  # beside it
     assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "here" / "a.gguf"), "--gguf"]) == 0
     assert sorted(path.name for path in tmp_path.rglob("*.*") if path.suffix != ".pt") == [

@@ -1,4 +1,4 @@
-"""A run as a folder for transformers: config.json, model.safetensors, and the tokenizer's files."""
+"""Export of a run to a transformers folder: config.json, model.safetensors, and the tokenizer's files."""
 
 import json
 import shutil
@@ -16,11 +16,12 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     """Write a run's model and tokenizer as a folder for transformers; returns it.
 
     run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
-    The tokenizer gives the same ids for every text and the same text back; special tokens in a text are text, as in
-    training (split_special_tokens). A tokenizer that came from a Hugging Face folder goes out as it came, with the
-    settings that lay beside it; there, special tokens are special. So they are in the tokenizer of a run that was trained on
-    examples, which has the run's chat template: transformers' apply_chat_template gives the token ids of training.
-    Raises InputError, with nothing left behind, if the folder is there already or no family can represent the model.
+    The tokenizer encodes and decodes every text identically; special tokens in a text are plain text, as in training
+    (split_special_tokens). A tokenizer imported from a Hugging Face folder is exported unchanged, with its
+    settings, and parses special tokens. So does the tokenizer of a run trained on examples, which includes the run's
+    chat
+    template: apply_chat_template in transformers gives the token ids of training.
+    Raises InputError, leaving nothing behind, if the folder exists already or no family can represent the model.
     """
     try:
         import safetensors.torch
@@ -29,7 +30,7 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     model, vocabulary, _ = checkpoint.load_run(run)
     folder = Path(folder) if Path(folder).name else Path(folder).absolute()  # "." has no name
     if not files.is_free(folder):
-        raise InputError(f"{folder} is there already: choose another folder")
+        raise InputError(f"{folder} exists already: choose another folder")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
     template = load_template(checkpoint.find(run).parent, vocabulary)
@@ -47,8 +48,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
 
 
 def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> dict[str, str]:
-    """The texts of config.json and of the tokenizer's files by name. template: of a run that was trained on examples."""
-    # Documents follow one another, each behind the end of the one before, which so is the beginning, too.
+    """The contents of config.json and of the tokenizer's files by name. template: of a run trained on examples."""
+    # In training each document follows the EOS of the one before, so EOS is also the beginning-of-text token.
     config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
     kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
     if kept:
@@ -71,7 +72,7 @@ def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> di
 
 
 def _token_ids(values: object, vocab_size: int) -> dict[str, object]:
-    """The ids of special tokens that an imported config.json named, and nothing else of it: it may be from anywhere."""
+    """The ids of special tokens in an imported config.json, which is untrusted: nothing else of it is used."""
 
     def is_id(value: object) -> bool:
         return type(value) is int and 0 <= value < vocab_size
@@ -83,8 +84,8 @@ def _token_ids(values: object, vocab_size: int) -> dict[str, object]:
 
 
 def _chat(tokenizer_config: dict, vocabulary: Tokenizer, template: Template | None, there: set[str]) -> dict[str, str]:
-    """The files, by name, in which a run that was trained on examples differs: its chat template, in which special tokens are
-    special, and the token that ends an answer. there: files that are kept as they came."""
+    """The additional files, by name, of a run trained on examples: its chat template, in which special tokens are
+    parsed, and the token that ends an answer. there: files that are exported unchanged."""
     if template is None:
         return {}
     changed = {name: value for name, value in tokenizer_config.items() if name != "split_special_tokens"}

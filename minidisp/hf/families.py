@@ -1,11 +1,12 @@
-"""The families of transformers that our model can be stored as: config.json, tensors, and what they compute.
+"""The transformers model families that minidisp can import and export: config.json and tensor names.
 
     gpt2       GPT2LMHeadModel       --arch gpt2
     qwen3      Qwen3ForCausalLM      --arch qwen3
     apertus    ApertusForCausalLM    --arch qwen3 --mlp relu2: Qwen3's block, the MLP without a gate (arXiv 2509.14233)
 
-Everything here is a list of what a family can store. Anything else is rejected with its name, in both directions.
-reference.py then recomputes what was written, so that a change in the model's code cannot slip through.
+This file lists what each family can represent. Anything else is rejected with its name, on import and on export.
+reference.py then recomputes the logits of every export independently, which catches unsupported changes of the model's
+code.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from minidisp.config import read_json
 from minidisp.model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what config.json says of the tokenizer
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's entries in config.json
 LARGEST = 1 << 20  # no number in a config.json of a model of these families is larger
 GELU = {"gelu_new": "tanh", "gelu": "erf", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
-# (arch, mlp) of ours, and the family that has this block
+# our (arch, mlp) -> the family with this block
 FAMILY_OF = {("gpt2", "arch"): "gpt2", ("qwen3", "arch"): "qwen3", ("qwen3", "relu2"): "apertus"}
-# The fields of GPTConfig that config.json can say, and those that only matter in training.
+# The fields of GPTConfig that config.json can represent, and those that only matter in training.
 STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias",
           "attention_bias", "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
 TRAINING_ONLY = {"dropout", "zero_init", "recompute"}
@@ -35,7 +36,7 @@ TRAINING_ONLY = {"dropout", "zero_init", "recompute"}
 
 
 class Weight(NamedTuple):
-    """One of our parameters: its name, and how many rows each of its stacked parts has."""
+    """One of our parameters: its name, and the number of rows of each of its stacked parts."""
 
     name: str
     rows: tuple[int, ...]
@@ -43,7 +44,7 @@ class Weight(NamedTuple):
 
 
 def weights(config: GPTConfig) -> list[Weight]:
-    """The parameters that a family can store, from the config alone. A model with any other parameter cannot be stored.
+    """The parameters that a family can store, derived from the config. A model with any other parameter is rejected.
 
     GPT-2 always has biases there; those that ours lacks are zeros.
     """
@@ -72,7 +73,7 @@ def weights(config: GPTConfig) -> list[Weight]:
 
 
 class Names(NamedTuple):
-    """What a format calls our modules, {} for the number of the layer. Several names: the parts of our matrix."""
+    """A format's names for our modules, with {} for the layer number. A list names the parts of our stacked matrix."""
 
     modules: dict[str, str | list[str]]
     transposed: bool = False  # the matrices in the blocks, as in GPT-2
@@ -130,13 +131,15 @@ FAMILIES = {
 
 
 def family_of(config: GPTConfig) -> str:
-    """The family that stores this model. Raises InputError naming the option that none of them has."""
+    """The family that can represent this model. Raises InputError, naming the flag, if there is none."""
     for field in dataclasses.fields(GPTConfig):
         flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
         if field.name not in STORED | TRAINING_ONLY and value != field.default:
-            raise InputError(f"{flag} {value}: no model of transformers that minidisp writes has such a setting")
+            raise InputError(f"{flag} {value}: none of the transformers models that minidisp can export supports it")
     if config.arch not in {arch for arch, _ in FAMILY_OF}:
-        raise InputError(f"--arch {config.arch}: no model of transformers that minidisp writes has such blocks")
+        raise InputError(
+            f"--arch {config.arch}: none of the transformers models that minidisp can export has such blocks"
+        )
     if (config.arch, config.mlp) not in FAMILY_OF:
         others = [arch for arch, mlp in FAMILY_OF if mlp == config.mlp]
         hint = f" (with --arch {others[0]} it can be exported)" if others else ""
@@ -150,7 +153,7 @@ def family_of(config: GPTConfig) -> str:
 
 
 class Settings:
-    """The entries of a config.json from elsewhere: a wrong type or an absurd number is an InputError with its name."""
+    """The entries of an untrusted config.json: a wrong type or an absurd number raises InputError with its name."""
 
     def __init__(self, path: Path):
         self.path, self.values = path, read_json(path)
@@ -180,7 +183,7 @@ class Settings:
         return value
 
     def must_be(self, name: str, *allowed) -> None:
-        """The first one is what it is by default."""
+        """Raise InputError unless the entry is missing or one of these values; the first is the default."""
         value = self.values.get(name)
         if value is not None and value not in allowed:
             self.refuse(name, f"which minidisp's model does not have (only {', '.join(map(str, allowed))})")
@@ -192,9 +195,9 @@ class Settings:
 
 
 def read_config(folder: Path) -> tuple[str, GPTConfig]:
-    """The family of the model that a folder's config.json describes, and our config of it.
+    """The family of the model described by a folder's config.json, and the corresponding GPTConfig.
 
-    Raises InputError naming the file and the entry that our model cannot represent.
+    Raises InputError, naming file and entry, if our model cannot represent it.
     """
     settings = Settings(folder / "config.json")
     family = settings.values.get("model_type")
@@ -234,7 +237,7 @@ def _qwen3_fields(settings: Settings, family: str) -> dict:
     settings.must_be("hidden_act", "relu2" if apertus else "silu")
     if apertus and settings.values.get("hidden_act") is None:
         settings.refuse("hidden_act", "so it is xIELU, which minidisp's model does not have (only relu2)")
-    # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = settings.get("rope_parameters", dict, {}) | settings.get("rope_scaling", dict, {})
     kinds = {str(rope.get(key, "default")) for key in ("rope_type", "type")}
     if kinds != {"default"} or not {*rope} <= {"rope_type", "type", "rope_theta"} or (apertus and not rope):
@@ -267,7 +270,7 @@ def _qwen3_fields(settings: Settings, family: str) -> dict:
 
 
 def to_config(config: GPTConfig) -> dict:
-    """What config.json says of the model. Raises InputError naming the option that no family has."""
+    """The model's config.json. Raises InputError, naming the flag, if the family does not support it."""
     family = family_of(config)
     common = {
         "architectures": [FAMILIES[family].architecture],
@@ -277,9 +280,11 @@ def to_config(config: GPTConfig) -> dict:
     }
     if family == "gpt2":
         if config.n_kv_head != config.n_head:
-            raise InputError(f"--n-kv-head {config.n_kv_head}: GPT-2 models of transformers share no heads")
+            raise InputError(
+                f"--n-kv-head {config.n_kv_head}: GPT-2 in transformers does not support grouped-query attention"
+            )
         if config.n_head * config.head_dim != config.n_embd:
-            raise InputError(f"--head-dim {config.head_dim}: it is n_embd / n_head in GPT-2 models of transformers")
+            raise InputError(f"--head-dim {config.head_dim}: GPT-2 in transformers requires n_embd / n_head")
         return common | {
             "n_layer": config.n_layer,
             "n_head": config.n_head,
@@ -301,7 +306,7 @@ def to_config(config: GPTConfig) -> dict:
         "hidden_act": "silu" if config.gated else "relu2",
         "rms_norm_eps": config.norm_eps,
         "attention_bias": config.attention_bias,
-        "rope_theta": config.rope_theta,  # for transformers 4, which also gives Apertus a scaling unless told so
+        "rope_theta": config.rope_theta,  # for transformers 4, which also scales Apertus by default
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
@@ -311,9 +316,9 @@ def to_config(config: GPTConfig) -> dict:
 
 
 def parameters_of(model: GPT) -> dict[str, Tensor]:
-    """The model's parameters by their names, float32 on the CPU, and zeros for biases that GPT-2 has and ours may lack.
+    """The model's parameters by name, float32 on the CPU, with zeros for GPT-2 biases that our model lacks.
 
-    Raises InputError naming a parameter that the family does not have, that is missing, or that is not finite.
+    Raises InputError, naming the parameter, if one is missing, unknown to the family, or contains NaN or Inf.
     """
     config, left, found = model.config, dict(model.named_parameters()), {}
     for name, rows, columns in weights(config):
@@ -326,16 +331,16 @@ def parameters_of(model: GPT) -> dict[str, Tensor]:
             seen = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
             raise InputError(f"the model cannot be exported: its parameter {name} {seen}, where {shape} is expected")
         if not tensor.isfinite().all():
-            raise InputError(f"the model cannot be exported: its parameter {name} is not finite everywhere")
+            raise InputError(f"the model cannot be exported: its parameter {name} contains NaN or Inf")
         found[name] = tensor.detach().float().cpu()
     if left:
         family = family_of(config)
-        raise InputError(f"the model cannot be exported: {family} models have no such parameter as {next(iter(left))}")
+        raise InputError(f"the model cannot be exported: {family} models have no parameter {next(iter(left))}")
     return found
 
 
 def in_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    """The tensor in a dtype, given as torch names it. Raises InputError naming it if a number is too large for that."""
+    """The tensor in a dtype, given by its name in torch. Raises InputError, naming the tensor, on overflow."""
     converted = tensor.to(getattr(torch, dtype))
     if not converted.isfinite().all():
         raise InputError(f"{name} has numbers up to {tensor.abs().max():.3g}, too large for {dtype}: use bfloat16")
@@ -343,7 +348,7 @@ def in_dtype(tensor: Tensor, dtype: str, name: str) -> Tensor:
 
 
 def to_tensors(config: GPTConfig, parameters: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """The parameters as a format names and cuts them."""
+    """The parameters, split and named as the format requires."""
     tensors = {}
     for weight in weights(config):
         parts = names.parts(weight)

@@ -1,9 +1,10 @@
-"""A run as one GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
+"""Export of a run as one GGUF file, for llama.cpp and software based on it (Ollama, LM Studio).
 
     python -m minidisp.hf export runs/NAME folder --gguf --dtype q8_0
 
-A file names an architecture, and llama.cpp computes that one: so here is a list of what three of them can say, and the
-rest is refused with the flag to train with. tests/llama_cpp.py compares tokens and continuations with llama.cpp's own.
+llama.cpp implements a fixed set of architectures. Models that map onto one of the three listed here can be exported;
+others are rejected with the flag to change. tests/llama_cpp.py compares tokens and continuations with those of
+llama.cpp.
 """
 
 import dataclasses
@@ -46,8 +47,8 @@ ARCHITECTURES = {
     "qwen3": NAMES,
     "apertus": Names(NAMES.modules | UNGATED),
 }
-# llama.cpp knows the ways to cut a text into words by names: here by regular expression, with whether it takes whole
-# words that are tokens without merging them.
+# llama.cpp's names of pre-tokenizers by their regular expression, and whether a word that is a token skips the merges
+# (ignore_merges).
 _WORD, _REST = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -61,11 +62,11 @@ WORDS = {
 def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     """Write a run's model and tokenizer to folder/<run>-<dtype>.gguf; returns that path.
 
-    run: a run folder or a checkpoint file. folder: made if it is not there; or the file itself, if it ends in .gguf.
-    dtype: of the matrices, a key of DTYPES; the table of positions and all vectors are float32, as llama.cpp wants.
-    With q8_0, a matrix whose rows are no multiple of 32 numbers is float16. Raises InputError, with nothing left
-    behind, if the file is there already, or llama.cpp has no such model or tokenizer. Warns with the difference in
-    logits where the model has the exact GELU, which llama.cpp computes by its tanh form.
+    run: a run folder or a checkpoint file. folder: created if missing; or the path of the file, if it ends in .gguf.
+    dtype: of the matrices, a key of DTYPES; the position embeddings and all vectors are float32, as llama.cpp requires.
+    With q8_0, a matrix whose row length is not a multiple of 32 is float16. Raises InputError, leaving no file
+    behind, if the file exists already, or llama.cpp does not support the model or tokenizer. If the model uses the
+    exact GELU, which llama.cpp approximates by the tanh form, warns with the resulting difference in logits.
     """
     try:
         import gguf
@@ -76,7 +77,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     path = Path(folder)
     path = path if path.suffix == ".gguf" else path / f"{name}-{DTYPES[dtype]}.gguf"
     if path.exists():
-        raise InputError(f"{path} is there already: choose another folder")
+        raise InputError(f"{path} exists already: choose another folder")
     family = architecture_of(model.config)
     stored_form(model, vocabulary.eos_id)  # refuses what is no such model
     if family == "gpt2" and model.config.gelu != "tanh":
@@ -110,16 +111,16 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """llama.cpp's name for what computes this model. Raises InputError with the flag to train with if there is none."""
+    """llama.cpp's name for the model's architecture. Raises InputError, with the flag to change, if there is none."""
     family = family_of(config)
     if config.attention_bias:
-        raise InputError("--attention-bias: llama.cpp's model has no such biases, so train without it")
+        raise InputError("--attention-bias: llama.cpp's architecture has no such biases: train without it")
     return family
 
 
 @torch.no_grad()
 def _about_gelu(model: GPT) -> str:
-    """What changes where a model with the exact GELU is computed with the tanh form, measured on random tokens."""
+    """The effect of replacing the exact GELU by the tanh form, measured on random tokens, as a message."""
     other = GPT(dataclasses.replace(model.config, gelu="tanh")).eval()
     other.load_state_dict(model.state_dict())
     T = min(model.config.block_size, 256)
@@ -128,7 +129,8 @@ def _about_gelu(model: GPT) -> str:
     off = (found - exact).abs().max() / exact.std()
     same = (found.argmax(-1) == exact.argmax(-1)).float().mean()
     return (
-        f"llama.cpp's GPT-2 has the tanh form of GELU only, and this model the exact one: logits are off by up to {off:.1g} "
+        "llama.cpp's GPT-2 only supports the tanh form of GELU, but this model uses the exact one: logits differ by "
+        f"up to {off:.1g} "
         f"of their standard deviation, and the most likely token is the same for {same:.1%} of {T} random tokens"
     )
 
@@ -163,7 +165,7 @@ def _write_settings(writer, config: GPTConfig, family: str, dtype: str, name: st
     writer.add_layer_norm_rms_eps(config.norm_eps)
     if family == "apertus":
         # xIELU is alpha_p x^2 + beta x above 0 and alpha_n (e^x - 1 - x) + beta x below: with 1, 0 and 0 it is ReLU^2.
-        # The file has what softplus makes the alphas of, which for alpha_n adds beta.
+        # The file stores alphas before softplus; for alpha_n, beta is added after it.
         writer.add_xielu_alpha_p([math.log(math.e - 1)] * config.n_layer)
         writer.add_xielu_alpha_n([-1e4] * config.n_layer)
         writer.add_xielu_beta([0.0] * config.n_layer)
@@ -174,8 +176,8 @@ def _write_settings(writer, config: GPTConfig, family: str, dtype: str, name: st
 
 
 def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -> None:
-    """Tokens, their kinds, and how they merge. No space is added, and the name of a special token is text, except in the chat
-    template of a run that was trained on examples."""
+    """Write tokens, their types and merges. No space is prepended, and the name of a special token is plain text,
+    except in the chat template of a run trained on examples."""
     import gguf
 
     kinds = gguf.TokenType
@@ -186,7 +188,7 @@ def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -
     types = {i: kinds.NORMAL if i in tokens else kinds.UNUSED for i in rows}
     for token in added:
         if token.get("single_word"):
-            raise InputError(f"llama.cpp cannot look for the token {token['content']!r} as a single word only")
+            raise InputError(f"llama.cpp cannot restrict the token {token['content']!r} to whole words (single_word)")
         special = token["special"] or token["id"] == vocabulary.eos_id
         types[token["id"]] = kinds.CONTROL if special else kinds.USER_DEFINED
     if model.get("byte_fallback"):
@@ -206,8 +208,9 @@ def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -
 
 
 def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], template: Template | None) -> None:
-    """The tokens at the ends of a text: as in training, where a text begins behind the end of the one before, and an example
-    with its template; for an imported tokenizer as its settings say. ids: those of the added tokens."""
+    """Write BOS, EOS and padding tokens and the chat template. As in training, a text is preceded by the EOS of the one
+    before, and an example starts with its template; an imported tokenizer keeps its own settings. ids: those of the
+    added tokens."""
     files = vocabulary.files if isinstance(vocabulary, HuggingFaceTokenizer) else {}
     settings = json.loads(files.get("tokenizer_config.json", "{}"))
 
@@ -232,10 +235,10 @@ def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], te
 
 
 def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[str, float]:
-    """Turn tokens and types into those of a SentencePiece model, in place; returns the scores of what can be merged.
+    """Convert tokens and types to those of a SentencePiece model, in place; returns the scores of mergeable tokens.
 
-    llama.cpp merges as SentencePiece does: any two neighbours that make a token, those of the best one first. Raises
-    InputError where that is not what the list of merges says, or where it would make a special token out of text.
+    Like SentencePiece, llama.cpp merges any two neighbours that form a token, the best-scored token first. Raises
+    InputError if that is not equivalent to the list of merges, or would produce a special token from text.
     """
     for i, token in tokens.items():
         if types[i] == kinds.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -249,25 +252,28 @@ def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[st
     def cuts(token: str, known: set[str]) -> list[tuple[str, str]]:
         return [(token[:i], token[i:]) for i in range(1, len(token)) if {token[:i], token[i:]} <= known]
 
-    by_character = {token: cuts(token, plain | {*token}) for token in tokens.values()}  # characters need be no tokens
+    by_character = {token: cuts(token, plain | {*token}) for token in tokens.values()}  # characters need not be tokens
     unmerged = any(by_character[token] for token in plain - {*ranks})
     if unmerged or pairs != [pair for token in ranks for pair in cuts(token, plain)]:
         raise InputError(
-            "llama.cpp cannot merge as this tokenizer does: not all that make one of its tokens are merged"
+            "llama.cpp cannot reproduce the merges of this tokenizer: it would merge pairs that form a token but are "
+            "not in the list"
         )
     for i, token in tokens.items():
         if types[i] in (kinds.CONTROL, kinds.BYTE) and by_character[token]:
-            raise InputError(f"llama.cpp would make the special token {token!r} out of text: its parts are tokens, too")
+            raise InputError(f"llama.cpp would produce the special token {token!r} from text, as its parts are tokens")
     for i, token in tokens.items():
         if types[i] == kinds.NORMAL:
             tokens[i] = token.replace(" ", SPACE)
-        elif types[i] == kinds.BYTE and token == "<0x20>" and " " not in plain:  # it knows a space under this name only
+        elif (
+            types[i] == kinds.BYTE and token == "<0x20>" and " " not in plain
+        ):  # the only name of the space in this tokenizer
             tokens[i], types[i] = SPACE, kinds.NORMAL
     return {token.replace(" ", SPACE): -float(rank) for token, rank in ranks.items()}
 
 
 def _words(pre_tokenizer: dict | None, ignore_merges: bool) -> str:
-    """llama.cpp's name for the way a byte-level tokenizer cuts a text into words before it merges."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
     pre_tokenizer = pre_tokenizer or {}
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     first, last, found = steps[0], steps[-1], None
@@ -280,5 +286,5 @@ def _words(pre_tokenizer: dict | None, ignore_merges: bool) -> str:
         elif last.get("use_regex", True) and first == {"type": "Digits", "individual_digits": True}:
             found = ("smollm", False)
     if found is None or found[1] != ignore_merges:
-        raise InputError("llama.cpp has no name for the way in which this tokenizer cuts a text into words")
+        raise InputError("llama.cpp does not support the pre-tokenizer of this tokenizer")
     return found[0]

@@ -1,4 +1,4 @@
-"""Causal language models of other families, computed by transformers, for evaluation on held-out text."""
+"""Causal language models of other families, run by transformers, for evaluation on held-out text."""
 
 import types
 from pathlib import Path
@@ -14,13 +14,15 @@ from minidisp.model import Output
 
 
 def is_other(source: str | Path) -> bool:
-    """Whether the model in a Hugging Face folder, or of a hub name, is of a family that minidisp's own model is not."""
+    """Whether the model in a Hugging Face folder, or of a hub name, belongs to a family that minidisp does not
+    implement.
+    """
     path = find_folder(source) / "config.json"
     return path.is_file() and str(read_json(path).get("model_type")) not in FAMILIES
 
 
 class OtherModel(nn.Module):
-    """A model of transformers with what evaluation asks of a GPT: config.block_size, losses and hidden states."""
+    """A transformers model with the interface that evaluation needs: config.block_size, losses and hidden states."""
 
     def __init__(self, model: nn.Module, block_size: int):
         super().__init__()
@@ -54,7 +56,7 @@ class OtherModel(nn.Module):
 def load_other(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> OtherModel:
     """A causal language model in eval mode and float32, from safetensors, without running code of the folder.
 
-    block_size: context in tokens; 0 = its own. Raises InputError where transformers is missing or cannot load it.
+    block_size: context in tokens; 0 = its own. Raises InputError if transformers is missing or cannot load it.
     """
     folder = find_folder(source)
     config = read_json(folder / "config.json")
@@ -63,11 +65,11 @@ def load_other(source: str | Path, device: str | torch.device = "cpu", block_siz
         import transformers
     except ImportError:
         raise InputError(
-            f"{kind}, which minidisp reads with the package transformers only: pip install transformers, or give one of "
+            f"{kind}, which needs the package transformers: pip install transformers, or choose one of "
             f"{', '.join(FAMILIES)}"
         ) from None
     if "auto_map" in config:
-        raise InputError(f"{kind}, which needs code of the folder, and that is not run")
+        raise InputError(f"{kind}, which needs code from the folder, which is never run")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -81,7 +83,7 @@ def load_other(source: str | Path, device: str | torch.device = "cpu", block_siz
         transformers.logging.set_verbosity(verbosity)
     own = getattr(model.config, "max_position_embeddings", None)
     if block_size and own and block_size > own:
-        raise InputError(f"{folder} has a context of {own} tokens: lower --block-size {block_size} to it")
+        raise InputError(f"{folder} has a context of {own} tokens: pass --block-size {own} or less, not {block_size}")
     if not (block_size or own):
-        raise InputError(f"{kind}, and its config.json names no context: give --block-size")
+        raise InputError(f"{kind}, and its config.json has no context length: pass --block-size")
     return OtherModel(model.to(device).eval(), block_size or own)

@@ -1,4 +1,4 @@
-"""The families computed once more, from their definitions and without model.py, to check every export against."""
+"""An independent implementation of the families, without model.py, against which every export is checked."""
 
 import math
 
@@ -15,9 +15,9 @@ from minidisp.model import GPT
 def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors in float32) of a model, which give the same logits and the same loss.
 
-    Compared are those of random tokens over the context, at most 1,024 (fewer where the vocabulary is so large
-    that the logits would fill the memory), with two ends of documents among them. Raises InputError naming what no
-    family has; a changed block that no option describes is found by its logits.
+    They are compared on random tokens over the context, at most 1,024 (fewer if the vocabulary is so large that the
+    logits would exhaust memory), including two end-of-document tokens. Raises InputError for anything that no family
+    supports; changes in the code of a block are detected by the logits.
     """
     config, parameters = to_config(model.config), parameters_of(model)
     tensors = to_tensors(model.config, parameters, FAMILIES[config["model_type"]].names)
@@ -32,22 +32,23 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     if not error <= 10 * rounding + 1e-5 * size:
         raise InputError(
             f"the model cannot be exported: its logits are not those of {config['architectures'][0]} with its weights "
-            f"(off by {error / size:.1g} standard deviations): its code computes something that this format cannot say"
+            f"(off by {error / size:.1g} standard deviations): its code computes something that this format cannot "
+            "represent"
         )
     with torch.no_grad():
         nats = model(idx.unsqueeze(0), idx.roll(-1).unsqueeze(0), loss_reduction="none").loss[0].double()
     nats_wanted = F.cross_entropy(wanted, idx.roll(-1), reduction="none")
     if is_other_distribution() or not (nats - nats_wanted).abs().max() <= 20 * rounding + 2e-5 * size:
         raise InputError(
-            "the model cannot be exported: its loss is not the cross-entropy of its logits, so that it was trained for "
-            "other probabilities than its logits give: a change of the logits belongs into GPT.logits, not into the loss"
+            "the model cannot be exported: its loss is not the cross-entropy of its logits, so it was trained for "
+            "different probabilities: put changes of the logits into GPT.logits, not into the loss"
         )
     return config, tensors
 
 
 @torch.no_grad()
 def reference_logits(config: dict, tensors: dict[str, Tensor], idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits that a config.json and its tensors stand for, (T, V), of the tokens idx (T,), computed in a dtype.
+    """The logits (T, V) of the model in a config.json and tensors, for the tokens idx (T,), computed in a dtype.
 
     Written from the families' definitions, without model.py. Every export is compared with it before it is written.
     """
@@ -59,7 +60,7 @@ def reference_logits(config: dict, tensors: dict[str, Tensor], idx: Tensor, dtyp
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q (T, H, D) to k and v (T, KV, D), of which H / KV heads in a row share one; (T, H D)."""
+    """Causal attention of q (T, H, D) to k and v (T, KV, D), each shared by H / KV consecutive query heads; (T, H D)."""
     T, heads, D = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(D)
