@@ -221,9 +221,7 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
     print(f"{args.variant} on {where}, torch {torch.__version__}; {DispersionLoss(args.variant).prepare(args.device)}")
-    print(
-        "forward and backward in ms; in brackets, how many times as fast fused is (streamed, where there is no fused)\n"
-    )
+    print("forward and backward in ms; in brackets, the speedup of fused (of streamed where fused is not available)\n")
     columns = ("(B, T, C)", "eager", "torch.compile", "streamed", "fused", "2 threads", "GFLOP/s",
                "of the matrix product", "of a block", "MiB")  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

@@ -288,11 +288,13 @@ def main() -> int:
         prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("step", choices=steps)
-    parser.add_argument("folder", nargs="?", type=Path, help="of the logs; for page")
-    parser.add_argument("--dry", action="store_true", help="judge no number: for a card that computes nothing")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder of the logs; for page")
+    parser.add_argument(
+        "--dry", action="store_true", help="check no numbers: for an emulated GPU that computes nothing"
+    )
     args = parser.parse_args()
     if (args.step == "page") != (args.folder is not None):
-        parser.error("page takes the folder of the logs, and nothing else does")
+        parser.error("the folder of the logs is required for page, and only for page")
     if args.dry:
         ops.check_cuda = lambda: ""  # a card that computes nothing fails it
     if args.step != "page" and not torch.cuda.is_available():

@@ -129,9 +129,8 @@ def _about_gelu(model: GPT) -> str:
     off = (found - exact).abs().max() / exact.std()
     same = (found.argmax(-1) == exact.argmax(-1)).float().mean()
     return (
-        "llama.cpp's GPT-2 only supports the tanh form of GELU, but this model uses the exact one: logits differ by "
-        f"up to {off:.1g} "
-        f"of their standard deviation, and the most likely token is the same for {same:.1%} of {T} random tokens"
+        "llama.cpp's GPT-2 only supports the tanh form of GELU, but this model uses the exact one: logits are off by "
+        f"up to {off:.1g} of their standard deviation, and the most likely token is the same for {same:.1%} of {T} random tokens"
     )
 
 
