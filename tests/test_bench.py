@@ -22,6 +22,7 @@ TINY = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size":
 PEER = """
 from dataclasses import dataclass
 import torch
+import minidisp.decoding
 import minidisp.model
 
 @dataclass
@@ -44,7 +45,7 @@ class GPT(torch.nn.Module):
     def forward(self, idx, targets):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.shape[1]]
         for block in self.transformer.h:
-            x = block(x, None, None)
+            x = block(x, None, minidisp.decoding.Context())
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) SCALE
 """

@@ -45,6 +45,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../checks.h"
 #include "../dispersion.h"
 
 #if defined(__CUDACC__)
