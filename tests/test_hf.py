@@ -521,7 +521,7 @@ def test_a_run_and_its_export_evaluate_to_the_same(run, bpe_corpus, tmp_path):
 def test_evaluation_beside_a_run_and_with_a_shorter_context(run, gpt2, capsys):
     scores = evaluation.main([str(run), "--hf", str(gpt2), "--tokens", "500", "--block-size", "8", "--sample", "ab"])
     assert [s["name"] for s in scores] == ["small", "gpt2"]
-    assert [s["block_size"] for s in scores] == [32, 8]
+    assert [s["block_size"] for s in scores] == [8, 8]  # the flag counts for runs and folders alike
     assert "--- gpt2\nab" in capsys.readouterr().out
     assert evaluation.cli(["--hf", str(gpt2), "--data", "pystdlib", "--block-size", "49"]) == 2
     assert "--block-size 49" in capsys.readouterr().err

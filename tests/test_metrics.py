@@ -262,7 +262,7 @@ def test_update_refuses_other_shapes(hidden_states):
 
 
 def test_one_token_is_refused():
-    with pytest.raises(ValueError, match="one token"):
+    with pytest.raises(ValueError, match="at least two tokens"):
         measure(condensing(T=1))
 
 
