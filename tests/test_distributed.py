@@ -315,7 +315,7 @@ def test_two_commands_that_differ_end_with_one_line(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def wait_until(what, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_until(what, process: subprocess.Popen, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, process.stdout.read()
@@ -350,7 +350,7 @@ def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
         wait_until(lambda: (run / "config.json").stat().st_mtime_ns > config, process)  # the next attempt has begun
         wait_until(lambda: checkpoint.read(last)["step"] > before, process)
         os.kill(worker(process, 1), signal.SIGTERM)  # to one: the other is to hear of it
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode != 0
