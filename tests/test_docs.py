@@ -343,7 +343,12 @@ def smaller(words: list[str], page: str) -> list[str]:
         ]
         return tiny if "--resume" in words or page == "README.md" else [*tiny, "--overwrite"]
     if words[0] == "eval.py":
-        return [*words, *([] if "none" in words else ["--tokens", "300"]), "--device", "cpu"]
+        return [
+            *words,
+            *([] if {"none", "--chat", "--text-file"} & {*words} else ["--tokens", "300"]),
+            "--device",
+            "cpu",
+        ]
     if words[0] == "data/prepare.py":
         return [
             *words,
@@ -372,6 +377,12 @@ def provide(words: list[str], corpus: Path) -> None:
             pairs = Path(word.replace("*", "some"))
             pairs.parent.mkdir(parents=True, exist_ok=True)
             pairs.write_text('{"sentence_good": "they are", "sentence_bad": "they is"}\n')
+        if flag == "--choices":
+            questions = Path(word.replace("*", "some").removesuffix(".gz"))
+            questions.parent.mkdir(parents=True, exist_ok=True)
+            questions.write_text('{"context": "they", "choices": [" are", " is"], "answer": 0}\n')
+            if word.endswith(".gz"):
+                Path(f"{questions}.gz").write_bytes(gzip.compress(questions.read_bytes()))
         if flag in ("--text-file", "--completions"):
             write_texts(word)
         if flag == "--prompts":

@@ -22,6 +22,7 @@ import minidisp
 import train
 from minidisp import InputError, loss, report
 from minidisp.config import parse
+from minidisp.data import Dataset
 from minidisp.runtime import checkpoint, command, device, processes
 from minidisp.runtime.processes import World
 from tests.conftest import small_config, small_flags
@@ -349,7 +350,7 @@ def test_an_average_of_the_weights_is_that_of_the_formula(corpus, tmp_path):
         torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
     lines = [line for line in report.read_metrics(run / "metrics.jsonl") if "val_loss" in line]
     model, _ = checkpoint.load(run / checkpoint.AVERAGE)
-    validation = train.Validation(train.Dataset(corpus), small_config(corpus, run), torch.device("cpu"), train.ALONE)
+    validation = train.Validation(Dataset(corpus), small_config(corpus, run), torch.device("cpu"), train.ALONE)
     assert lines[-1]["ema_val_loss"] == pytest.approx(validation.scores(model, 12)["val_loss"], abs=1e-6)
     assert lines[-1]["ema_val_loss"] != lines[-1]["val_loss"]
 
@@ -404,7 +405,7 @@ def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_pat
 
     monkeypatch.setattr(report, "introduction", gone)
     assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
-    assert "what read the output has ended" in capsys.readouterr().err
+    assert "stdout was closed, so the run ends" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
