@@ -8,6 +8,7 @@ unrolled. The Python blocks of how_to.md are run between its commands.
 import argparse
 import ast
 import contextlib
+import dataclasses
 import glob
 import gzip
 import importlib.util
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
 
 import minidisp  # noqa: E402
+from data.prepare import VOCAB_SIZE  # noqa: E402
 from minidisp.config import PRESETS, command_line, flags, parse  # noqa: E402
 from minidisp.flags import kebab  # noqa: E402
 
@@ -185,9 +187,10 @@ def test_the_tables_of_presets_and_recipes_are_the_configuration():
     presets = dict(re.findall(r"^\| `([a-z][\w.-]*)` \| (.*) \|$", text, re.MULTILINE))
     assert list(presets) == list(PRESETS)
     for name, row in presets.items():
-        config = parse(["--preset", name])
+        config = dataclasses.replace(parse(["--preset", name]), vocab_size=VOCAB_SIZE)
         size = f"{config.n_layer} x {config.n_embd} | {config.n_head} | {config.block_size:,}"
-        assert row == f"{size} | {config.tokens_per_step:,} | {config.max_steps:,}"
+        steps = f"{config.tokens_per_step:,} | {config.max_steps:,} | {config.lr:g}"
+        assert row == f"{size} | {steps} | {config.parameter_count:,}"
     gpt2, fast = (parse(["--recipe", recipe]) for recipe in ("gpt2", "fast"))
     names = [field.name for field in flags() if field.name not in ("recipe", "out", "norm_eps")]
     rows = {

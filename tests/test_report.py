@@ -106,6 +106,13 @@ def test_metrics_of_a_run_that_was_killed(tmp_path):
     assert report.read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_metrics_of_a_loss_that_is_huge(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = {**made_up_metrics()[-1], "step": 1, "val_loss": 701.2, "perplexity": math.exp(701.2)}
+    path.write_text(json.dumps(line) + "\n")
+    assert report.read_metrics(path) == [line]
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[1]", "{}", '{"step": "1"}', '{"step": 2, "ce": "x"}', '{"step": 2, "histogram_by_layer": [1]}', "\x00"],

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -318,6 +320,47 @@ def test_recomputing_gives_the_same_weights_and_keeps_less(corpus, tmp_path, opt
             model(torch.zeros(4, 32, dtype=torch.int64), torch.zeros(4, 32, dtype=torch.int64)).loss.backward()
         sizes[recompute] = max(len(saved), 1)
     assert sizes[True] < sizes[False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 2, "grad_accum": 2}, "micro-batches of 2 instead of 4 (dropout draws other random numbers)"),
+        ({"compile": "off"}, "compile off instead of auto (dropout draws other random numbers)"),
+    ],
+)
+def test_what_changes_the_random_numbers_of_dropout_is_said(corpus, tmp_path, capsys, changes, said):
+    for dropout in (0.1, 0.0):
+        config = small_config(
+            corpus, tmp_path / f"{dropout}", max_steps=2, dropout=dropout, batch_size=4, grad_accum=1, compile="auto"
+        )
+        train.main(config)
+        capsys.readouterr()
+        train.main(dataclasses.replace(config, resume=True, max_steps=3, **changes))
+        resumed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed at step 2"))
+        assert (said in resumed) is bool(dropout), resumed
+
+
+def test_the_first_lines_warn_of_many_epochs_and_the_last_can_be_pasted(corpus, tmp_path, capsys):
+    out = tmp_path / "it's $HOME; (1)"
+    train.main(small_config(corpus, out, max_steps=2, batch_size=8))
+    first = capsys.readouterr().out
+    tokens = json.loads((corpus / "meta.json").read_text())["splits"]["train"]["tokens"]
+    assert f"{tokens:,} training tokens" in first
+    assert "warning" not in first
+    words = shlex.split(first.splitlines()[-1])
+    assert words[:5] == ["next", "python", "eval.py", str(out), "--split"]
+    evaluation.main([*words[3:], "--device", "cpu"])
+    assert f"\n{words[-1]}" in capsys.readouterr().out
+    epochs = 20
+    config = small_config(corpus, out, batch_size=8, overwrite=True)
+    many = dataclasses.replace(config, max_steps=epochs * tokens // config.tokens_per_step)
+    warned = report.introduction(many, Dataset(corpus), 1, [], "here", 0, [])
+    enough = int(re.search(r"warning: (\d+) epochs of the same text .* --max-steps (\d+)", warned)[2])
+    assert "warning: 20 epochs" in warned
+    assert enough * config.tokens_per_step / tokens == pytest.approx(10, rel=0.05)
+    few = report.introduction(dataclasses.replace(many, max_steps=enough), Dataset(corpus), 1, [], "here", 0, [])
+    assert "warning" not in few
 
 
 def test_recomputing_under_compile_gives_the_same_gradients(corpus, tmp_path):

@@ -1,5 +1,6 @@
 """Reading a run's metrics.jsonl: one JSON object per logged step and per evaluation, in the order of the steps."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def _wrong_value(line: dict) -> str | None:
     required = {"loss": ("loss", "ce"), "val_loss": depths.keys() - {"loss", "ce", *_CURVES}}
     needed = {name for key, names in required.items() if key in line for name in names}
     for name, depth in depths.items():
-        if name in line and not _is_numbers(line[name], depth):
+        # Axes overflow near the end of float64; a perplexity, which no figure draws, gets there at a loss of 691 nats.
+        largest = sys.float_info.max if name == "perplexity" else 1e300
+        if name in line and not _is_numbers(line[name], depth, largest):
             return name
         if name in needed and name not in line:
             return name
@@ -58,8 +61,8 @@ def _wrong_value(line: dict) -> str | None:
     return None
 
 
-def _is_numbers(value, depth: int) -> bool:
-    """Whether this is a number, or None for one that is not finite, or with depth > 0 a list of such of depth - 1."""
+def _is_numbers(value, depth: int, largest: float) -> bool:
+    """Whether this is a number up to `largest`, or None for one that is not finite; with depth > 0, a list of such."""
     if depth:
-        return isinstance(value, list) and all(_is_numbers(item, depth - 1) for item in value)
-    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+        return isinstance(value, list) and all(_is_numbers(item, depth - 1, largest) for item in value)
+    return value is None or (type(value) in (int, float) and abs(value) <= largest)
