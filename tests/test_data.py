@@ -226,7 +226,7 @@ def test_verify_finds_a_changed_token(corpus):
         (["splits", "val", "shards"], [], "do not add up"),
         (["splits", "val", "shards", 0], "val_000.bin", "shard file"),
         (["splits", "val", "shards", 0, "file"], "../val_000.bin", "not in the same folder"),
-        (["splits", "val", "shards", 0, "file"], "val_006.bin", r"val_006\.bin holds 36"),
+        (["splits", "val", "shards", 0, "file"], "val_006.bin", r"val_006\.bin contains 36"),
         (["splits", "val", "shards", 0, "file"], "meta.json", "not a token shard"),
     ],
 )
@@ -381,7 +381,7 @@ def test_strided_windows_side_by_side():
 
 @pytest.mark.parametrize("stride", [0, 9, -1])
 def test_strides_that_skip_tokens_are_refused(stride):
-    with pytest.raises(InputError, match="take 1 to 8"):
+    with pytest.raises(InputError, match="must be from 1 to 8"):
         list(strided_windows(20, 8, stride))
 
 
