@@ -200,12 +200,13 @@ def evaluate(
     if texts:  # last, as it is long
         found.tables.extend([report.condensation_table(scores), report.further_table(scores)])
 
+    measured = "; ".join(measured_on)
     # Files first, so that a failure while printing or sampling does not lose the scores.
     if args.json:
         write_json(args.json, scores)
     figures = report.draw_comparison(scores, [s.metrics for s in subjects], args.figures) if args.figures else []
     if args.html:
-        write_page(args.html, "; ".join(measured_on), subjects, scores, found)
+        write_page(args.html, measured, subjects, scores, found)
     layers = [report.layer_table(s) for s in scores] if args.layers else []
     blocks = ["\n".join(found.sentences)] if found.sentences else []  # conclusions first
     if blocks := [*blocks, *found.tables, *layers]:
@@ -220,7 +221,7 @@ def evaluate(
         if args.json:
             write_json(args.json, scores)
         if args.html:
-            write_page(args.html, measured_on, subjects, scores, found)
+            write_page(args.html, measured, subjects, scores, found)
     return scores
 
 

@@ -31,11 +31,11 @@ def as_messages(row: dict) -> list[dict[str, str]] | None:
     elif "conversations" in row:
         messages = _turns(row["conversations"], "conversations", "from", "value", SHAREGPT)
     elif {"prompt", "completion"} <= row.keys():
-        messages = _pair(_text(row["prompt"], "prompt"), row["completion"], "completion")
+        messages = _pair(text_of(row["prompt"], "prompt"), row["completion"], "completion")
     elif {"instruction", "output"} <= row.keys():
-        prompt = _text(row["instruction"], "instruction")
+        prompt = text_of(row["instruction"], "instruction")
         if row.get("input"):
-            prompt += "\n\n" + _text(row["input"], "input")
+            prompt += "\n\n" + text_of(row["input"], "input")
         messages = _pair(prompt, row["output"], "output")
     else:
         return None
@@ -49,7 +49,7 @@ def as_text(messages: list[dict[str, str]]) -> str:
 
 
 def _pair(prompt: str, answer: object, field: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(answer, field)}]
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text_of(answer, field)}]
 
 
 def _turns(value: object, field: str, role_field: str, text_field: str, roles: dict[str, str]) -> list[dict[str, str]]:
@@ -63,11 +63,12 @@ def _turns(value: object, field: str, role_field: str, text_field: str, roles: d
         role = turn[role_field]
         if not isinstance(role, str) or role not in roles:
             raise Unusable("unknown role", f"{where}: the role {_shown(role)} is none of {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _text(turn[text_field], f"{where}.{text_field}")})
+        messages.append({"role": roles[role], "content": text_of(turn[text_field], f"{where}.{text_field}")})
     return messages
 
 
-def _text(value: object, field: str) -> str:
+def text_of(value: object, field: str) -> str:
+    """The text in a field of a row. Raises Unusable if it is none, or not Unicode."""
     if not isinstance(value, str):
         reason = "null" if value is None else "not a text"
         raise Unusable(reason, f"field {field!r} is not a text but {_shown(value)}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data.examples import FIELDS, Unusable, as_messages, as_text
+from data.examples import FIELDS, Unusable, as_messages, as_text, text_of
 from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, say
 from minidisp import InputError, printable
 
@@ -132,15 +132,10 @@ def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
         text = record[field]
     elif not isinstance(record, str):
         return BadRow("not an object", f"{where}: not a JSON object")
-    if not isinstance(text, str):
-        reason = "null" if text is None else "not a text"
-        return BadRow(reason, f"{where}: field {field!r} is not a text but {json.dumps(text, default=str)[:40]}")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud83d"
-        fault = f"half a surrogate pair at character {error.start}"
-        return BadRow("half a surrogate pair", f"{where}: field {field!r} has {fault}")
-    return text_document(where, text)
+        return text_document(where, text_of(text, field))
+    except Unusable as error:
+        return BadRow(error.reason, f"{where}: {error}")
 
 
 def text_rows(file: Input, field: str) -> Iterator[Document | BadRow]:

@@ -155,16 +155,14 @@ class Config(GPTConfig):
     noisy_embedding: float = flag(
         0.0,
         "NEFTune alpha: uniform noise of at most alpha / sqrt(T C) on the token embeddings during training; 0 = off, "
-        "the "
-        "paper uses 1 for GPT-2 and 5 for Qwen3",
+        "the paper uses 1 for GPT-2 and 5 for Qwen3",
         low=0,
         resume="reported",
     )
     active_forgetting: int = flag(
         0,
         "re-initialise the token embeddings (and a tied output layer) and their optimiser state every N steps; no "
-        "reset in "
-        "the last N steps; 0 = off, the paper uses 1000",
+        "reset in the last N steps; 0 = off, the paper uses 1000",
         low=0,
         resume="reported",
     )

@@ -193,8 +193,7 @@ class Corpora:
             if part.tokenizer.hash != first.tokenizer.hash:
                 raise InputError(
                     f"--data: {part.folder} has a different tokenizer from {first.folder}: prepare one of them again "
-                    "with the "
-                    "other's, --tokenizer-from"
+                    "with the other's, --tokenizer-from"
                 )
         templates = [part for part in parts if part.template]
         for part in templates[1:]:

@@ -4,6 +4,7 @@ Files are JSON lines, maybe compressed (.gz); everything is read and checked bef
 continuations are computed as lm-evaluation-harness does. Nats are -log p, natural logarithm.
 """
 
+import functools
 import glob
 import gzip
 import math
@@ -561,7 +562,7 @@ class Translated:
         from sacrebleu.metrics import BLEU, CHRF
 
         answers, references = [a.strip() for a in answers], [r.strip() for r in references]
-        self.N, self._parts = len(answers), {}
+        self.N, self._parts, self._resampled = len(answers), {}, {}
         for key, metric in (("chrf", CHRF()), ("bleu", BLEU())):
             # Counts per answer, as sacrebleu's own significance tests take them.
             counts = np.array(metric._extract_corpus_statistics(answers, [references]), dtype=np.float64)
@@ -572,9 +573,12 @@ class Translated:
 
     def resampled(self, key: str) -> np.ndarray:
         """The score of RESAMPLES samples of the answers, the same ones for every model, (RESAMPLES,)."""
-        metric, counts, _ = self._parts[key]
-        drawn = np.random.default_rng(0).multinomial(self.N, np.full(self.N, 1 / self.N), size=RESAMPLES)
-        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in drawn @ counts])
+        if key not in self._resampled:  # asked for by the interval, and by every comparison
+            metric, counts, _ = self._parts[key]
+            drawn = np.random.default_rng(0).multinomial(self.N, np.full(self.N, 1 / self.N), size=RESAMPLES)
+            scores = [metric._compute_score_from_stats(row.tolist()).score for row in drawn @ counts]
+            self._resampled[key] = np.array(scores)
+        return self._resampled[key]
 
     def interval(self, key: str) -> list[float]:
         if self.N < 2:
@@ -601,6 +605,10 @@ def summarise_completions(rows: list[Completion], completed: list[Completed]) ->
     files = [row.file for row in rows]
     translated = not no_sacrebleu()
 
+    @functools.cache
+    def translations_of(model: int, which: tuple[int, ...]) -> Translated:
+        return translations(rows, completed[model], which)
+
     def of(model: int) -> Callable[[np.ndarray], dict]:
         own, first = completed[model], completed[0]
 
@@ -623,11 +631,11 @@ def summarise_completions(rows: list[Completion], completed: list[Completed]) ->
                     difference = own.exact[asked] - first.exact[asked]
                     versus |= {"exact_match": float(difference.mean()), "exact_match_interval": _resampled(difference)}
                 if translated:
-                    a, b = (translations(rows, c, asked) for c in (first, own))
+                    answers = translations_of(model, tuple(asked))
                     for key in Translated.METRICS:
-                        found |= {key: b.score(key), f"{key}_interval": b.interval(key)}
+                        found |= {key: answers.score(key), f"{key}_interval": answers.interval(key)}
                         if model:
-                            difference, low, high = b.against(a, key)
+                            difference, low, high = answers.against(translations_of(0, tuple(asked)), key)
                             versus |= {key: difference, f"{key}_interval": [low, high]}
                 if len(which) < len(rows) or len(set(files)) == 1:
                     found["answers"] = [

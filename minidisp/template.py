@@ -258,10 +258,10 @@ def _limited() -> Iterator[None]:
     The sandbox keeps a template away from files and from Python's own objects, but lets it loop for ever. The time is
     limited in the main thread, where signals arrive, and the memory on Linux.
     """
-    began = time.thread_time()
+    began, inside = time.thread_time(), True
 
     def check(number, frame):
-        if time.thread_time() - began > SECONDS:
+        if inside and time.thread_time() - began > SECONDS:
             raise TimeoutError(f"it takes more than {SECONDS} s")
 
     with contextlib.ExitStack() as stack:
@@ -279,7 +279,10 @@ def _limited() -> Iterator[None]:
             ceiling = min([in_use + BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
             stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
             resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
-        yield
+        try:
+            yield
+        finally:
+            inside = False  # a late signal must not interrupt what lifts the limits again
 
 
 def _unused(text: str) -> Iterator[str]:

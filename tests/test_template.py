@@ -215,7 +215,7 @@ def test_templates_that_cannot_be_used_are_refused(tmp_path, source, message):
     ],
 )
 def test_a_template_that_never_ends_or_fills_the_memory_is_refused(monkeypatch, bomb):
-    monkeypatch.setattr("minidisp.template.SECONDS", 1)
+    monkeypatch.setattr("minidisp.template.SECONDS", 0.1)
     limit = resource.getrlimit(resource.RLIMIT_AS)
     meta = {"chat_template": bomb + PLAIN, "token_names": {"eos_token": ByteTokenizer.eos_token}, "now": ""}
     with pytest.raises(InputError, match=r"refuses it|is not valid|makes .* characters"):

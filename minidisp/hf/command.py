@@ -8,8 +8,8 @@ import argparse
 import warnings
 
 from minidisp import InputError
-from minidisp.hf import gguf
 from minidisp.hf.exporter import export
+from minidisp.hf.gguf import export_run as export_gguf
 from minidisp.runtime.cli import Parser, exit_code
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if args.gguf:
                 with warnings.catch_warnings(record=True) as found:
-                    path = gguf.export_run(args.run, args.folder, args.dtype)
+                    path = export_gguf(args.run, args.folder, args.dtype)
                 for warning in found:
                     print(f"note: {warning.message}")
                 print(f"{path}: for llama.cpp, Ollama or LM Studio")
