@@ -46,31 +46,22 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def first_step(folder: Path) -> float:
-    """Seconds from the first command in a fresh clone to the first line that names a step."""
+    """Seconds from the first command in a fresh clone to its first step, which is when metrics.jsonl has its loss."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "clone")], check=True)
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
     environment.pop("MINIDISP_CPU", None)
     start = time.monotonic()
-    command = [
-        sys.executable,
-        "train.py",
-        "--dispersion",
-        "0.1",
-        "--eval-every",
-        "0",
-        "--log-every",
-        "1",
-        "--max-steps",
-        "2",
-    ]
+    metrics = folder / "run" / "metrics.jsonl"
+    command = [sys.executable, "train.py", "--dispersion", "0.1", "--out", str(metrics.parent)]
     with subprocess.Popen(
-        command, cwd=folder / "clone", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder / "clone", env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as child:
-        for line in child.stdout:
-            if line.split()[:1] == ["step"] and line.split()[1:2] == ["1"]:
+        while child.poll() is None:
+            if metrics.exists() and b'"loss"' in metrics.read_bytes():
                 seconds = time.monotonic() - start
                 child.terminate()
                 return seconds
+            time.sleep(0.02)
     raise InputError("the run in the clone ended before its first step")
 
 

@@ -236,9 +236,8 @@ class DispersionLoss(nn.Module):
 
     layers: see select_layers. variant, tau, clamp, eps: see dispersion_loss.
     tokens: 0 uses every token. N > 0 samples N positions if T > N, a set per layer, shared by the batch, from a
-        separate
-    generator: the set depends only on (seed, step, layer). So the micro-batches of an optimiser step share it, a
-    resumed run needs no state, and the global generator is not affected.
+        separate generator: the set depends only on (seed, step, layer). So the micro-batches of an optimiser step share
+        it, a resumed run needs no state, and the global generator is not affected.
     impl: see dispersion_loss.
     Raises ValueError for invalid options.
     """

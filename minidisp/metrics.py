@@ -285,9 +285,8 @@ class FullCondensation(Condensation):
 
         centred_mean_by_layer: mean cosine of the pairs i != j of a sequence after subtracting the mean token, which
             removes any direction shared by all tokens of all texts. The mean token is taken over SAMPLED_TOKENS tokens
-            of
-            each of many sequences, and the pairs are taken from these: a sequence centred on its own mean would always
-            score near 0. With 100 sequences the sampling error is below about 0.01.
+            of each of many sequences, and the pairs are taken from these: a sequence centred on its own mean would
+            always score near 0. With 100 sequences the sampling error is below about 0.01.
         standardised_mean_by_layer: the same after also dividing each dimension by its standard deviation, so a few
             dimensions with much larger values do not dominate (Timkey & van Schijndel 2021, arXiv 2109.04404).
         isoscore_star_by_layer: isoscore_star of the covariance of all tokens of all sequences, without shrinkage; it is

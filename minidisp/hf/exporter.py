@@ -19,8 +19,7 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     The tokenizer encodes and decodes every text identically; special tokens in a text are plain text, as in training
     (split_special_tokens). A tokenizer imported from a Hugging Face folder is exported unchanged, with its
     settings, and parses special tokens. So does the tokenizer of a run trained on examples, which includes the run's
-    chat
-    template: apply_chat_template in transformers gives the token ids of training.
+    chat template: apply_chat_template in transformers gives the token ids of training.
     Raises InputError, leaving nothing behind, if the folder exists already or no family can represent the model.
     """
     try:

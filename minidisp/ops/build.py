@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from minidisp import InputError
+from minidisp.runtime.files import write_atomic
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE_FOLDER = PACKAGE.parent / "csrc"
@@ -249,20 +250,6 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", **changes}
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file atomically, and have it on the disk before it has its name."""
-    written = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(written, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        written.replace(path)
-    except OSError:
-        written.unlink(missing_ok=True)
-        raise
-
-
 def checksum(path: Path) -> str:
     """Size and SHA-256 of a file, as a line."""
     content = path.read_bytes()
@@ -391,10 +378,11 @@ def _build(folder: Path, lock: int) -> str:
         failure = compile_into(folder / BINARY, False, wanted_instruction_set(), lock)
     if failure is None:
         (folder / BINARY).chmod(0o755)  # whatever the user's umask: see check_owner
-        write_durably(folder / DONE, checksum(folder / BINARY))
+        write_atomic(folder / DONE, lambda file: file.write(checksum(folder / BINARY).encode()))
     else:
         last = b"exit code %d" % failure.code if not failure.transient else b"to be tried again"
-        write_durably(folder / LOG, f"{failure.log.decode(errors='replace')}\n{last.decode()}\n")
+        text = f"{failure.log.decode(errors='replace')}\n{last.decode()}\n"
+        write_atomic(folder / LOG, lambda file: file.write(text.encode()))
     return f"compiled now in {time.monotonic() - start:.0f} s"
 
 
@@ -477,13 +465,10 @@ def jobs() -> int:
     return max(1, int(asked) if asked.isdecimal() else available)
 
 
-def compile_into(
-    out: Path, cuda: bool, instruction_set: str, lock: int | None = None, seconds: dict | None = None
-) -> Failure | None:
+def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None = None) -> Failure | None:
     """Compile and link; returns None, or the first failure.
 
     lock: a descriptor that the compilers inherit, so that it stays locked while one is left if this process is killed.
-    seconds: receives the CPU seconds of each file.
     """
     todo = units(cuda, instruction_set)
     running: dict[int, subprocess.Popen] = {}
