@@ -20,30 +20,12 @@ from minidisp.metrics import bits_per_byte
 
 LEAST_PAIRS = 3  # of seeds, for a verdict
 
-# Settings that name a run, or change how it is computed and logged, but not what it learns (other than by rounding).
-APART = frozenset(
-    [
-        "preset",
-        "recipe",
-        "out",
-        "seed",
-        "resume",
-        "overwrite",
-        "recompute",
-        "dispersion_impl",
-        "device",
-        "compile",
-        "threads",
-        "shard",
-        "eval_every",
-        "eval_tokens",
-        "log_every",
-        "save_every",
-        "keep",
-        "tensorboard",
-        "wandb",
-    ]
-)
+# Settings of evaluation during training and of logging, which have no effect on what a run learns.
+LOGGING = frozenset(["eval_every", "eval_tokens", "log_every", "save_every", "keep", "tensorboard", "wandb"])
+# With these, settings that name a run, or change how it is computed, but not what it learns (other than by rounding).
+APART = LOGGING | {
+    "preset", "recipe", "out", "seed", "resume", "overwrite", "recompute", "dispersion_impl", "device", "compile", "threads", "shard",
+}  # fmt: skip
 
 
 class Run(NamedTuple):

@@ -32,7 +32,7 @@ class GPTConfig:
     """
 
     arch: Literal["gpt2", "qwen3"] = flag("gpt2", "architecture of the blocks")
-    n_layer: int = flag(8, "number of blocks", low=1, high=10_000)
+    n_layer: int = flag(8, "number of blocks", low=1, high=1000)
     n_head: int = flag(6, "attention heads per block", low=1, high=1 << 16)
     n_kv_head: int = flag(0, "key and value heads, shared by groups of query heads; 0 = n_head", low=0, high=1 << 16)
     n_embd: int = flag(192, "channels of the hidden states", low=1, high=1 << 20)

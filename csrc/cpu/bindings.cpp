@@ -5,7 +5,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -33,6 +32,13 @@
 #include "dispersion.h"
 #include "host.h"
 #include "layers.h"
+
+// Declared here, as <ATen/autocast_mode.h> takes longer to compile than this file.
+namespace at::autocast {
+TORCH_API bool is_autocast_enabled(at::DeviceType device_type);
+TORCH_API at::ScalarType get_autocast_dtype(at::DeviceType device_type);
+TORCH_API at::Tensor cached_cast(at::ScalarType to_type, const at::Tensor& arg, at::DeviceType device_type);
+}  // namespace at::autocast
 
 namespace minidisp {
 

@@ -236,9 +236,11 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
 
 
 def _log_scale(axes) -> None:
-    """A logarithmic y axis with plain numbers, also where it spans less than a decade."""
+    """A logarithmic y axis with plain numbers, also where it spans less than a decade; as it is where nothing is above 0."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
+    if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 20 * low:

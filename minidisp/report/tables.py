@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minidisp import printable
+from minidisp.comparison import LOGGING
 from minidisp.dispersion import select_layers
 
 # Scores per layer that answer what a mean cosine hides: name in the JSON, what it is, decimals.
@@ -22,10 +23,6 @@ FURTHER = [
     ("hfc_lfc_ratio", "HFC / LFC", 3),
     ("log_hfc_growth", "log HFC growth", 3),
 ]
-
-
-# Settings that say when a run is looked at, and change nothing that it learns.
-LOGGING = frozenset(["eval_every", "eval_tokens", "log_every", "save_every", "keep", "tensorboard", "wandb"])
 
 
 class Table(NamedTuple):

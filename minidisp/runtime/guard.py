@@ -174,11 +174,11 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
 
 def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
     """Raise InputError if weights, gradients and optimiser state cannot fit in memory, before allocating them."""
-    needed = 16 * config.parameter_count / shards  # weights, gradients, two moments, in float32
+    count = config.parameter_count
+    needed = 16 * count / shards  # weights, gradients, two moments, in float32
     there = memory_bytes(device)
     if there and needed > there:
         raise InputError(
-            f"out of memory: {config.parameter_count:,} parameters need {needed / 2**30:,.0f} GiB with gradients and "
-            "optimiser "
+            f"out of memory: {count:,} parameters need {needed / 2**30:,.0f} GiB with gradients and optimiser "
             f"state, and {device.type} has {there / 2**30:,.0f} GiB: lower --n-layer or --n-embd"
         )
