@@ -86,7 +86,7 @@ from minidisp.template import Template, load_template
 
 
 class Subject(NamedTuple):
-    """A model to evaluate, and what is known of its training."""
+    """A model to evaluate, with what is known about its training."""
 
     name: str
     model: GPT | OtherModel  # in eval mode, on the device
@@ -104,7 +104,7 @@ class Subject(NamedTuple):
 
     @property
     def run(self) -> Run:
-        """The facts that a comparison needs."""
+        """The information that a comparison needs."""
         return Run(self.name, self.tokenizer.hash, self.config, self.data_hash)
 
 
@@ -329,7 +329,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse_beside_chat(args: argparse.Namespace) -> None:
-    """Raise InputError for flags that cannot be combined with --chat, which needs the terminal and exactly one model."""
+    """Raise InputError for flags that cannot be combined with --chat, which needs the terminal and one model."""
     if len(args.runs) + len(args.hf) != 1:
         raise InputError("--chat needs exactly one model: pass one RUN or one --hf DIR")
     others = ("minimal_pairs", "choices", "completions", "sample", "prompts", "text_file", "json", "html", "figures")
@@ -398,16 +398,16 @@ def _add_flags(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help=f"continue the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} tokens, greedily and with "
-        "nucleus sampling, and measure repetition in the generated text",
+        help=f"continue the first {PROMPT_TOKENS} tokens of N documents for {CONTINUATION_TOKENS} tokens, greedily and "
+        "with nucleus sampling, and measure repetition in the generated text",
     )
 
     pairs = parser.add_argument_group("minimal pairs")
     pairs.add_argument(
         "--minimal-pairs",
         metavar="GLOB",
-        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: accuracy of preferring the good one. "
-        'Quote a pattern such as "blimp/*.jsonl"',
+        help="JSON lines with sentence_good and sentence_bad, as in BLiMP: accuracy of preferring the good sentence. "
+        'Quote patterns: "blimp/*.jsonl"',
     )
 
     tasks = parser.add_argument_group("tasks (JSON lines, optionally .gz; quote patterns)")
@@ -420,8 +420,8 @@ def _add_flags(parser: Parser) -> None:
     tasks.add_argument(
         "--completions",
         metavar="GLOB",
-        help="rows of context and completion are scored (accuracy, perplexity); rows of prompt and completion are answered "
-        "greedily (exact match, and chrF and BLEU with sacrebleu)",
+        help="rows of context and completion are scored (accuracy, perplexity); rows of prompt and completion are "
+        "answered greedily (exact match, and chrF and BLEU with sacrebleu)",
     )
     tasks.add_argument("--chat", action="store_true", help="chat with a model; Ctrl-C stops an answer, Ctrl-D exits")
     tasks.add_argument("--system", metavar="TEXT", help="system message of the chat")

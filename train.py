@@ -4,7 +4,7 @@
     python train.py --resume --out runs/NAME          # continue from the last checkpoint; see python train.py --help
 
 Writes a run folder: config.json, metrics.jsonl, ckpt_last.pt, ckpt_best.pt, tokenizer.model, summary.json, figures/.
-Exit codes: 0 done; 1 another process was lost; 2 bad usage or input; 3 diverged; 130 and 143 after SIGINT and SIGTERM.
+Exit codes: 0 done; 1 another process died; 2 bad usage or input; 3 diverged; 130 and 143 after SIGINT and SIGTERM.
 The parts you will want to edit are here and in the files beside minidisp/model.py: see docs/hacking.md.
 """
 
@@ -46,12 +46,12 @@ from minidisp.validation import Validation
 
 
 def main(config: Config, world: World = ALONE) -> dict:
-    """Train as the config says and return the summary (also in summary.json; empty in all but the main process).
+    """Train as configured and return the summary (also in summary.json; empty in all but the main process).
 
-    Raises InputError on input that cannot be used, Diverged when the numbers stop being finite, and SystemExit with
-    128 + the signal's number when a signal ended the run, after saving a checkpoint.
+    Raises InputError on invalid input, Diverged if training diverges, and SystemExit with 128 + the signal's number if
+    a signal stopped the run, after saving a checkpoint.
     """
-    with ExitStack() as at_exit:  # however the run ends, the folder is unlocked and signals act as before
+    with ExitStack() as at_exit:  # however the run ends, the folder is unlocked and signal handlers are restored
         trainer = Trainer(config, world, at_exit)
         trainer.introduce()
         trainer.train(catch_signals(at_exit, world))
@@ -59,25 +59,25 @@ def main(config: Config, world: World = ALONE) -> dict:
 
 
 class MicroBatch(NamedTuple):
-    """Sequences that go through the model together."""
+    """The sequences of one forward and backward pass."""
 
-    first: int  # the number of the first sequence in the run
-    parts: float  # how many micro-batches of this size make the process's share of a step
-    weight: Tensor  # counted targets per sequence, relative to the whole step; 1 unless targets are masked
+    first: int  # index of the first sequence in the run
+    parts: float  # this process's sequences per step / sequences in this micro-batch
+    weight: Tensor  # unmasked targets per sequence, relative to the whole step; 1 if no target is masked
     idx: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64, -1 where a target is not counted
-    segments: Tensor | None = None  # (B, T) int64, the example that a token belongs to; None: a sequence is one text
+    targets: Tensor  # (B, T) int64, -1 where masked
+    segments: Tensor | None = None  # (B, T) int64, index of the example of each token; None: a sequence is one text
 
 
 class Trainer:
-    """One training run: its parts in the order in which they are made, then the loop, a step, an evaluation, a checkpoint."""
+    """One training run: its parts, in the order of construction, then the loop, a step, evaluation, checkpoints."""
 
     def __init__(self, config: Config, world: World, at_exit: ExitStack):
         # --- system ---------------------------------------------------------------------------------------------------
         self.world = world
         self.device, self.dtype, self.autocast = device, dtype, _ = set_up(config, world)
         self.sequences = config.batch_size * config.grad_accum  # per optimiser step
-        self.share = world.share_of(self.sequences)  # of them, this process's
+        self.share = world.share_of(self.sequences)  # those of this process
         self.sharded = config.shard and world.launched
         self.run = RunFolder(config, world, at_exit, report.loggers(config.tensorboard, config.wandb))
 
@@ -92,11 +92,11 @@ class Trainer:
         self.validation = Validation(dataset, config, device, world)
 
         # --- model and optimisers -------------------------------------------------------------------------------------
-        # The teacher comes first: its random initialisation must not change what the run draws after seeding.
+        # The teacher comes before seeding, so that its random initialisation does not change the run's random numbers.
         self.teacher = Teacher(config, dataset, device) if config.distill else None
         found = self.run.read_checkpoint(config, dataset, self.teacher.hash if self.teacher else None)
         state, state_path, self.changed = found or (None, None, [])
-        if config.init_from and config.resume and not state:  # it was stopped before its first checkpoint
+        if config.init_from and config.resume and not state:  # stopped before its first checkpoint
             source, _ = world.main_first("start", lambda: start_from(config, dataset))
         refuse_too_large(config, device, world.size if self.sharded else 1)
         torch.manual_seed(config.seed)
@@ -118,29 +118,30 @@ class Trainer:
             self.trained = data_parallel(self.trained)
 
         # --- objective ------------------------------------------------------------------------------------------------
+        impl = config.dispersion_impl if config.dispersion else "reference"
         dispersion = DispersionLoss(
             config.dispersion_variant, config.dispersion_layers, config.dispersion_tokens, config.dispersion_tau,
-            config.dispersion_clamp, seed=config.seed, impl=config.dispersion_impl if config.dispersion else "reference",
+            config.dispersion_clamp, seed=config.seed, impl=impl,
         )  # fmt: skip
-        # It may build the extension, and does so before the first step.
+        # This may build the extension; do it before the first step.
         how = world.main_first("extension", lambda: dispersion.prepare(device.type)) if config.dispersion else ""
         self.objective = build_objective(config, model, dispersion, self.teacher, how)
         self.noise = EmbeddingNoise(model.wte, config) if config.noisy_embedding else None
 
-        # --- where the run stands -------------------------------------------------------------------------------------
+        # --- state of the run -----------------------------------------------------------------------------------------
         self.step, self.seconds, self.best_val_loss = 0, 0.0, math.inf
-        self.saved_step: int | None = None  # of the newest checkpoint
-        self.micro_batch = config.batch_size  # sequences at a time: fewer where the memory does not suffice
+        self.saved_step: int | None = None  # step of the latest checkpoint
+        self.micro_batch = config.batch_size  # sequences per micro-batch; halved on out-of-memory
         self.guard = Guard(device, float16=self.scaler.is_enabled())
         self.interval = Interval(device)
-        if not world.main:  # each has dropout of its own; the main one goes on with what the initialisation left
+        if not world.main:  # own dropout per process; the main one keeps the generator state after initialisation
             torch.manual_seed(derived_seed(config.seed, RANK, world.rank, state["step"] if state else 0))
         if state:
             self.load_state(state, state_path)
         self.last_eval = self.run.begin(config, dataset, device, self.saved_step)
 
     def introduce(self) -> None:
-        """The first lines of a run: what is in use."""
+        """Print the first lines of a run: data, model, steps, loss, device."""
         config, size, terms = self.config, self.model.num_params(), self.objective.terms
         where = describe_use(config, self.device, self.dtype, self.compiled, self.world, self.dataset)
         print(report.introduction(config, self.dataset, size, terms, where, self.step, self.changed), flush=True)
@@ -148,14 +149,14 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, signals: list[signal.Signals]) -> None:
-        """Take the steps that are left. A signal that comes is put into `signals`, and the run ends."""
+        """Take the remaining steps. The signal handler appends to `signals`, which stops the run after the step."""
         config, world = self.config, self.world
         self.progress = progress = report.Progress(config.max_steps, self.step, self.seconds, hidden=not world.main)
         self.rng = get_rng_state(self.device)
-        reached = self.step == config.max_steps != self.last_eval  # --max-steps 0, or an earlier session got there
+        reached = self.step == config.max_steps != self.last_eval  # --max-steps 0, or stopped before evaluating
         if reached or self.last_eval is None:
             with progress.paused():
-                self.evaluate()  # before the first step: condensation is there at initialisation
+                self.evaluate()  # also before the first step: condensation exists at initialisation
         self.model.train()
         save_due, stop_signal = False, world.max(max(signals, default=0))
         while self.step < config.max_steps and not stop_signal:
@@ -167,7 +168,7 @@ class Trainer:
             evaluating = last or self.step % config.eval_every == 0
             stop_signal = world.max(max(signals, default=0))
             save_due = save_due or last or self.step % config.save_every == 0 or stop_signal > 0
-            if logging or evaluating or save_due or self.device.type == "cpu":  # elsewhere this waits for the device
+            if logging or evaluating or save_due or self.device.type == "cpu":  # synchronises with any other device
                 self.guard.fetch(self.step)
                 progress.estimate(self.device)
             if logging:
@@ -177,19 +178,19 @@ class Trainer:
             if evaluating:
                 with progress.paused():
                     self.evaluate()
-            if save_due and self.is_good():  # the last good checkpoint stays until the numbers are good again
+            if save_due and self.is_good():  # otherwise keep the last good checkpoint and try again after the next step
                 with progress.paused():
                     self.save()
                 save_due = False
         progress.close()
         if reached or self.step == 0:
-            self.save()  # also a model as initialised, to compare with
+            self.save()  # also the model at initialisation, for comparisons
         self.run.close_loggers()
         if stop_signal:
             stop(stop_signal, self.run.path, self.step, self.saved_step, world)
 
     def take_step(self, logging: bool) -> dict[str, Tensor | float]:
-        """One optimiser step; returns what metrics.jsonl gets of it."""
+        """One optimiser step; returns its values for metrics.jsonl."""
         config, step, lr = self.config, self.step, learning_rate(self.step, self.config)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -200,7 +201,7 @@ class Trainer:
             try:
                 values = self.forward_backward(logging)
                 break
-            except (RuntimeError, MemoryError) as error:  # out of memory: once more, with fewer sequences at a time
+            except (RuntimeError, MemoryError) as error:  # on out-of-memory, repeat with smaller micro-batches
                 self.micro_batch = half_of(self.micro_batch, error, f"step {step + 1}", self.world, config.dropout)
                 self.model.zero_grad(set_to_none=True)
                 set_rng_state(self.rng, self.device)
@@ -211,7 +212,7 @@ class Trainer:
         return {**values, **self.objective.scheduled_weights(step), "lr": lr, "grad_norm": grad_norm}
 
     def micro_batches(self, step: int, world: World) -> list[MicroBatch]:
-        """The micro-batches of a process's share of a step, on the device."""
+        """The micro-batches of this process in a step, on the device."""
         share = world.share_of(self.sequences)
         start = step * self.sequences + world.rank * share
         read = [
@@ -220,27 +221,24 @@ class Trainer:
         ]
         counted = [(targets != loss.IGNORE).sum() for _, _, (_, targets, *_) in read]
         total = world.sum(sum(counted)).clamp(min=1)
-        # Sums of whole numbers, so that the weight is exactly 1 where all targets are counted.
+        # Sums of integers, so that the weight is exactly 1 if no target is masked.
         return [
             MicroBatch(first, share / count, number * self.sequences / (total * count), *tensors)
             for (first, count, tensors), number in zip(read, counted, strict=True)
         ]
 
     def forward(self, model: nn.Module, batch: MicroBatch, step: int) -> Forward:
-        """A forward pass over a micro-batch of that step.
-
-        The mean of its cross-entropy over all micro-batches and processes is the mean over the counted targets of the step.
-        """
+        """A forward pass; the mean of `ce` over micro-batches and processes is the mean over all unmasked targets."""
         if self.noise:
             self.noise.draw(batch.first, len(batch.idx))
         _, ce, hidden_states = model(batch.idx, batch.targets, return_hidden_states=True, segments=batch.segments)
-        ce = torch.where(batch.weight > 0, ce * batch.weight, 0.0)  # the mean of no target is NaN
+        ce = torch.where(batch.weight > 0, ce * batch.weight, 0.0)  # the mean over zero targets is NaN
         return Forward(batch.idx, batch.targets, ce, hidden_states, step, batch.segments, batch.weight)
 
     def forward_backward(self, logging: bool) -> dict[str, Tensor]:
-        """Add up the gradients of the step's sequences; returns the means of what is logged, as tensors.
+        """Accumulate the gradients of the step; returns the means of the logged values, as tensors.
 
-        A term is a mean over sequences, so its mean over the processes is what a single process would compute.
+        A term is a mean over sequences, so its mean over the processes equals the value of a single process.
         """
         means = defaultdict(float)
         batches = self.micro_batches(self.step, self.world)
@@ -254,17 +252,17 @@ class Trainer:
                 with torch.no_grad():
                     cosines = [mean_cosine(z, eps=0.0) for z in forward.hidden_states[1:]]
                     values["mean_cosine"] = torch.stack(cosines).mean()
-            del forward  # so that the backward pass can free each layer's hidden states behind it
+            del forward  # so that the backward pass can free each layer's hidden states as it goes
             self.scaler.scale(values["loss"] / batch.parts).backward()
             for name, value in values.items():
                 means[name] += value.detach() / batch.parts
         return self.world.mean(means)
 
     def update(self, values: dict[str, Tensor]) -> Tensor:
-        """Clip the gradients and let the optimisers step, unless one is NaN or Inf; returns the norm before clipping."""
+        """Clip the gradients and step the optimisers, unless one is NaN or Inf; returns the norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        # With an infinite max_norm nothing is clipped, but the norm is measured.
+        # An infinite max_norm clips nothing, but still computes the norm.
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         if self.sharded:
             grad_norm = grad_norm.full_tensor()
@@ -277,7 +275,7 @@ class Trainer:
         return grad_norm
 
     def log(self, values: dict) -> None:
-        """Write a line of metrics.jsonl and show the loss and the speed."""
+        """Write a line of metrics.jsonl and show loss and throughput."""
         tokens_per_step = self.config.tokens_per_step
         values = fetched({**values, **self.interval.take(), "skipped": self.guard.total})
         speed = self.progress.steps_per_second() * tokens_per_step
@@ -286,10 +284,10 @@ class Trainer:
         self.run.log({"step": self.step, "tokens": self.step * tokens_per_step, **values, **times})
         self.progress.show(values["ce_mean"], speed, self.guard.total)
 
-    # --- evaluation, checkpoint, end ----------------------------------------------------------------------------------
+    # --- evaluation, checkpoints, summary -----------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Score the model on the validation set; the best one so far is kept as ckpt_best.pt."""
+        """Score the model on the validation set, and save it as ckpt_best.pt if it is the best so far."""
         with self.autocast:
             scores = self.validation.scores(self.model, self.step, self.average)
         if not math.isfinite(scores["val_loss"]):
@@ -303,7 +301,7 @@ class Trainer:
             self.run.save_weights(checkpoint.BEST, self.weights(), self.step, val_loss=self.best_val_loss)
 
     def is_good(self) -> bool:
-        """Whether the weights may replace the last checkpoint: the last update counted, and nothing is NaN or Inf."""
+        """Whether to replace the last checkpoint: the last step was not skipped, and nothing is NaN or Inf."""
         if self.guard.in_a_row and self.saved_step is not None and self.step < self.config.max_steps:
             return False
         if self.step == self.last_eval:
@@ -314,7 +312,7 @@ class Trainer:
         return not self.world.max(not good)
 
     def state(self) -> dict:
-        """All that --resume needs; load_state takes it back. Every process calls both and has its own random numbers."""
+        """Everything that --resume needs; see load_state. Called in every process, as each has its own RNG state."""
         rngs = self.world.gather(get_rng_state(self.device))
         return {
             "model": self.weights(),
@@ -336,7 +334,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict, path: Path) -> None:
-        """Restore what state() returned, read from path; the weights are loaded already."""
+        """Restore the result of state(), read from path; the weights are already loaded."""
         with checkpoint.reading(path):
             checkpoint.load_optimizers(self.optimizers, state["optimizers"], path)
             checkpoint.load_scaler(self.scaler, state["scaler"])
@@ -349,23 +347,23 @@ class Trainer:
             if state["config"].get("batch_size") == self.config.batch_size >= state["micro_batch"] > 0:
                 self.micro_batch = state["micro_batch"]
             rngs = [state["rng"], *state.get("rng_of_others", [])]
-            if self.world.rank < len(rngs):  # else there were fewer processes: this one's numbers begin here
+            if self.world.rank < len(rngs):  # a process that is new in this run keeps its fresh state
                 set_rng_state(rngs[self.world.rank], self.device)
         self.changed += changed_dropout(state, self.config, self.micro_batch, self.world.size)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights to be saved; if sharded, the parameters themselves: one used twice is gathered and written once."""
+        """The weights to save. If sharded, the parameters themselves, so that a tied matrix is saved only once."""
         return self.model.state_dict(keep_vars=self.sharded)
 
     def save(self) -> None:
-        if self.average:  # first: behind the last ckpt_last.pt, nothing is written again
+        if self.average:  # before ckpt_last.pt: once that is complete, a resumed run would not write the average again
             with self.average.in_place():
                 self.run.save_weights(checkpoint.AVERAGE, self.weights(), self.step)
         self.run.save(self.state())
         self.saved_step = self.step
 
     def diverged(self, what: str) -> Diverged:
-        """The error that ends a diverged run: the last skipped step is repeated to find the first tensor with NaN or Inf."""
+        """The error of a diverged run; repeats the last skipped step to find the first tensor with NaN or Inf."""
         set_rng_state(self.rng, self.device)
         step = self.guard.last_skipped if self.guard.total else max(0, self.step - 1)
         batches = self.micro_batches(step, ALONE)
@@ -377,7 +375,7 @@ class Trainer:
         return Diverged(f"{what}: {culprit}; lower --lr (try {self.config.lr / 10:g}) or raise --warmup-steps; {kept}")
 
     def summarise(self) -> dict:
-        """summary.json, the table and the figures of a finished run."""
+        """Write summary.json and the figures of a finished run, and print its table."""
         config, path = self.config, self.run.path
         tokens, size = config.max_steps * config.tokens_per_step, self.model.num_params()
         summary = report.summarise(path, size, tokens, self.progress.seconds, self.guard.total)
@@ -392,7 +390,7 @@ class Trainer:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    # After a lost process, torchrun repeats the command that it started with: so --resume may also begin a run.
+    # When a process dies, torchrun repeats the original command, so under torchrun --resume may also start a run.
     return run_command(lambda world: main(parse(argv, "train.py", world.launched, architecture_of), world))
 
 

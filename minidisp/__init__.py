@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C end a command with one line and exit code 130 while its modules are imported, which takes seconds.
+    """Make Ctrl-C end a command with one line and exit code 130 during its imports, which take seconds.
 
-    Nothing is open by then. runtime.cli.take_over gives the signal back. An ignored SIGINT stays ignored.
+    No files are open at that point. runtime.cli.take_over restores the handler. An ignored SIGINT stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
@@ -29,43 +29,43 @@ def end_at_once(number, frame) -> None:
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"]:  # python -m minidisp.hf, for example: its imports come before its own first line
+if sys.argv[:1] == ["-m"]:  # python -m minidisp.hf, for example, imports this package before its own first line
     end_on_interrupt()
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: the message is one line that says what, where, and what to do.
+    """Invalid user input. The message is one line that says what is wrong, where, and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
 
 
 def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
-    """The content of a file of at most `most` bytes. Raises InputError naming the file if it cannot be read."""
+    """The content of a file of at most `most` bytes. Raises InputError, naming the file, if it cannot be read."""
     try:
-        found = os.stat(path)  # before it is opened: a pipe would wait for ever
+        found = os.stat(path)  # before opening, as opening a pipe would block
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise InputError(f"{path}: not a regular file")
         if found.st_size > most:
-            raise InputError(f"{path}: {found.st_size:,} bytes are too many for such a file")
+            raise InputError(f"{path} is too large: {found.st_size:,} bytes, where at most {most:,} are expected")
         with open(path, "rb") as file:
-            return file.read()  # with a number, Python would allocate that much
+            return file.read()  # not read(most), for which Python would allocate that much
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
 def parse_json(text: bytes, where: str | Path) -> object:
-    """What UTF-8 JSON says. Raises InputError starting with `where` if it is no JSON, or has NaN or a key twice."""
+    """Parse UTF-8 JSON. Raises InputError, starting with `where`, if it is invalid, or has NaN or duplicate keys."""
 
     def no_number(name: str) -> None:
-        raise ValueError(f"{name} is no number in JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         values = dict(pairs)
         if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {ascii(twice)[:40]} stands there twice")
+            raise ValueError(f"duplicate key {ascii(twice)[:40]}")
         return values
 
     try:
@@ -74,25 +74,25 @@ def parse_json(text: bytes, where: str | Path) -> object:
         raise InputError(f"{where} is damaged, or not JSON: {error}") from None
 
 
-# What a terminal or a page would obey instead of showing it: control characters such as ESC, line separators, what reverses
-# the order of a line (bidirectional overrides and isolates), invisible tags; and half surrogate pairs, which no encoding has.
+# Characters that a terminal or a browser would interpret instead of display: control characters such as ESC, line
+# separators, bidirectional overrides and isolates, and invisible tags. Also lone surrogates, which cannot be encoded.
 _UNSAFE = re.compile(
     "[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
 )
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text from a file can be printed and used in a path as it is: nothing in it would have to be escaped."""
+    """Whether an untrusted text can be printed and used in a path unchanged, as `printable` would escape nothing."""
     return not _UNSAFE.search(text)
 
 
 def printable(text: str | Path, most: int | None = None, keep: str = "") -> str:
-    """A text that is safe to show, with an escape such as \\x1b for what a terminal or a page would obey: on one line, unless
-    `keep` has a newline.
+    """The text on one line, with escapes such as \\x1b for characters that a terminal or a browser would interpret.
 
-    most: how many characters may be shown; of a longer text, the middle is left out. keep: characters not to escape.
+    most: maximum number of characters; the middle of a longer text is left out. keep: characters not to escape, for
+    example a newline.
     """
-    text = _shortened(str(text), most)  # first, as escaping megabytes takes its time
+    text = _shortened(str(text), most)  # before escaping, which is slow for megabytes
     return _shortened(_UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text), most)
 
 
@@ -103,11 +103,11 @@ def _shortened(text: str, most: int | None) -> str:
 
 
 def _escape(character: str) -> str:
-    code = ord(character)  # Python writes a byte of a name that is no UTF-8 as U+DC00 + the byte
+    code = ord(character)  # Python decodes an invalid UTF-8 byte in a file name as U+DC00 + the byte
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
-# The public names load on first use, so that importing a small part (the tokenizer, say) does not import torch.
+# Public names are imported on first use, so that importing a small part, such as the tokenizer, does not import torch.
 _HOME = {
     "GPT": "model",
     "GPTConfig": "model",

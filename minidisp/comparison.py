@@ -1,8 +1,8 @@
-"""Comparing runs: which of them belong together, what may be said of a difference, and the statistics behind it.
+"""Comparing runs: grouping and pairing them, the verdict on a difference, and the statistics behind it.
 
-Runs are grouped by configuration and paired by seed. "Better" and "worse" need at least three pairs whose interval over
-seeds excludes 0, and one corpus. Any other difference is reported with what limits it.
-What is undefined (an interval from one value) is NaN.
+Runs are grouped by configuration and paired by seed. "Better" and "worse" need the same corpus and at least three pairs
+whose interval over seeds excludes 0. Any other difference is reported with the reason why it is no verdict. Undefined
+values, such as the interval of a single value, are NaN.
 """
 
 import json
@@ -20,16 +20,17 @@ from minidisp.metrics import bits_per_byte
 
 LEAST_PAIRS = 3  # of seeds, for a verdict
 
-# Settings of evaluation during training and of logging, which have no effect on what a run learns.
+# Settings of evaluation during training and of logging, which do not affect what a run learns.
 LOGGING = frozenset(["eval_every", "eval_tokens", "log_every", "save_every", "keep", "tensorboard", "wandb"])
-# With these, settings that name a run, or change how it is computed, but not what it learns (other than by rounding).
-APART = LOGGING | {
-    "preset", "recipe", "out", "seed", "resume", "overwrite", "recompute", "dispersion_impl", "device", "compile", "threads", "shard",
-}  # fmt: skip
+# Settings that do not change what a run learns (other than by rounding): its name, how it is computed and logged.
+APART = LOGGING.union(
+    ["preset", "recipe", "out", "seed", "resume", "overwrite"],
+    ["recompute", "dispersion_impl", "device", "compile", "threads", "shard"],
+)
 
 
 class Run(NamedTuple):
-    """What a comparison must know of a run: with which others it may be grouped and paired."""
+    """The information about a run by which it is grouped and paired with others."""
 
     name: str
     tokenizer: str  # its hash
@@ -43,13 +44,13 @@ class Run(NamedTuple):
 
 @dataclass
 class Measure:
-    """A score of every run, and how two runs differ in it on the same text (or questions, pairs, ...)."""
+    """A score of every run, and its difference between two runs on the same text (or questions, pairs, ...)."""
 
-    key: str  # of the difference in the JSON file
+    key: str  # key of the difference in the JSON file
     values: list[float]  # one per run
     difference: Callable[[int, int], tuple[float, float, float]]  # (i, j) -> j minus i, and its 95 % interval
     sampled: str  # what that interval resamples: "text", "questions"
-    unit: str  # behind a difference, such as "bits/byte"
+    unit: str  # printed after a difference, such as "bits/byte"
     digits: int = 5
     percent: bool = False  # show 0.01 as 1.00 %
     lower_is_better: bool = False
@@ -60,8 +61,8 @@ class Measure:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The shortest names that differ: the last part of each path, or more parts; printable whatever the path's bytes."""
-    resolved = [Path(os.path.realpath(path)) for path in paths]  # of a loop of links, too
+    """The shortest distinct names: the last part of each path, or more parts if necessary; always printable."""
+    resolved = [Path(os.path.realpath(path)) for path in paths]  # realpath also resolves a loop of symbolic links
     parts = 1
     while len({path.parts[-parts:] for path in resolved}) < len(set(resolved)):
         parts += 1
@@ -70,14 +71,14 @@ def short_names(paths: list[str]) -> list[str]:
 
 class Comparison(NamedTuple):
     sentences: list[str]
-    versus_first: list[dict]  # of every run but the first: the difference, low, high, verdict
-    groups: list[dict]  # of every configuration: name, runs, seeds, mean, sd; from the second on versus_first
+    versus_first: list[dict]  # for every run but the first: the difference, low, high, verdict
+    groups: list[dict]  # for every configuration: name, runs, seeds, mean, sd; from the second on, versus_first
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[int]]:
-    """Indices of the runs of each configuration, in the order of the first of each.
+    """Indices of the runs of each configuration, in order of first appearance.
 
-    A seed is there once in a group: a second checkpoint of a run, say, belongs to another one.
+    A group contains a seed only once: a second checkpoint of a run, for example, goes to another group.
     """
     groups: dict[tuple, list[int]] = {}
     for i, run in enumerate(runs):
@@ -88,7 +89,7 @@ def group_runs(runs: Sequence[Run]) -> list[list[int]]:
 
 
 def _configuration(run: Run) -> str:
-    """What makes two runs repetitions of one experiment when only their seeds differ."""
+    """A key that is equal for two runs if they differ only in their seeds."""
     settings = {name: value for name, value in run.settings.items() if name not in APART}
     sequences = settings.pop("batch_size", 1) * settings.pop("grad_accum", 1)
     data = run.data or settings.get("data")
@@ -97,7 +98,7 @@ def _configuration(run: Run) -> str:
 
 
 def group_name(runs: Sequence[Run], members: Sequence[int]) -> str:
-    """The name that the runs share, without the seed at its end, or that of the first."""
+    """The common name of the runs without the seed at the end, or else that of the first."""
     names = {runs[i].name.removesuffix(f"-s{runs[i].seed}") for i in members}
     if len(members) == 1:
         return runs[members[0]].name
@@ -105,7 +106,7 @@ def group_name(runs: Sequence[Run], members: Sequence[int]) -> str:
 
 
 def compare(runs: Sequence[Run], measure: Measure) -> Comparison:
-    """Every configuration against that of the first run, in sentences and in numbers."""
+    """Compare every configuration with that of the first run, in sentences and in numbers."""
     groups = group_runs(runs)
     sentences, found = [], []
     verdicts = dict.fromkeys(groups[0], "same configuration")
@@ -138,7 +139,7 @@ def compare(runs: Sequence[Run], measure: Measure) -> Comparison:
 
 
 def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: list[int]) -> tuple[str, dict]:
-    """What may be said of a configuration against the first one: the end of a sentence, and its numbers."""
+    """Compare a configuration with the first one: the end of a sentence, and its numbers."""
     seeds = {runs[i].seed: i for i in first}
     pairs = [(seeds[runs[j].seed], j) for j in other if runs[j].seed in seeds]
     i, j = pairs[0] if pairs else (first[0], other[0])
@@ -160,7 +161,7 @@ def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: lis
     elif not limit:
         gain = -1 if measure.lower_is_better else 1
         limit = "no difference" if low <= 0 <= high else "better" if gain * mean > 0 else "worse"
-        why = f"no difference that {len(pairs)} seeds can show" if limit == "no difference" else limit
+        why = f"not significant with {len(pairs)} seeds" if limit == "no difference" else limit
     if math.isnan(low):
         interval = f"too little {measure.sampled} for an interval"
     else:
@@ -170,13 +171,13 @@ def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: lis
 
 
 def _broken(runs: Sequence[Run], measure: Measure, members: Sequence[int]) -> str:
-    """Which of them have no finite score, in words; "" if all have."""
+    """The runs whose score is NaN or Inf, as the end of a sentence; "" if there are none."""
     broken = [runs[i].name for i in members if not math.isfinite(measure.values[i])]
-    return f"as the loss of {' and '.join(broken)} is not finite: training diverged" if broken else ""
+    return f"as the loss of {' and '.join(broken)} is NaN or Inf: training diverged" if broken else ""
 
 
 def _limit(runs: Sequence[Run], measure: Measure, first: list[int], other: list[int], pairs: int) -> tuple[str, str]:
-    """What forbids a verdict: in a word for the JSON file, and in words; ("", "") if nothing does."""
+    """The reason against a verdict: a keyword for the JSON file, and a sentence; ("", "") if there is none."""
     if broken := _broken(runs, measure, [*first, *other]):
         return "undefined", broken
     if unknown := [runs[i].name for i in (first[0], other[0]) if runs[i].data is None]:
@@ -190,8 +191,8 @@ def _limit(runs: Sequence[Run], measure: Measure, first: list[int], other: list[
     if pairs < 2:
         what = "one seed" if pairs or len(first) == len(other) == 1 else "no seed in common"
         return "one seed", (
-            f"no verdict from {what}: only the {measure.sampled} was sampled, and seeds differ by more than this interval "
-            f"shows (train at least {LEAST_PAIRS} seeds of both)"
+            f"no verdict from {what}: the interval covers only the {measure.sampled}, not the larger variance between "
+            f"seeds (train at least {LEAST_PAIRS} seeds of both)"
         )
     if pairs < LEAST_PAIRS:
         return "two seeds", f"no verdict from {pairs} seeds: train at least {LEAST_PAIRS} of both"
@@ -222,9 +223,10 @@ def paired_bootstrap(
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of (N,) values, with a 95 % interval (Efron's percentile bootstrap): (mean, low, high); NaN ends if N < 2.
+    """Mean of (N,) values and its 95 % interval (Efron's percentile bootstrap): (mean, low, high).
 
-    For values of few kinds, such as 0 and 1: how often each is drawn in a resample is multinomial, so that is drawn.
+    low and high are NaN if N < 2. Efficient for values with few distinct levels, such as 0 and 1: the number of times
+    that each occurs in a resample is drawn from a multinomial distribution.
     """
     values = np.asarray(values, np.float64)
     mean, N = float(values.mean()), len(values)
@@ -236,9 +238,9 @@ def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> 
 
 
 def student_within(t: float, df: int) -> float:
-    """The share of Student's distribution, df >= 1, that lies between -t and t, t >= 0; 0.95 for t = 12.706 and df = 1.
+    """The probability of [-t, t] in Student's t-distribution, df >= 1, t >= 0; 0.95 for t = 12.706 and df = 1.
 
-    The closed form for whole df (Abramowitz & Stegun 26.7.3 and 26.7.4).
+    The closed form for integer df (Abramowitz & Stegun 26.7.3 and 26.7.4).
     """
     theta = math.atan(t / math.sqrt(df))
     term, total = (math.cos(theta), 0.0) if df % 2 else (1.0, 0.0)
@@ -250,9 +252,9 @@ def student_within(t: float, df: int) -> float:
 
 
 def student_t(df: int) -> float:
-    """The t so that 95 % of Student's distribution, df >= 1, lies between -t and t; 12.706 for df = 1.
+    """The t for which [-t, t] has probability 95 % in Student's t-distribution, df >= 1; 12.706 for df = 1.
 
-    Bisection in theta = arctan(t / sqrt(df)).
+    Found by bisection in theta = arctan(t / sqrt(df)).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -262,15 +264,15 @@ def student_t(df: int) -> float:
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean of the paired differences second - first (over seeds, say), their standard deviation, and a 95 % interval.
+    """Mean of the paired differences second - first, for example over seeds, their standard deviation, and a 95 %
+    interval.
 
-    The interval is Student's, mean +- t sd / sqrt(n), so it is right for normally distributed differences even if there
-    are few.
-    Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have n >= 1
-    values.
+    The interval is Student's, mean +- t sd / sqrt(n), which is exact for normally distributed differences, however few.
+    Returns (mean, sd, low, high); with one pair, all but the mean are NaN. Raises ValueError unless both have the same
+    number n >= 1 of values.
     """
     if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"{len(first)} and {len(second)} values are no pairs")
+        raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     mean, n = float(difference.mean()), len(difference)
     if n == 1:
@@ -281,9 +283,9 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
 
 
 def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of Student's paired test that the mean of second - first is 0; NaN with one pair.
+    """Two-sided p-value of the paired t-test that the mean of second - first is 0; NaN with one pair.
 
-    As paired_interval: p < 0.05 exactly where the interval leaves out 0. Equal values throughout give 1.
+    p < 0.05 exactly if the interval of paired_interval excludes 0. 1 if all pairs are equal.
     """
     mean, sd, _, _ = paired_interval(first, second)
     if sd == 0:
@@ -293,10 +295,10 @@ def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the sign test that second is as often below first as above it; equal pairs are left out.
+    """Two-sided p-value of the sign test that second is below first as often as above; ties are left out.
 
-    Six of six seeds on one side give 0.031, four of four 0.125: fewer than six can show nothing at 0.05. NaN if a value
-    is.
+    Six of six seeds on one side give 0.031, five of five 0.0625: fewer than six are never significant at 0.05. NaN if
+    any value is NaN.
     """
     signs = np.sign(np.asarray(second, np.float64) - np.asarray(first, np.float64))
     if np.isnan(signs).any():
@@ -306,7 +308,7 @@ def sign_test_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number (Holm 1979): one below 0.05 is so with all of them looked at. NaN stays."""
+    """p-values corrected for multiple comparisons (Holm 1979). A NaN stays NaN and does not count as a comparison."""
     order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
     corrected, worst = list(p_values), 0.0
     for rank, i in enumerate(order):

@@ -25,19 +25,30 @@ from minidisp.ops.dispersion import IMPLEMENTATIONS
 from minidisp.optim import OPTIMIZERS, SCHEDULES, weight_schedule
 from minidisp.runtime.cli import Parser
 
-MOST_CHARACTERS = 4096  # of a path
+MOST_CHARACTERS = 4096  # of any text setting
 MOST_SEQUENCES = 1_000_000  # in a cycle of a mixture of corpora
-MOST_PATH = 1000  # characters of a run folder's path: a file in it must not exceed the 4,096 bytes of the system
-MOST_BYTES = 200  # of the name of a run folder: file systems allow 255
-MOST_THREADS = 1024  # torch's thread pool aborts the process when it cannot start its threads
+MOST_PATH = 1000  # characters of a run folder's path, so that files in it stay below the system's limit of 4,096 bytes
+MOST_BYTES = 200  # of the default name of a run folder; file systems allow 255
+MOST_THREADS = 1024  # with more, torch may fail to start its threads, which aborts the process
 
 # Sizes below gpt2 are minidisp's own, chosen for a laptop; the others are the published models. Only the values
 # that differ from the defaults are listed.
-_GPT2 = {"block_size": 1024, "batch_size": 16, "grad_accum": 32, "lr": 6e-4, "beta2": 0.95, "warmup_steps": 700, "max_steps": 20_000,
-         "eval_every": 1000, "eval_tokens": 1_048_576, "save_every": 1000}  # fmt: skip
+_GPT2 = {
+    "block_size": 1024,
+    "batch_size": 16,
+    "grad_accum": 32,
+    "lr": 6e-4,
+    "beta2": 0.95,
+    "warmup_steps": 700,
+    "max_steps": 20_000,
+    "eval_every": 1000,
+    "eval_tokens": 1_048_576,
+    "save_every": 1000,
+}
 PRESETS: dict[str, dict] = {
     "tiny": {},
-    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000, "lr": 1e-3, "warmup_steps": 100},
+    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000, "lr": 1e-3,
+             "warmup_steps": 100},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_GPT2},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_GPT2, "lr": 3e-4},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, **_GPT2, "lr": 2.5e-4},
@@ -52,9 +63,9 @@ PRESETS: dict[str, dict] = {
 FINE_TUNING_LR = 0.1
 
 # How to train, independent of model size: fields applied after the preset's and before the other flags. "fast" gives
-# the lowest loss per unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons. A
-# new run is fast unless its command, its preset or the model that it starts from says otherwise; a saved configuration
-# without a recipe means gpt2.
+# the lowest loss per unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons.
+# New runs use fast, unless --recipe, the preset or the initial model implies gpt2. A saved configuration without a
+# recipe means gpt2.
 RECIPES: dict[str, dict] = {
     "gpt2": {},
     "fast": {
@@ -81,8 +92,7 @@ class Config(GPTConfig):
     preset: Literal[tuple(PRESETS)] = flag("tiny", "model size and the settings that go with it", resume="silent")
     recipe: Literal[tuple(RECIPES)] = flag(
         "gpt2",
-        "training recipe; fast: lowest loss per unit of time; gpt2: the paper's setting, used as the baseline (see "
-        "below)",
+        "training recipe; fast: lowest loss per unit of time; gpt2: the paper's setting, the baseline (see below)",
     )
     out: str = flag(
         "",
@@ -101,9 +111,8 @@ class Config(GPTConfig):
     )
     packing: Literal["separate", "joined", "none"] = flag(
         "separate",
-        "packing of examples into windows; separate: several per window, attention confined to each example; joined: "
-        "several "
-        "per window, each attends to those before it; none: one example per window",
+        "packing of examples into windows; separate: several per window, attention confined to each example; "
+        "joined: several per window, each attends to those before it; none: one example per window",
     )
     init_from: str = flag(
         "",
@@ -116,8 +125,8 @@ class Config(GPTConfig):
     )
     dispersion_schedule: str = flag(
         "constant",
-        "schedule of that weight; constant; linear:F: decays to 0 at fraction F of the run; delayed:F: 0 until "
-        "fraction F",
+        "schedule of that weight: constant; linear:F, linear decay to 0 at fraction F of the run; or delayed:F, 0 "
+        "until fraction F",
         resume="reported",
     )
     dispersion_variant: Literal[tuple(VARIANTS)] = flag(
@@ -143,7 +152,7 @@ class Config(GPTConfig):
         resume="reported",
     )
     dispersion_tokens: int = flag(
-        0, "tokens sampled per sequence for the loss; 0 = all, the authors use 256", low=0, resume="reported"
+        0, "tokens sampled per sequence for the loss; 0 = all, the paper's code uses 256", low=0, resume="reported"
     )
     dispersion_impl: Literal[IMPLEMENTATIONS] = flag(
         "auto",
@@ -208,8 +217,8 @@ class Config(GPTConfig):
     beta2: float = flag(0.99, "AdamW beta2; the larger presets use 0.95", low=0, below=1, resume="reported")
     ema: float = flag(
         0.0,
-        "decay of an exponential moving average (EMA) of the weights, such as 0.99; it is also evaluated, and saved as "
-        "ckpt_ema.pt; 0 = off",
+        "decay of an exponential moving average (EMA) of the weights, for example 0.99; it is evaluated too, and saved "
+        "as ckpt_ema.pt; 0 = off",
         low=0,
         below=1,
     )
@@ -254,23 +263,23 @@ class Config(GPTConfig):
         parse_corpora(self.data)
         if len(self.out) > MOST_PATH or any(len(part.encode()) > 255 for part in Path(self.out).parts):
             raise InputError(
-                f"--out {self.out[:40]!a}... is too long: give a path of at most {MOST_PATH} characters, 255 bytes per folder"
+                f"--out {self.out[:40]!a}... is too long: pass a path of at most {MOST_PATH} characters, with at most "
+                "255 bytes per folder name"
             )
         if self.block_size < 2:  # the mean cosine needs at least one pair of tokens
             raise InputError(f"--block-size is {self.block_size}, but training needs at least 2")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"--min-lr {self.min_lr} is above --lr {self.lr}: change one of them")
-        if (
-            self.optimizer == "muon" and self.lr > 1e30
-        ):  # Muon scales the learning rate up, and the product must fit in float32
+        # Muon scales the learning rate up, and the product must fit in float32.
+        if self.optimizer == "muon" and self.lr > 1e30:
             raise InputError(f"--lr is {self.lr}, but must be at most 1e30 with --optimizer muon")
         if self.resume and self.overwrite:
             raise InputError("--resume continues a run and --overwrite replaces it: pass only one of them")
         if 2 * self.active_forgetting > self.max_steps:
             raise InputError(
                 f"--active-forgetting {self.active_forgetting} would never reset anything in {self.max_steps} steps, "
-                "since every "
-                f"reset needs as many steps after it: pass at most {self.max_steps // 2}, or raise --max-steps"
+                "since a reset must be followed by as many steps: pass at most "
+                f"{self.max_steps // 2}, or raise --max-steps"
             )
         if self.distill:
             teacher = os.path.realpath(self.distill)  # also resolves a loop of symbolic links
@@ -286,8 +295,8 @@ class Config(GPTConfig):
             raise InputError("--dispersion-tokens is 1, but the loss needs pairs of tokens: pass 0 (all) or at least 2")
         if self.dispersion and self.n_embd < 2 and self.dispersion_variant not in ("l2_repel", "perplexity_entropy"):
             raise InputError(
-                f"--dispersion-variant {self.dispersion_variant} needs angles, which --n-embd 1 does not have: pass at "
-                "least 2"
+                f"--dispersion-variant {self.dispersion_variant} needs angles, which do not exist for --n-embd 1: "
+                "pass at least 2"
             )
         for name, check in (
             ("dispersion_layers", lambda: select_layers(self.dispersion_layers, self.n_layer)),
@@ -330,26 +339,25 @@ def parse_corpora(data: str | tuple[str, ...]) -> list[tuple[str, int]]:
         if not name or not re.fullmatch(r"[-+.\d]+", weight) or os.path.exists(item):
             name, weight = item, "1"
         if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", weight) or not float(weight):
-            raise InputError(f"--data {item}: the weight must be above 0 and below a million, such as 3 or 0.5")
+            raise InputError(f"--data {item}: the weight must be above 0 and below a million, for example 3 or 0.5")
         pairs.append((name, Fraction(weight)))
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"--data: {twice} is given twice; pass it once, with a weight such as {twice}:2")
+        raise InputError(f"--data: {twice} is given twice: pass it once, with a weight, for example {twice}:2")
     scale = math.lcm(*(weight.denominator for _, weight in pairs))
     weights = [int(weight * scale) for _, weight in pairs]
     weights = [weight // math.gcd(*weights) for weight in weights]
     if sum(weights) > MOST_SEQUENCES:
         raise InputError(
-            f"--data: the weights add up to {sum(weights):,} in lowest terms: use rounder ones, such as 3 and 1"
+            f"--data: the weights add up to {sum(weights):,} in lowest terms: use simpler ones, for example 3 and 1"
         )
     return list(zip(names, weights, strict=True))
 
 
 def corpora_name(data: str | tuple[str, ...]) -> str:
     """The corpora in the name of a run folder, such as chat-3+books-1."""
-    pairs = [
-        (Path(os.path.abspath(name)).name, weight) for name, weight in parse_corpora(data)
-    ]  # abspath: "." has no name
+    # abspath, as "." has no name
+    pairs = [(Path(os.path.abspath(name)).name, weight) for name, weight in parse_corpora(data)]
     return pairs[0][0] if len(pairs) == 1 else "+".join(f"{name}-{weight}" for name, weight in pairs)
 
 
@@ -367,28 +375,36 @@ def command_line(fields: dict) -> list[str]:
 
 # The sections of --help, each with its first field.
 GROUPS = {
-    "run": "preset", "data": "data", "model": "arch", "dispersion": "dispersion",
-    "other mitigation methods": "noisy_embedding", "optimisation": "max_steps",
-    "system": "device", "logging": "eval_every",
-}  # fmt: skip
+    "run": "preset",
+    "data": "data",
+    "model": "arch",
+    "dispersion": "dispersion",
+    "other mitigation methods": "noisy_embedding",
+    "optimisation": "max_steps",
+    "system": "device",
+    "logging": "eval_every",
+}
 
 # Names of these settings in other frameworks; an unknown flag with such a name gets a suggestion.
 ELSEWHERE = {
-    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "max_iters": "max_steps", "steps": "max_steps",
-    "iterations": "max_steps", "num_steps": "max_steps", "epochs": "max_steps", "num_train_epochs": "max_steps",
-    "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule",
-    "gradient_accumulation_steps": "grad_accum", "accumulate": "grad_accum", "micro_batch_size": "batch_size",
-    "device_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "max_grad_norm": "grad_clip", "clip": "grad_clip",
-    "context_length": "block_size", "seq_len": "block_size", "sequence_length": "block_size", "max_seq_len": "block_size",
-    "n_layers": "n_layer", "num_layers": "n_layer", "depth": "n_layer", "n_heads": "n_head", "num_heads": "n_head",
-    "d_model": "n_embd", "hidden_size": "n_embd", "width": "n_embd", "n_kv_heads": "n_kv_head", "d_ff": "mlp_dim",
-    "intermediate_size": "mlp_dim", "out_dir": "out", "output_dir": "out", "output": "out", "run": "out", "name": "out",
-    "dataset": "data", "corpus": "data", "eval_interval": "eval_every", "eval_iters": "eval_tokens", "log_interval": "log_every",
-    "save_interval": "save_every", "always_save_checkpoint": "save_every", "wandb_log": "wandb", "lambda": "dispersion",
-    "dispersion_lambda": "dispersion", "dispersion_weight": "dispersion", "tau": "dispersion_tau", "variant": "dispersion_variant",
-    "layers": "dispersion_layers", "precision": "dtype", "teacher": "distill", "neftune_noise_alpha": "noisy_embedding",
-    "model": "preset", "size": "preset", "resume_from_checkpoint": "resume", "resume_from": "resume", "checkpoint": "init_from",
-    "num_threads": "threads", "fsdp": "shard", "adam_beta1": "beta1", "adam_beta2": "beta2",
+    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule", "warmup_iters": "warmup_steps", "warmup": "warmup_steps", "steps": "max_steps",
+    "max_iters": "max_steps", "iterations": "max_steps", "num_steps": "max_steps", "epochs": "max_steps",
+    "num_train_epochs": "max_steps", "gradient_accumulation_steps": "grad_accum", "accumulate": "grad_accum",
+    "micro_batch_size": "batch_size", "device_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
+    "max_grad_norm": "grad_clip", "clip": "grad_clip", "adam_beta1": "beta1", "adam_beta2": "beta2",
+    "context_length": "block_size", "seq_len": "block_size", "sequence_length": "block_size",
+    "max_seq_len": "block_size", "n_layers": "n_layer", "num_layers": "n_layer", "depth": "n_layer",
+    "n_heads": "n_head", "num_heads": "n_head", "n_kv_heads": "n_kv_head", "d_model": "n_embd",
+    "hidden_size": "n_embd", "width": "n_embd", "d_ff": "mlp_dim", "intermediate_size": "mlp_dim", "out_dir": "out",
+    "output_dir": "out", "output": "out", "run": "out", "name": "out", "dataset": "data", "corpus": "data",
+    "eval_interval": "eval_every", "eval_iters": "eval_tokens", "log_interval": "log_every",
+    "save_interval": "save_every", "always_save_checkpoint": "save_every", "wandb_log": "wandb",
+    "lambda": "dispersion", "dispersion_lambda": "dispersion", "dispersion_weight": "dispersion",
+    "tau": "dispersion_tau", "variant": "dispersion_variant", "layers": "dispersion_layers",
+    "neftune_noise_alpha": "noisy_embedding", "teacher": "distill", "precision": "dtype", "num_threads": "threads",
+    "fsdp": "shard", "model": "preset", "size": "preset", "checkpoint": "init_from", "resume_from": "resume",
+    "resume_from_checkpoint": "resume",
 }  # fmt: skip
 
 
@@ -468,9 +484,8 @@ def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPT
         return config
     wider = 1.0 if "preset" in given else max(1.0, config.n_embd / GPTConfig.n_embd)
     lr = float(f"{FINE_TUNING_LR * config.lr / wider:.2g}")
-    return dataclasses.replace(
-        config, lr=lr, out=str(config.run_dir)
-    )  # keep the folder name, which does not include this learning rate
+    # `out` keeps the folder name, which does not include this learning rate.
+    return dataclasses.replace(config, lr=lr, out=str(config.run_dir))
 
 
 def _resumed(base: dict, given: dict) -> Config:
@@ -523,11 +538,12 @@ def default_run_dir(fields: dict) -> Path:
     usual = {f.name: f.default for f in flags()} | PRESETS[preset] | RECIPES[recipe]
     usual |= {"recipe": default_recipe(preset)}
     named = ("data", "preset", "dispersion", "seed")
-    name = f"{corpora_name(fields.get('data', Config.data))}-{preset}-d{fields.get('dispersion', Config.dispersion):g}-s{fields.get('seed', Config.seed)}"
+    data, dispersion, seed = (fields.get(name, getattr(Config, name)) for name in ("data", "dispersion", "seed"))
+    name = f"{corpora_name(data)}-{preset}-d{dispersion:g}-s{seed}"
     for field in flags():
         value = fields.get(field.name, usual[field.name])
-        told = field.metadata["resume"] != "silent" or field.name in ("init_from", "distill")
-        if told and field.name not in (*named, "max_steps", "eval_tokens") and value != usual[field.name]:
+        matters = field.metadata["resume"] != "silent" or field.name in ("init_from", "distill")
+        if matters and field.name not in (*named, "max_steps", "eval_tokens") and value != usual[field.name]:
             name += f"-{field.name}_{Path(value).name if isinstance(value, str) else value}"
     if len(name.encode()) > MOST_BYTES:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -587,24 +603,11 @@ def _tables() -> str:
         size = f"{get('n_layer')} x {get('n_embd')}"
         rows.append((name, size, f"{get('block_size'):,}", f"{tokens:,}", f"{get('max_steps'):,}", f"{get('lr'):g}"))
     lines = ["{:12s}  {:>14s}  {:>7s}  {:>11s}  {:>6s}  {:>6s}".format(*row) for row in (headers, *rows)]
-    recipes = [
-        f"{name:12s}  "
-        + (
-            ", ".join(f"{key} {value}" for key, value in fields.items())
-            or "the paper's setting: GPT-2 blocks, AdamW, cosine schedule, and lr and warm-up of the preset"
-        )
-        for name, fields in RECIPES.items()
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "recipe",
-            *recipes,
-            "",
-            "tiny and mini use --recipe fast by default; the others, which are published models, --recipe gpt2.",
-        ]
-    )
+    gpt2 = "the paper's setting: GPT-2 blocks, AdamW, cosine schedule, and lr and warm-up of the preset"
+    settings = {name: ", ".join(f"{key} {value}" for key, value in RECIPES[name].items()) or gpt2 for name in RECIPES}
+    lines += ["", "recipe", *(f"{name:12s}  {text}" for name, text in settings.items()), ""]
+    lines.append("tiny and mini use --recipe fast by default; the others, which are published models, --recipe gpt2.")
+    return "\n".join(lines)
 
 
 def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dict, typed_as: dict[str, str]) -> dict:
@@ -620,7 +623,8 @@ def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dic
     for name, value in values.items():
         if name in typed_as and wanted[name] not in (value, getattr(source, name)):
             raise InputError(
-                f"--init-from {start} has {name} {getattr(source, name)}, not {wanted[name]}: leave out --{kebab(typed_as[name])}"
+                f"--init-from {start} has {name} {getattr(source, name)}, not {wanted[name]}: leave out "
+                f"--{kebab(typed_as[name])}"
             )
     return values
 
@@ -668,9 +672,9 @@ def from_dict(values: dict) -> Config:
 
 
 def _expected(kind) -> str:
-    return (
-        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"of type {_base_type(kind).__name__}"
-    )
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return f"of type {_base_type(kind).__name__}"
 
 
 def to_dict(config: GPTConfig) -> dict:
