@@ -1,4 +1,4 @@
-"""Generating text with a model: caches of keys and values, and sampling."""
+"""Text generation with a model: the key-value cache, attention masks, and sampling."""
 
 import functools
 import math
@@ -10,47 +10,47 @@ from torch import Tensor
 from minidisp import InputError
 from minidisp.ops.attention import Kept, compute_dtype
 
-MIN_TEMPERATURE = 1e-6  # of sampling, unless it is 0
+MIN_TEMPERATURE = 1e-6  # smallest sampling temperature other than 0
 
 
 class Context:
-    """What the tokens of a forward pass see of one another; this one: texts, from their beginning.
+    """Positions, cached keys and values, and attention mask of a forward pass. This class: plain causal attention.
 
-    The network asks a context for everything that depends on it: the position of a token, keys and values of earlier
-    tokens, and which of them a token sees. Attention of another kind (sliding window, ALiBi) needs `distances` alone,
-    and is then the same in training, cached generation, packed examples and scored sentences (docs/hacking.md).
+    The network takes from it everything that depends on the surrounding tokens. Another kind of attention, such as a
+    sliding window or ALiBi, only needs `distances`, and then works in training, cached generation, packed examples and
+    scoring alike (docs/hacking.md).
     """
 
     length = 0  # tokens before those of this forward pass
-    fits_in_context = True  # whether length + T must not exceed the model's context
+    fits_in_context = True  # whether length + T is limited to the model's context
 
     def positions(self, T: int, relative: bool) -> slice | Tensor:
-        """The positions of T new tokens: a slice, or (B, T) int64. relative: only differences matter, as for rotations."""
+        """Positions of T new tokens: a slice, or (B, T) int64. relative: only differences matter, as in rotary ones."""
         return slice(self.length, self.length + T)
 
     def distances(self, T: int, device: torch.device) -> Tensor:
-        """How many tokens key s lies before query t, below 0 where t does not see s: (B or 1, 1, T, length + T) int64."""
+        """Distance from query t back to key s in tokens, negative if masked, (B or 1, 1, T, length + T) int64."""
         at = torch.arange(self.length + T, device=device)
         return (at[self.length :, None] - at)[None, None]
 
     def mask(self, T: int, device: torch.device) -> Tensor | None:
-        """Whether query t sees key s, bool, shaped like distances. None: every token sees all tokens up to itself."""
+        """Whether query t attends to key s, bool, with the shape of distances. None: plain causal attention."""
         return None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of block `layer`, those of earlier tokens before k and v, (B, n_kv_head, T, D)."""
+        """Keys and values of block `layer`: those of earlier tokens followed by k and v, (B, n_kv_head, T, D)."""
         return k, v
 
     def kept(self, layer: int, mask: Tensor | None) -> Kept | None:
-        """What causal_attention has to know; None: nothing, so that the fused operator can be used."""
+        """The cache and mask for causal_attention; None if there are none, which allows the fused operator."""
         return None if mask is None else (functools.partial(self.append, layer), mask)
 
     def advance(self, T: int) -> None:
-        """Called when T tokens have passed all blocks."""
+        """Called after a forward pass of T tokens."""
 
 
 class KVCache(Context):
-    """Keys and values of all blocks for up to `size` tokens, so that each new token costs a forward pass of one token.
+    """Keys and values of all blocks for up to `size` tokens, so that generating a token takes a forward pass of one.
 
     A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
     """
@@ -61,7 +61,7 @@ class KVCache(Context):
         self.size, self.length = size, 0
 
     def mask(self, T: int, device: torch.device) -> Tensor | None:
-        # One token sees everything that is kept, and the first ones each other: only more tokens behind others need a mask.
+        # A single token attends to the whole cache, and with an empty cache plain causal attention applies.
         return self.distances(T, device) >= 0 if T > 1 and self.length else None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class KVCache(Context):
         return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but those with these indices."""
+        """Keep only the sequences with these indices."""
         self.blocks = [block[:, rows] for block in self.blocks]
 
     def kept(self, layer: int, mask: Tensor | None) -> Kept:
@@ -82,7 +82,7 @@ class KVCache(Context):
 
 
 class _Masked(Context):
-    """Rows in which a token sees some of the tokens before it. depth: (B, T) int64, how many, which is its position."""
+    """Rows in which a token attends to a subset of those before it. depth: (B, T) int64, their number: its position."""
 
     def __init__(self, depth: Tensor, sees: Tensor):
         self.depth, self._sees = depth, sees.unsqueeze(1)  # (B, T), (B, 1, T, T)
@@ -99,10 +99,10 @@ class _Masked(Context):
 
 
 class PrefixTree(_Masked):
-    """Texts that share their beginnings, in one row: a token sees those on the way from the root of its tree to itself.
+    """Texts with common prefixes in one row, stored as a tree: a token attends to its ancestors and itself.
 
-    parents: (B, T) int64, the index of the token before each, which is smaller, and its own for a root; depth: (B, T)
-    int64, below the model's context; T may be any.
+    parents: (B, T) int64, index of each token's predecessor, which is smaller, or its own index for a root. depth: (B,
+    T) int64, below the model's context. T is not limited by the context.
     """
 
     fits_in_context = False
@@ -118,9 +118,9 @@ class PrefixTree(_Masked):
 
 
 class Segments(_Masked):
-    """Examples packed into a row: a token sees those before it in its own example, whose positions begin at 0.
+    """Examples packed into a row: a token attends within its own example, whose positions start at 0.
 
-    segments: (B, T) int64, the number of the example that a token belongs to; an example's tokens are contiguous.
+    segments: (B, T) int64, index of the example of each token; the tokens of an example are contiguous.
     """
 
     def __init__(self, segments: Tensor):
@@ -129,13 +129,13 @@ class Segments(_Masked):
         super().__init__(at - same.to(torch.uint8).argmax(dim=2), same & (at.unsqueeze(1) >= at))
 
     def positions(self, T: int, relative: bool) -> slice | Tensor:
-        return slice(0, T) if relative else self.depth  # one table for all rows is faster
+        return slice(0, T) if relative else self.depth  # for relative ones, the same slice for all rows is faster
 
 
 def generate(model, idx: Tensor, *args, stop_token: int | Collection[int] | None = None, **options) -> Tensor:
     """Sample a continuation of idx, (B, T) int64; returns (B, T + new). The arguments are those of `stream`."""
     drawn = list(stream(model, idx, *args, stop_token=stop_token, **options))
-    if stop_token is not None and drawn:  # stream may have gone on after all had stopped
+    if stop_token is not None and drawn:  # stream may yield a few tokens after every sequence has stopped
         stops = torch.tensor(_several(stop_token), device=idx.device)
         stopped = (torch.isin(torch.cat(drawn, dim=1), stops).cumsum(dim=1) > 0).all(dim=0)  # (new,)
         del drawn[len(drawn) - int(stopped[:-1].sum()) :]
@@ -153,15 +153,15 @@ def stream(
     seed: int | Sequence[int] | None = None,
     stop_token: int | Collection[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Draw the tokens that continue idx, one per sequence at a time; yields (B, 1) int64, at most max_new_tokens times.
+    """Sample a continuation of idx, token by token; yields (B, 1) int64, at most max_new_tokens times.
 
-    idx: (B, T) int64, T >= 1. temperature: 0 takes the most likely token. top_k: sample among the k most likely only.
-    top_p: nucleus sampling (arXiv 1904.09751), among the fewest tokens that hold this much probability. seed: makes the
-    sample repeatable and leaves torch's global generator alone; with a seed for every sequence, each draws what it would
-    draw alone. stop_token: one, or several, that end a sequence, which then repeats it; ends when every sequence has
-    produced one. Where `look_every` is more than 1, a few more tokens may follow, which `generate` cuts off.
-    When the context is full, its older half is dropped. Raises ValueError on a value out of range, and InputError where
-    the logits are NaN or infinite.
+    idx: (B, T) int64, T >= 1. temperature: 0 is greedy decoding. top_k: sample among the k most likely tokens only.
+    top_p: nucleus sampling (arXiv 1904.09751), from the smallest set of tokens with this total probability. seed: makes
+    the sample reproducible without affecting torch's global generator; with one seed per sequence, each sample equals
+    that of the sequence alone. stop_token: one or several tokens that end a sequence, which then repeats its stop
+    token; iteration ends when all sequences have ended, or up to `look_every` - 1 tokens later (`generate` cuts these).
+    When the context is full, its older half is dropped. Raises ValueError if a value is out of range, and InputError if
+    the logits are NaN or Inf.
     """
     if idx.ndim != 2 or idx.shape[1] < 1:
         raise ValueError(f"idx must be (B, T) with T >= 1, not {tuple(idx.shape)}")
@@ -174,7 +174,7 @@ def stream(
     size = min(block_size, idx.shape[1] + max_new_tokens)
     cache = KVCache(model.config, len(idx), size, idx.device, compute_dtype(model.wte.weight))
     context, unread, stopped = idx, idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-    drawn, running = idx[:, -1:].clone(), torch.arange(len(idx), device=idx.device)  # the rows that are still computed
+    drawn, running = idx[:, -1:].clone(), torch.arange(len(idx), device=idx.device)  # rows that are still computed
     every, finite = look_every(idx.device), torch.tensor(True, device=idx.device)
     try:
         for new in range(1, max_new_tokens + 1):
@@ -184,9 +184,7 @@ def stream(
             logits = model.logits(x[:, -1]).float()  # (rows, V)
             finite &= (logits < math.inf).all()
             if new % every == 0 and not finite:
-                raise InputError(
-                    "the model's logits are NaN or infinite: its weights are damaged, or training diverged"
-                )
+                raise InputError("the model's logits are NaN or Inf: its weights are damaged, or training diverged")
             unread = sample(logits, temperature, top_k, top_p, generators)  # (rows, 1)
             if stops is not None:
                 unread = torch.where(stopped.unsqueeze(1), context[:, -1:], unread)
@@ -198,14 +196,14 @@ def stream(
                 if new % every == 0 and (n := int(stopped.sum())):
                     if n == len(stopped):
                         break
-                    # The others alone from here on, unless rows draw from one generator and so depend on their number.
+                    # Drop ended rows, unless all rows share one generator and so depend on the number of rows.
                     if 2 * n >= len(stopped) and (isinstance(generators, list) or temperature == 0):
                         rest = (~stopped).nonzero()[:, 0]
                         cache.keep(rest)
                         context, unread, running, stopped = context[rest], unread[rest], running[rest], stopped[rest]
                         if isinstance(generators, list):
                             generators = [generators[i] for i in rest.tolist()]
-    finally:  # also where nobody asks for more
+    finally:  # also if the caller stops iterating
         model.train(was_training)
 
 
@@ -225,16 +223,14 @@ def _generators(seed: int | Sequence[int] | None, n: int, device: torch.device) 
 
 
 def look_every(device: torch.device) -> int:
-    """After how many tokens sampling looks at what was drawn: any device but a CPU would be waited for each time."""
+    """The number of tokens between checks of the sampled tokens, as each check synchronises with the device."""
     return 1 if device.type == "cpu" else 16
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError unless GPT.generate can sample so: a temperature near 0 would divide logits beyond float32."""
+    """Raise ValueError unless the sampling parameters are valid; a tiny temperature would overflow the logits."""
     if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
-        raise ValueError(
-            f"temperature is {temperature}, but must be 0 for the likeliest token, or from {MIN_TEMPERATURE} on"
-        )
+        raise ValueError(f"temperature is {temperature}, but must be 0 (greedy decoding) or at least {MIN_TEMPERATURE}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}, but must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
@@ -242,7 +238,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: Generators) -> Tensor:
-    """Draw one token per row of logits (B, V), float32; returns (B, 1) int64. See GPT.generate for the rest."""
+    """Sample one token per row of logits (B, V), float32; returns (B, 1) int64. See `stream` for the rest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -251,8 +247,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays if those before it do not reach top_p yet; the most likely one stays even where float32 has no
-        # number as small as top_p.
+        # Keep a token if those before it have less than top_p in total. Always keep the most likely one, in case top_p
+        # underflows to 0 in float32.
         excluded = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
         excluded[:, 0] = False
         probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(excluded, 0.0))

@@ -1,10 +1,10 @@
-"""The Transformer, one file: GPT-2 style and Qwen3 style blocks, chosen by `GPTConfig.arch`.
+"""The Transformer in one file: GPT-2-style and Qwen3-style blocks, selected by `GPTConfig.arch`.
 
     gpt2    LayerNorm, learned positions, GELU, biases                        (Radford et al. 2019)
     qwen3   RMSNorm, rotary positions, SwiGLU, QK-norm, grouped-query heads   (arXiv 2505.09388)
 
 Shapes: B sequences, T tokens, C = n_embd channels, V = vocab_size, H heads of D channels each.
-The model knows nothing of the dispersion loss: it hands out its hidden states, and the trainer adds the regulariser.
+The model does not know the dispersion loss: it returns its hidden states, and the trainer adds the regulariser.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from minidisp.ops.attention import causal_attention
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """What defines the network. Raises InputError naming the flag when the numbers do not fit together.
+    """The architecture of the network. Raises InputError, naming the flag, if values are invalid or inconsistent.
 
-    The upper bounds are far above any model there is, and low enough to reject a hostile file before its numbers are used.
+    The upper bounds are far above any existing model, and reject the numbers of a malicious file before they are used.
     """
 
     arch: Literal["gpt2", "qwen3"] = flag("gpt2", "architecture of the blocks")
@@ -38,7 +38,10 @@ class GPTConfig:
     n_embd: int = flag(192, "channels of the hidden states", low=1, high=1 << 20)
     head_dim: int = flag(0, "channels per head; 0 = n_embd / n_head", low=0, high=1 << 16)
     mlp_dim: int = flag(
-        0, "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to 64s", low=0, high=1 << 24
+        0,
+        "hidden channels of the MLP; 0 = 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to a multiple of 64",
+        low=0,
+        high=1 << 24,
     )
     block_size: int = flag(256, "context length in tokens", low=1, high=1 << 24)
     dropout: float = flag(0.0, "dropout probability", low=0, below=1, resume="reported")
@@ -65,7 +68,8 @@ class GPTConfig:
         check_bounds(self)
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(
-                f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or give --head-dim"
+                f"--n-embd {self.n_embd} is not a multiple of --n-head {self.n_head}: change one of them, or pass "
+                "--head-dim"
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise InputError(
@@ -75,16 +79,16 @@ class GPTConfig:
         if self.arch == "qwen3" and head_dim % 2:
             raise InputError(f"rotary positions need an even --head-dim, not {head_dim}: change --n-head or --head-dim")
         if self.attention_bias and self.arch == "gpt2":
-            raise InputError("--attention-bias goes with --arch qwen3: gpt2 has --bias for all its linear layers")
+            raise InputError("--attention-bias is for --arch qwen3: use --bias for all linear layers of gpt2")
 
-        # From here on every field holds what is in force, also where 0 stood for the usual choice.
+        # Replace 0 by the default it stands for, so that every field has its effective value.
         for name, value in self.usual().items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "bias", self.bias and self.arch == "gpt2")
 
     def usual(self) -> dict[str, float]:
-        """What 0 stands for, of the fields that may be left to the others."""
+        """The defaults that are derived from other fields, and that 0 stands for."""
         mlp_dim = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.gated else 4 * self.n_embd
         norm_eps = 1e-5 if self.arch == "gpt2" else 1e-6
         return {
@@ -101,35 +105,35 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """What GPT.num_params() counts, before any of the parameters takes memory."""
+        """GPT.num_params(), without allocating the parameters."""
         with torch.device("meta"):
             return GPT(self).num_params()
 
 
 class Output(NamedTuple):
-    """What the model returns; what was not asked for is None."""
+    """The output of the model; None where not requested."""
 
     logits: Tensor | None  # (B, T, V)
-    loss: Tensor | None  # scalar, nats per counted token; (B, T) with loss_reduction="none"
-    hidden_states: tuple[Tensor, ...] | None  # n_layer + 1 times (B, T, C)
+    loss: Tensor | None  # scalar, nats per unmasked target; (B, T) with loss_reduction="none"
+    hidden_states: tuple[Tensor, ...] | None  # n_layer + 1 tensors (B, T, C)
 
 
 class Linear(nn.Linear):
-    """torch's, by the fastest form there is; so the norms."""
+    """nn.Linear, computed by the fastest operator available (see ops/layers.py), like the norms below."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layers.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
-    """The output comes in the dtype of the matrix products that read it, where none is named."""
+    """dtype: of the output; by default that of the matrix products that follow."""
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return layers.layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """The output comes in the dtype of the matrix products that read it, where none is named."""
+    """dtype: of the output; by default that of the matrix products that follow."""
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return layers.rms_norm(x, self.weight, self.eps, dtype)
@@ -143,7 +147,7 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; queries, keys and values come from one matrix product."""
+    """Causal self-attention; one matrix product computes queries, keys and values."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -169,7 +173,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(act(c_fc(x))) with GELU or ReLU^2 (arXiv 2109.08668), or SwiGLU (2002.05202): c_proj(SiLU(gate) * up), both from c_fc."""
+    """c_proj(act(c_fc(x))) with GELU or squared ReLU (arXiv 2109.08668), or SwiGLU (arXiv 2002.05202):
+    c_proj(SiLU(gate) * up), where c_fc computes both gate and up.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -207,7 +213,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model. Parameters are drawn from torch's global generator: seed it first."""
+    """A causal language model. Parameters are initialised with torch's global generator: seed it first."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -218,14 +224,14 @@ class GPT(nn.Module):
         else:
             for name in ("cos", "sin"):
                 self.register_buffer(name, torch.empty(0, config.head_dim), persistent=False)
-            self._extend_rotations(max(1, (1 << 22) // config.head_dim))  # 16 MiB: longer contexts need more later
+            self._extend_rotations(max(1, (1 << 22) // config.head_dim))  # at most 16 MiB; extended when needed
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
         self.apply(self._init)
-        # GPT-2 scales the weights that write into the residual stream, since 2 n_layer of them add up there.
+        # As in GPT-2, weights that write to the residual stream are scaled down, since 2 n_layer outputs add up there.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
@@ -258,16 +264,16 @@ class GPT(nn.Module):
         segments: Tensor | None = None,
         context: Context | None = None,
     ) -> Output:
-        """Logits of the next tokens, or, with targets, the loss (and then no logits, to save memory).
+        """Logits of the next tokens or, with targets, the loss (and no logits, to save memory).
 
-        idx, targets: (B, T) int64, T <= block_size; a target of -1 is not counted.
+        idx, targets: (B, T) int64, T <= block_size; a target of -1 is masked.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
-        loss_reduction: "mean" gives the training loss, or in eval mode the mean cross-entropy; "none" the cross-entropy of
-            each token: see minidisp/loss.py.
-        segments: (B, T) int64, the number of the example in its row that a token belongs to; tokens attend to those of
-            their own example, whose positions begin at 0. None: a row is one text.
-        context: instead of segments, anything else that tokens see of one another, such as a PrefixTree.
+        loss_reduction: "mean" returns the training loss, or in eval mode the mean cross-entropy; "none" returns the
+            cross-entropy of each token. See minidisp/loss.py.
+        segments: (B, T) int64, for each token the index of its example in the row; tokens attend within their own
+            example, whose positions start at 0. None: a row is one text.
+        context: any other Context instead of segments, such as a PrefixTree.
         Returns Output(logits, loss, hidden_states). Raises ValueError if T > block_size.
         """
         context = context if segments is None else Segments(segments)
@@ -279,11 +285,12 @@ class GPT(nn.Module):
     def _backbone(
         self, idx: Tensor, return_hidden_states: bool = False, context: Context | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The hidden states that enter the output layer, (B, T, C), and all of them if asked."""
+        """The hidden states after the final norm, (B, T, C), and all hidden states if requested."""
         context, T = context or Context(), idx.shape[1]
         if context.fits_in_context and context.length + T > self.config.block_size:
             raise ValueError(
-                f"a sequence of {context.length + T} tokens is longer than the model's context of {self.config.block_size}"
+                f"a sequence of {context.length + T} tokens is longer than the model's context of "
+                f"{self.config.block_size}"
             )
         x, positions = self.wte(idx), None
         if self.config.arch == "gpt2":
@@ -295,11 +302,12 @@ class GPT(nn.Module):
         hidden_states = [x]
         again = self.config.recompute and self.training and torch.is_grad_enabled()
         for block in self.h:
-            # Only what enters a block is kept then (arXiv 1604.06174); dropout draws the same numbers once more.
+            # Activation checkpointing (arXiv 1604.06174) stores only the inputs of blocks, and restores the RNG state
+            # for dropout.
             x = recompute(block, x, positions, context, use_reentrant=False) if again else block(x, positions, context)
             hidden_states.append(x)
         context.advance(T)
-        # A hidden state, too: in bfloat16, tokens that are nearly parallel could not be told apart.
+        # This is a hidden state too, so keep its dtype: in bfloat16, nearly parallel tokens are indistinguishable.
         hidden_states[-1] = x = self.ln_f(x, x.dtype)
         return x, tuple(hidden_states) if return_hidden_states else None
 
@@ -312,11 +320,11 @@ class GPT(nn.Module):
         return (cos, sin) if cos.ndim == 2 else (cos.unsqueeze(1), sin.unsqueeze(1))
 
     def _extend_rotations(self, length: int) -> None:
-        """Make the tables of rotations long enough for `length` positions: those of a context of a million would take GiB."""
+        """Extend the tables of rotations to at least `length` positions; for a context of a million they take GiB."""
         config = self.config
         length = min(config.block_size, 1 << (length - 1).bit_length())
-        device = "meta" if self.cos.is_meta else "cpu"  # the same numbers on every device
-        with torch.inference_mode(False):  # they are kept, whatever they are first used in
+        device = "meta" if self.cos.is_meta else "cpu"  # computed on the CPU, so identical on every device
+        with torch.inference_mode(False):  # they are cached, and must not be inference tensors
             frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
             angles = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)  # (length, D)
             self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
@@ -332,7 +340,7 @@ class GPT(nn.Module):
         return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
 
     def choose_loss(self) -> None:
-        """Find out whether the training loss has a fast form. The first loss does it, but not where it is compiled."""
+        """Determine whether the fast loss applies. The first forward pass does this, unless it is being compiled."""
         self.fast_loss = can_be_chunked(self.logits, self.lm_head, list(self.parameters()))
 
     generate, stream = decoding.generate, decoding.stream

@@ -1,6 +1,7 @@
-"""The objective: its terms, and their weighted sum. The training loop, the diagnosis of a diverged run and bench/train.py all use it.
+"""The objective: its terms and their weighted sum, as used by the training loop, the diagnosis of a diverged run, and
+bench/train.py.
 
-To add a term, add it in `build_objective`.
+To add a term, edit `build_objective`.
 """
 
 from collections.abc import Callable
@@ -20,16 +21,14 @@ class Forward(NamedTuple):
     """The results of a forward pass, from which the terms are computed."""
 
     idx: torch.Tensor  # (B, T) int64
-    targets: torch.Tensor  # (B, T) int64, -1 where a target is not counted
-    ce: (
-        torch.Tensor
-    )  # cross-entropy, a scalar: its mean over the micro-batches is the mean over the counted targets of the step
+    targets: torch.Tensor  # (B, T) int64, -1 where masked
+    ce: torch.Tensor  # cross-entropy x weight, a scalar
     hidden_states: tuple[torch.Tensor, ...]  # n_layer + 1 tensors (B, T, C)
     step: int  # index of the optimiser step
-    segments: torch.Tensor | None = (
-        None  # (B, T) int64, the example that a token belongs to; None: a sequence is one text
-    )
-    weight: torch.Tensor | float = 1.0  # what a mean over the counted targets is multiplied with, as ce is already
+    segments: torch.Tensor | None = None  # (B, T) int64, index of the example of each token; None: one text per row
+    # Multiply a mean over the unmasked targets of this micro-batch by it, so that the mean over the micro-batches is
+    # the mean over all unmasked targets of the step.
+    weight: torch.Tensor | float = 1.0
 
 
 class Term(NamedTuple):
@@ -38,8 +37,8 @@ class Term(NamedTuple):
     name: str  # its key in metrics.jsonl
     weight: float
     value: Callable[[Forward], torch.Tensor]  # a scalar, the mean over the sequences
-    title: str  # in messages
-    details: str  # in the first lines of a run
+    title: str  # for messages
+    details: str  # for the first lines of a run
     schedule: Callable[[int], float] | None = None  # a factor on the weight, by step; None: always 1
 
     def weight_at(self, step: int) -> float:
@@ -53,7 +52,7 @@ class Objective:
         self.terms = terms
 
     def __call__(self, forward: Forward) -> dict[str, torch.Tensor]:
-        """The value of each term by its name, and as "loss" the weighted sum, which is what is minimised.
+        """The value of each term by name, and "loss", the weighted sum that is minimised.
 
         A term whose weight is 0 at this step is not computed.
         """
@@ -62,16 +61,16 @@ class Objective:
         return {**values, "loss": sum(weights[name] * value for name, value in values.items())}
 
     def scheduled_weights(self, step: int) -> dict[str, float]:
-        """The weights at a step of the terms that have a schedule, by their names in metrics.jsonl."""
+        """The weights of the terms with a schedule at a step, by name in metrics.jsonl."""
         return {f"{term.name}_weight": term.weight_at(step) for term in self.terms if term.schedule}
 
 
 def build_objective(
     config: Config, model: GPT, dispersion: DispersionLoss, teacher: Teacher | None, how: str
 ) -> Objective:
-    """The objective of a run, the cross-entropy first.
+    """The objective of a run, starting with the cross-entropy.
 
-    how: which implementation of the dispersion loss is in use, in words.
+    how: a description of the implementation of the dispersion loss.
     """
     terms = [Term("ce", 1.0, lambda forward: forward.ce, "cross-entropy", loss.describe())]
     if config.dispersion:

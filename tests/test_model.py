@@ -731,5 +731,5 @@ def test_sequences_that_end_leave_the_batch(model, monkeypatch):
 def test_logits_that_are_not_finite_are_refused(model):
     with torch.no_grad():
         model.ln_f.weight.fill_(math.inf)
-    with pytest.raises(InputError, match="logits are NaN or infinite"):
+    with pytest.raises(InputError, match="logits are NaN or Inf"):
         model.generate(torch.tensor([[1, 2]]), 3, temperature=0)
