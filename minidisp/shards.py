@@ -4,8 +4,8 @@ A corpus is a folder, written by data/prepare.py: meta.json, tokenizer.model, an
 shards train_000.bin, train_001.bin, ... Every document is followed by EOS. A shard is a header of 64 bytes (magic,
 version, bytes per token, number of tokens) and then the tokens as uint16 or uint32, little-endian.
 
-In a corpus of examples (dialogues), a document is what the prompt template makes of a row, and beside each shard is its
-mask, train_000.mask: a header of the same form and a byte per token, with the bits COUNTED and FIRST.
+In a corpus of examples (dialogues), a document is a row rendered with the prompt template, and each shard has a mask
+next to it, train_000.mask: a header of the same form, and one byte per token with the bits COUNTED and FIRST.
 """
 
 import errno
@@ -22,15 +22,15 @@ import numpy as np
 from minidisp import InputError, is_plain, parse_json, read_bytes
 
 SPLITS = ("train", "val", "test")
-FORMAT, EXAMPLES_FORMAT = 1, 2  # of shards and of meta.json: of text, and of examples
+FORMAT, EXAMPLES_FORMAT = 1, 2  # version of shards and meta.json, for text and for examples
 MAGIC = b"minidisp"
 HEADER = struct.Struct("<8sIIQ40x")
-PENDING_TOKENS = 1 << 16  # written together
+PENDING_TOKENS = 1 << 16  # buffered before writing
 COUNTED, FIRST = 1, 2  # bits of a mask: the token is a target; it is the first one of its example
 
 
 class Kind(NamedTuple):
-    """What a file holds: the ending of its name, and what its header begins with."""
+    """A type of file: its suffix and the fields of its header."""
 
     suffix: str
     magic: bytes
@@ -53,12 +53,12 @@ def _dtype(vocab_size: int, kind: Kind) -> np.dtype:
 
 
 class ShardWriter:
-    """Streams the tokens of one split into files of at most shard_tokens tokens each.
+    """Writes the tokens of one split to files of at most shard_tokens tokens each.
 
-    Use as a context manager. `shards` lists the finished files as meta.json does: file, tokens, sha256. A file has its
-    final name only when it is complete and on the disk. After an exception the unfinished file is removed, unless `state`
-    was called or given: a writer that is given a state continues from there. kind: TEXT or EXAMPLES; MASK writes masks,
-    whose values are below a vocab_size of 4.
+    Use as a context manager. `shards` lists the finished files as in meta.json: file, tokens, sha256. A file gets its
+    final name only once it is complete and synced to disk. On an exception the unfinished file is removed, unless
+    `state()` has been called or a state was passed. state: the result of `state()`, to continue from there. kind: TEXT
+    or EXAMPLES; or MASK, for which vocab_size is 4.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class ShardWriter:
         self.shards: list[dict] = []
         self._folder, self._split, self._shard_tokens, self._kind = Path(folder), split, shard_tokens, kind
         self._vocab_size, self._dtype = vocab_size, _dtype(vocab_size, kind)
-        self._pending: list[int] = []  # to be written to it
+        self._pending: list[int] = []  # buffered, not yet written
         self._file = None
-        self._tokens = 0  # in the current file
+        self._tokens = 0  # written to the current file
         self._keep = bool(state)
         if state:
             self.shards = state["shards"]
@@ -83,7 +83,7 @@ class ShardWriter:
                 self._open_again(state["tokens"])
 
     def state(self) -> dict:
-        """The finished shards, and how many tokens of the next one are on the disk."""
+        """The finished shards, and the number of tokens of the next one that are on disk."""
         self._keep = True
         self._flush()
         if self._file is not None:
@@ -94,7 +94,7 @@ class ShardWriter:
     def _open_again(self, tokens: int) -> None:
         path = self._path()
         finished = path.with_suffix("")
-        if finished.exists():  # after the state was taken
+        if finished.exists():  # it was completed after the state was saved
             os.replace(finished, path)
         self._file, self._tokens = open(path, "r+b", buffering=1 << 20), tokens  # noqa: SIM115 (outlives the call)
         end = HEADER.size + tokens * self._dtype.itemsize
@@ -123,7 +123,7 @@ class ShardWriter:
         """Append token ids; ValueError if one is not in the vocabulary."""
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
             raise ValueError(f"token ids {min(ids)}..{max(ids)} for a vocabulary of {self._vocab_size}")
-        self._pending += ids  # a document may be a few tokens: arrays and writes of that size are slow
+        self._pending += ids  # buffered, as documents may be short and small writes are slow
         if len(self._pending) >= min(PENDING_TOKENS, self._shard_tokens):
             self._flush()
 
@@ -131,8 +131,9 @@ class ShardWriter:
         tokens, self._pending = np.array(self._pending, dtype=self._dtype), []
         while len(tokens):
             if self._file is None:
-                self._file, self._tokens = open(self._path(), "wb", buffering=1 << 20), 0  # noqa: SIM115 (outlives the call)
-                self._file.write(bytes(HEADER.size))  # written last, when the number of tokens is known
+                self._file = open(self._path(), "wb", buffering=1 << 20)  # noqa: SIM115 (outlives the call)
+                self._file.write(bytes(HEADER.size))  # filled in at the end, when the number of tokens is known
+                self._tokens = 0
             now, tokens = np.split(tokens, [self._shard_tokens - self._tokens])
             self._file.write(now.tobytes())
             self._tokens += len(now)
@@ -152,7 +153,7 @@ class ShardWriter:
 
 
 def is_resumable(folder: Path, split: str, vocab_size: int, state: dict, kind: Kind = TEXT) -> bool:
-    """Whether the files that a ShardWriter's `state` speaks of are in the folder, and as long as it says."""
+    """Whether the files in a ShardWriter's `state` exist in the folder, with at least the recorded tokens."""
     written = [(folder / shard["file"], shard["tokens"]) for shard in state["shards"]]
     if state["tokens"]:
         unfinished = folder / f"{split}_{len(written):03d}.{kind.suffix}.tmp"
@@ -162,11 +163,11 @@ def is_resumable(folder: Path, split: str, vocab_size: int, state: dict, kind: K
 
 
 class Shard:
-    """The tokens of a file, read when they are asked for: shard[start:stop] is an array of `dtype`.
+    """The tokens of a file, read on access: shard[start:stop] is an array of `dtype`.
 
-    They are read and not mapped: a mapping takes address space and a descriptor for each file, some file systems have
-    none, and a file that became shorter would end the process without a message. Few files are open at a time.
-    Raises InputError naming the file if it cannot be read or has been replaced since it was opened first.
+    Not memory-mapped: mappings need address space and a descriptor per file, some file systems do not support them, and
+    truncating a mapped file kills the process without a message. Few files are open at a time. Raises InputError,
+    naming the file, if it cannot be read or has been replaced since it was first opened.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int):
@@ -187,7 +188,7 @@ class Shard:
             while size:
                 part = _pread(file.descriptor, size, first)
                 if not part:
-                    raise InputError(f"{self._path} has become shorter: restore it, or prepare the corpus again")
+                    raise InputError(f"{self._path} was truncated: restore it, or prepare the corpus again")
                 parts.append(part)
                 first, size = first + len(part), size - len(part)
         except OSError as error:
@@ -196,7 +197,7 @@ class Shard:
 
 
 class _File:
-    """An open file, closed when nobody refers to it any more."""
+    """An open file, closed when it is garbage-collected."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -209,7 +210,7 @@ class _File:
 def _opened(path: Path, identity: tuple) -> _File:
     file = _File(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
     if _identity(os.fstat(file.descriptor)) != identity:
-        raise InputError(f"{path} has been replaced, or its size has changed, since this process began: start again")
+        raise InputError(f"{path} was replaced or its size changed since this process started: start it again")
     return file
 
 
@@ -225,26 +226,24 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def _reason(error: OSError) -> str:
-    limit = (
-        "; this process has as many open as it may (ulimit -n): raise the limit" if error.errno == errno.EMFILE else ""
-    )
-    return f"{error.strerror or error}{limit}"
+    hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+    return f"{error.strerror or error}{hint}"
 
 
 def files_state(folder: Path) -> str:
-    """sha256 of the names, sizes and modification times of a corpus's shards: the same until somebody writes to them."""
+    """sha256 of the names, sizes and modification times of a corpus's shards, which changes when they are written."""
     files = (*folder.glob("*.bin"), *folder.glob("*.mask"))
     found = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def open_shard(path: Path, kind: Kind = TEXT) -> Shard:
-    """The tokens of a shard, or the bytes of a mask, read when they are asked for.
+    """The tokens of a shard, or the bytes of a mask, read on access.
 
-    Raises InputError naming the file if it is not a complete, undamaged one of this kind.
+    Raises InputError, naming the file, if it is incomplete, damaged, or of another kind.
     """
     what = "a mask" if kind is MASK else "a token shard"
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise InputError(f"{path} is not {what}")
     try:
         with open(path, "rb") as file:
@@ -255,9 +254,9 @@ def open_shard(path: Path, kind: Kind = TEXT) -> Shard:
         raise InputError(f"{path} is not {what}")
     _, version, itemsize, tokens = HEADER.unpack(header)
     if version != kind.version or itemsize not in kind.itemsizes:
-        raise InputError(f"{path} is {what} of version {version}, not {kind.version}; prepare the corpus again")
+        raise InputError(f"{path} is {what} of version {version}, not {kind.version}: prepare the corpus again")
     if size != HEADER.size + itemsize * tokens or tokens == 0:
-        raise InputError(f"{path} is truncated or damaged: {size:,} bytes cannot be its {tokens:,} tokens")
+        raise InputError(f"{path} is truncated or damaged: its {size:,} bytes do not match its {tokens:,} tokens")
     return Shard(path, np.dtype(f"<u{itemsize}"), tokens)
 
 
@@ -287,25 +286,23 @@ _META_FIELDS = {
 
 
 def read_meta(path: Path) -> dict:
-    """The content of a meta.json. Raises InputError unless all fields have their types and the shards add up."""
+    """The content of a meta.json. Raises InputError if a field is missing or invalid, or the shards do not add up."""
     if not path.exists():
         raise InputError(f"{path.parent} is not a prepared corpus: it has no {path.name}")
     meta = parse_json(read_bytes(path), path)
     of_examples = isinstance(meta, dict) and meta.get("format") == EXAMPLES_FORMAT and "template" in meta
     if not isinstance(meta, dict) or (meta.get("format") != FORMAT and not of_examples):
         raise InputError(
-            f"{path} is not the meta.json of a corpus of format {FORMAT} (text) or {EXAMPLES_FORMAT} (examples); "
+            f"{path} is not the meta.json of a corpus of format {FORMAT} (text) or {EXAMPLES_FORMAT} (examples): "
             "prepare the corpus again"
         )
 
     def check(what: str, value: object) -> None:
         for key, kind in _META_FIELDS[what].items():
             found = value.get(key) if isinstance(value, dict) else None
-            if (
-                type(found) is not kind
-                or (kind is int and not 0 <= found < 1 << 63)
-                or (kind is str and not is_plain(found))
-            ):
+            valid = type(found) is kind
+            valid = valid and (kind is not int or 0 <= found < 1 << 63) and (kind is not str or is_plain(found))
+            if not valid:
                 raise InputError(f"{path}: {what} {key} is missing or not a valid {kind.__name__}")
 
     check("corpus", meta)
@@ -319,11 +316,11 @@ def read_meta(path: Path) -> dict:
             check("split of examples", split)
         for shard in split["shards"] + (split["masks"] if of_examples else []):
             check("shard", shard)
-            if not re.fullmatch(r"\w[\w.-]*", shard["file"], re.ASCII):  # no path, no device, nothing hidden
+            if not re.fullmatch(r"\w[\w.-]*", shard["file"], re.ASCII):  # no path, device or hidden file
                 raise InputError(f"{path}: shard {shard['file']!a:.60} is not in the same folder")
         if not split["tokens"] or sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
             raise InputError(f"{path}: the shards of split {name} do not add up to its {split['tokens']:,} tokens")
         sizes = [[file["tokens"] for file in split[files]] for files in ("shards", "masks") if files in split]
         if of_examples and sizes[0] != sizes[1]:
-            raise InputError(f"{path}: the masks of split {name} do not belong to its shards")
+            raise InputError(f"{path}: the masks of split {name} do not match its shards")
     return meta

@@ -1,7 +1,7 @@
-"""Tasks: minimal pairs, questions with choices, and completions, scored by log-probability or answered.
+"""Tasks: minimal pairs, multiple-choice questions, and completions, scored by log-probability or generated.
 
-Files are JSON lines, maybe compressed (.gz); everything is read and checked before a model is needed. Scores of
-continuations are computed as lm-evaluation-harness does. Nats are -log p, natural logarithm.
+Files are JSON lines, optionally compressed (.gz); everything is read and checked before a model is needed.
+Continuations are scored as in lm-evaluation-harness. Nats are -log p, natural logarithm.
 """
 
 import functools
@@ -29,9 +29,9 @@ from minidisp.model import GPT
 from minidisp.runtime.device import to_device
 
 BATCH_TOKENS = 4096  # per forward pass
-ROW_TOKENS = 96  # of texts that share their beginnings: more would share more, and cost more attention
+ROW_TOKENS = 96  # of texts with common prefixes per row: longer rows share more, but cost more attention
 MOST_LINE = 1 << 24  # bytes of a row
-LOGITS = 1 << 24  # at a time
+LOGITS = 1 << 24  # materialised at a time
 RESAMPLES = 1000
 
 
@@ -47,9 +47,9 @@ class Row(NamedTuple):
 
 
 def read_rows(flag: str, pattern: str) -> list[Row]:
-    """The JSON objects of all files that a pattern, a folder or a path names, in their order; blank lines are skipped.
+    """The JSON objects of all files that match a pattern, folder or path, in order; blank lines are skipped.
 
-    Raises InputError naming file and line of one that is no JSON object.
+    Raises InputError, with file and line, if one is not a JSON object.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isfile(pattern):
@@ -72,7 +72,7 @@ def read_rows(flag: str, pattern: str) -> list[Row]:
                     raise InputError(f"{where} is not a JSON object")
                 rows.append(Row(record, where, name if stem == "overall" else stem))
     if not rows:
-        raise InputError(f"{flag} {pattern}: there are no rows in {', '.join(files[:3])}")
+        raise InputError(f"{flag} {pattern}: no rows in {', '.join(files[:3])}")
     return rows
 
 
@@ -84,7 +84,7 @@ def _lines(path: str) -> Iterator[bytes]:
             first = True
             while line := file.readline(MOST_LINE + 1):
                 if len(line) > MOST_LINE:
-                    raise InputError(f"{path}: a line of more than {MOST_LINE:,} bytes is no row")
+                    raise InputError(f"{path}: a line is longer than {MOST_LINE:,} bytes")
                 yield line.removeprefix(b"\xef\xbb\xbf") if first else line
                 first = False
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -94,14 +94,14 @@ def _lines(path: str) -> Iterator[bytes]:
 
 
 def _text(record: dict, key: str, where: str, empty: bool = False) -> str:
-    """The text in a field. Raises InputError unless it is one, and UTF-8 can represent it."""
+    """The text in a field. Raises InputError unless it is a string that UTF-8 can represent."""
     value = record.get(key)
     if not isinstance(value, str):
-        raise InputError(f"{where} has no {key}, or one that is no text")
+        raise InputError(f"{where} has no {key}, or it is not a string")
     if not value and not empty:
         raise InputError(f"{where} has an empty {key}")
     if not _is_utf8(value):
-        raise InputError(f"{where} has a {key} that is not text: half of a surrogate pair is in it")
+        raise InputError(f"{where} has a {key} that is not valid Unicode: it contains a lone surrogate")
     return value
 
 
@@ -113,10 +113,10 @@ def _is_utf8(text: str) -> bool:
 
 
 class Passage(NamedTuple):
-    """Tokens, of which some are scored given all before them."""
+    """A token sequence, and which of its tokens are scored, each given all tokens before it."""
 
     ids: list[int]
-    counted: list[bool]  # which; never the first
+    counted: list[bool]  # whether each token is scored; never the first
 
 
 class Score(NamedTuple):
@@ -125,29 +125,29 @@ class Score(NamedTuple):
 
 
 class Forest(NamedTuple):
-    """Sequences that begin alike, in one row of the model: what they share is there once."""
+    """Passages with common prefixes in one row; each common prefix is stored once."""
 
     tokens: list[int]
-    targets: list[int]  # what is predicted behind each token
+    targets: list[int]  # the token that follows each
     parents: list[int]  # see PrefixTree
     depth: list[int]
-    counted: list[bool]  # whether the target is scored in one of the passages
-    passages: list[tuple[int, list[int]]]  # index of each, and the nodes that are scored
+    counted: list[bool]  # whether the target is scored in any passage
+    passages: list[tuple[int, list[int]]]  # for each passage its index and the nodes that are scored
 
 
 def plant(passages: Sequence[Passage]) -> list[Forest]:
-    """Rows of up to ROW_TOKENS tokens, or of one longer passage with all that begin like it, that hold all passages.
+    """Pack all passages into rows of up to ROW_TOKENS tokens; a row is longer if its passages share long prefixes.
 
-    A node is a token and its target, so passages part one token before the first that differs.
+    A node is a token and its target, so two passages branch one token before the first that differs.
     """
     rows, last = [], []
-    for i in sorted(range(len(passages)), key=lambda i: passages[i].ids):  # so that neighbours share most
+    for i in sorted(range(len(passages)), key=lambda i: passages[i].ids):  # so that neighbours share long prefixes
         ids, counted = passages[i]
         same = next((n for n, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
         shared = max(0, same - 1)  # nodes
         new = len(ids) - 1 - shared
         size = len(rows[-1].tokens) + new if rows else math.inf
-        # What shares more than it adds may make a row longer, but not many times as long as a passage.
+        # A passage that shares more than it adds may exceed ROW_TOKENS, up to twice its own length.
         if size > ROW_TOKENS and (new > shared or size > 2 * len(ids)):
             rows.append(Forest([], [], [], [], [], []))
             shared, path = 0, []
@@ -171,9 +171,8 @@ def plant(passages: Sequence[Passage]) -> list[Forest]:
 def score(model: GPT, passages: list[Passage], device: torch.device) -> Score:
     """-log p of the counted tokens of each passage, and whether they are the most likely ones.
 
-    What several passages begin with is computed once. Rows of similar length go through the model together; the output
-    layer is computed where a token is counted. A passage longer than the context is read in windows that overlap by
-    half.
+    Common prefixes are computed once. Rows of similar length are batched, and the output layer is only applied where a
+    token is counted. A passage longer than the context is read in windows that overlap by half.
     """
     pieces, of = [], []
     for i, passage in enumerate(passages):
@@ -197,7 +196,7 @@ def score(model: GPT, passages: list[Passage], device: torch.device) -> Score:
 
 
 def _pieces(passage: Passage, block_size: int) -> Iterator[Passage]:
-    """The passage, or windows of it in which every counted token is counted once."""
+    """The passage, or windows of it that together count every counted token once."""
     ids, counted = passage
     if len(ids) <= block_size + 1:
         yield passage
@@ -210,10 +209,10 @@ def _pieces(passage: Passage, block_size: int) -> Iterator[Passage]:
 
 
 def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and whether the target is the most likely token, (B, T) each; 0 and True where nothing is counted."""
+    """Nats, and whether the target is the most likely token, (B, T) each; 0 and True where not counted."""
     T = max(len(row.tokens) for row in rows)
     fields = np.zeros((5, len(rows), T), dtype=np.int64)
-    fields[2] = np.arange(T)  # what fills a row up is a root of its own, which nothing sees
+    fields[2] = np.arange(T)  # padding tokens are roots of their own, which no other token attends to
     for b, row in enumerate(rows):
         fields[:, b, : len(row.tokens)] = row[:5]
     idx, targets, parents, depth, counted = to_device(fields, device)
@@ -232,11 +231,12 @@ def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[n
 
 
 def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]]) -> list[Passage]:
-    """Contexts and what is scored behind them, as lm-evaluation-harness reads them.
+    """Contexts and the continuations to score, tokenized as in lm-evaluation-harness.
 
-    rows: (context, continuation, where). White space at the end of the context goes to the continuation. The tokens of the
-    continuation are those of the whole behind the tokens of the context alone; an empty context is EOS. What is too long
-    loses its beginning. Raises InputError naming the row if no token is left to score.
+    rows: (context, continuation, where). Whitespace at the end of the context is moved to the continuation. Context and
+    continuation are tokenized together; the continuation's tokens are those after as many as the context has alone. An
+    empty context becomes EOS. Sequences that are too long are truncated at the start. Raises InputError, naming the
+    row, if no token is left to score.
     """
     moved = []
     for context, continuation, _ in rows:
@@ -251,9 +251,7 @@ def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]])
         size = len(encoded[context]) if context else 1
         ids = whole if context else [vocabulary.eos_id, *whole]
         if len(ids) <= size:
-            raise InputError(
-                f"{where}: a continuation has no token of its own behind its context: begin it with a space"
-            )
+            raise InputError(f"{where}: a continuation adds no token to its context: start it with a space")
         if len(ids) - size <= block_size:
             cut = max(0, len(ids) - block_size - 1)
             ids, size = ids[cut:], size - cut
@@ -262,12 +260,12 @@ def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]])
 
 
 def _resampled(values: np.ndarray) -> list[float]:
-    """[low, high], the 95 % interval of a mean."""
+    """The 95 % interval of the mean, [low, high]."""
     return [*bootstrap_mean(values)[1:]]
 
 
 def _by_file(files: list[str], summary: Callable[[np.ndarray], dict]) -> dict[str, dict]:
-    """The summary of all rows and of those of each file, given their indices."""
+    """The summary of all rows ("overall") and of each file. summary: a function of the rows' indices."""
     entries = {"overall": summary(np.arange(len(files)))}
     for name in dict.fromkeys(files):
         entries[name] = summary(np.array([i for i, file in enumerate(files) if file == name]))
@@ -278,21 +276,20 @@ def _by_file(files: list[str], summary: Callable[[np.ndarray], dict]) -> dict[st
 
 
 class Pair(NamedTuple):
-    """Two sentences that differ in one thing, of which one is acceptable."""
+    """A minimal pair: an acceptable and an unacceptable sentence that differ in one respect."""
 
     good: str
     bad: str
-    file: str  # name of the file it is from
-    term: str | None  # what it is about, and the field of linguistics that this belongs to
-    field: str | None
+    file: str  # name of its file
+    term: str | None  # linguistic phenomenon
+    field: str | None  # field of linguistics
 
 
 def read_pairs(pattern: str) -> list[Pair]:
-    """The minimal pairs of all files that the pattern names, in their order; the form is that of BLiMP (arXiv
-    1912.00582).
+    """The minimal pairs of all files that match the pattern, in order, in the format of BLiMP (arXiv 1912.00582).
 
-    A row has sentence_good and sentence_bad, and maybe field, linguistics_term and UID. Raises InputError naming file and
-    line of one that has not.
+    A row has sentence_good and sentence_bad, and optionally field, linguistics_term and UID. Raises InputError, with
+    file and line, if a row is invalid.
     """
     return [_parse_pair(row) for row in read_rows("--minimal-pairs", pattern)]
 
@@ -304,14 +301,14 @@ def _parse_pair(row: Row) -> Pair:
         if value is None and not key.startswith("sentence"):
             continue
         if not isinstance(value, str) or not value.strip() or not is_plain(value):
-            raise InputError(f"{row.where} is no minimal pair: its {key} is missing, or no plain text of one line")
+            raise InputError(f"{row.where} is not a minimal pair: its {key} is missing, or not a single line of text")
     return Pair(
         record["sentence_good"], record["sentence_bad"], row.file, record.get("linguistics_term"), record.get("field")
     )
 
 
 def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
-    """-log p of whole sentences, each after EOS as a text begins in training, (N,) float64."""
+    """-log p of whole sentences, each preceded by EOS like a text in training, (N,) float64."""
     distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
     texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
     passages = [Passage([vocabulary.eos_id, *ids], [False] + [True] * len(ids)) for ids in texts]
@@ -319,15 +316,15 @@ def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.de
 
 
 def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:
-    """What every pair counts, (N,): see minimal_pair_values."""
+    """The score of every pair, (N,); see minimal_pair_values."""
     nats = sentence_nats(model, vocabulary, [s for pair in pairs for s in (pair.good, pair.bad)], device)
     return minimal_pair_values(-nats[0::2], -nats[1::2])
 
 
 def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
-    """Of every model: accuracy and interval over all pairs, and by_field, by_term and by_file of those that have one.
+    """For every model: accuracy with its interval over all pairs, and by_field, by_term and by_file where known.
 
-    values: what every pair counts, an array per model. From the second model on, versus_first is the paired difference.
+    values: scores of all pairs, an array per model. From the second model on, versus_first is the paired difference.
     """
 
     def summary(which: np.ndarray, model: int) -> dict:
@@ -350,7 +347,7 @@ def summarise_pairs(pairs: list[Pair], values: list[np.ndarray]) -> list[dict]:
 
 
 def compare_pairs(runs: list[Run], values: list[np.ndarray], summaries: list[dict]) -> Comparison:
-    """Every run against the first; the verdict goes into the summary, too. values: as for summarise_pairs."""
+    """Compare every run with the first; also stores the verdicts in the summaries. values: as in summarise_pairs."""
     measure = _mean_measure("accuracy", values, "pairs", "% of the minimal pairs")
     found = compare(runs, measure)
     for summary, versus in zip(summaries[1:], found.versus_first, strict=True):
@@ -359,7 +356,7 @@ def compare_pairs(runs: list[Run], values: list[np.ndarray], summaries: list[dic
 
 
 def _mean_measure(key: str, values: list[np.ndarray], sampled: str, unit: str) -> Measure:
-    """A mean of what every row counts, values[model] (N,), as a share in per cent."""
+    """The mean score of all rows as a percentage. values: scores of the rows, (N,), for each model."""
 
     def difference(i: int, j: int) -> tuple[float, float, float]:
         return bootstrap_mean(values[j] - values[i])
@@ -367,41 +364,38 @@ def _mean_measure(key: str, values: list[np.ndarray], sampled: str, unit: str) -
     return Measure(key, [float(v.mean()) for v in values], difference, sampled, unit, percent=True)
 
 
-# --- questions with choices -------------------------------------------------------------------------------------------
+# --- multiple-choice questions ----------------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
     context: str
-    choices: list[str]  # each as it continues the context, with its leading space
-    answer: int  # index of the right one
+    choices: list[str]  # continuations of the context, including a leading space
+    answer: int  # index of the correct choice
     where: str
     file: str
 
 
 def read_choices(pattern: str) -> list[Question]:
-    """The questions of all files that the pattern names: rows of context, choices and answer.
+    """The questions of all files that match the pattern: rows of context, choices and answer.
 
-    Raises InputError naming file, line and field of one that cannot be used.
+    Raises InputError, with file, line and field, if a row is invalid.
     """
     questions = []
     for record, where, file in read_rows("--choices", pattern):
-        context, choices, answer = (
-            _text(record, "context", where, empty=True),
-            record.get("choices"),
-            record.get("answer"),
-        )
+        context = _text(record, "context", where, empty=True)
+        choices, answer = record.get("choices"), record.get("answer")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-            raise InputError(f"{where} has no choices, or not a list of at least two texts")
+            raise InputError(f"{where} has no choices, or they are not a list of at least two strings")
         if not all(choice.removeprefix(" ") and _is_utf8(choice) for choice in choices):
-            raise InputError(f"{where} has an empty text among its choices, or one with half of a surrogate pair")
+            raise InputError(f"{where} has a choice that is empty or contains a lone surrogate")
         if type(answer) is not int or not 0 <= answer < len(choices):
-            raise InputError(f"{where} has no answer that is an index of its {len(choices)} choices, from 0 on")
+            raise InputError(f"{where} has no answer, or it is not an index from 0 to {len(choices) - 1}")
         questions.append(Question(context, choices, answer, where, file))
     return questions
 
 
 class Chosen(NamedTuple):
-    """What every question counts, (N,) float64 of 0 and 1."""
+    """The score of every question, 0 or 1, (N,) float64."""
 
     acc: np.ndarray  # by total log-probability
     acc_norm: np.ndarray  # by log-probability per character
@@ -410,8 +404,8 @@ class Chosen(NamedTuple):
 def score_choices(model: GPT, vocabulary, questions: list[Question], device: torch.device) -> Chosen:
     """Which questions are answered correctly: `acc` and `acc_norm` of lm-evaluation-harness.
 
-    The choice with the highest log-probability is taken, the first of equal ones; per character, without one leading space
-    of the choice. A question with a NaN counts 0.
+    The answer is the choice with the highest log-probability, or for acc_norm the highest log-probability per
+    character, not counting one leading space; the first one on a tie. A question with a NaN counts as 0.
     """
     distinct = {(question.context, choice): question.where for question in questions for choice in question.choices}
     passages = continuations(vocabulary, model.config.block_size, [(*key, where) for key, where in distinct.items()])
@@ -427,7 +421,7 @@ def score_choices(model: GPT, vocabulary, questions: list[Question], device: tor
 
 
 def summarise_choices(questions: list[Question], chosen: list[Chosen]) -> list[dict]:
-    """Of every model, per file and overall: questions, chance, acc and acc_norm with their intervals.
+    """For every model, per file and overall: questions, chance level, acc and acc_norm with their intervals.
 
     From the second model on, versus_first: the paired differences.
     """
@@ -451,7 +445,7 @@ def summarise_choices(questions: list[Question], chosen: list[Chosen]) -> list[d
 
 
 def compare_choices(runs: list[Run], chosen: list[Chosen], summaries: list[dict]) -> dict[str, Comparison]:
-    """Every run against the first, by acc and by acc_norm; the verdicts go into the summaries, too."""
+    """Compare every run with the first, by acc and by acc_norm; also stores the verdicts in the summaries."""
     return {
         key: _compare_key(
             runs, key, [getattr(c, key) for c in chosen], summaries, "questions", f"% of the choices ({key})"
@@ -477,17 +471,17 @@ def _note_verdicts(key: str, found: Comparison, summaries: list[dict]) -> None:
 
 
 class Completion(NamedTuple):
-    start: str  # the prompt, or the context
+    start: str  # the prompt or context
     completion: str
-    answered: bool  # a prompt that is answered, and not a context whose continuation is scored
+    answered: bool  # True: a prompt, for which an answer is generated; False: a context, whose completion is scored
     where: str
     file: str
 
 
 def read_completions(pattern: str) -> list[Completion]:
-    """Rows of prompt and completion, or of context and completion; a file has one of the two kinds.
+    """Rows of prompt and completion, or of context and completion; all rows of a file are of the same kind.
 
-    Raises InputError naming file, line and field of one that cannot be used.
+    Raises InputError, with file, line and field, if a row is invalid.
     """
     rows, kinds = [], {}
     for record, where, file in read_rows("--completions", pattern):
@@ -500,22 +494,22 @@ def read_completions(pattern: str) -> list[Completion]:
             raise InputError(f"{where} has an empty completion")
         if kinds.setdefault(file, key) != key:
             raise InputError(
-                f"{where} has a {key}, but the rows before it have a {kinds[file]}: use a file for each kind"
+                f"{where} has a {key}, but the rows before it have a {kinds[file]}: use a separate file for each kind"
             )
         rows.append(Completion(start, completion, key == "prompt", where, file))
     return rows
 
 
 class Completed(NamedTuple):
-    """What a model made of the rows, in their order; NaN and None where a row is of the other kind."""
+    """The results of a model for all rows, in order; NaN or None where a row is of the other kind."""
 
-    nats: np.ndarray  # (N,) of the completion
-    tokens: np.ndarray  # (N,) of the completion
-    greedy: np.ndarray  # (N,) 1 if every token of the completion is the most likely one
+    nats: np.ndarray  # (N,), of the completion
+    tokens: np.ndarray  # (N,), of the completion
+    greedy: np.ndarray  # (N,), 1 if every token of the completion is the most likely one
     answers: list[str | None]
-    exact: np.ndarray  # (N,) 1 if the answer is the completion, both stripped
-    new_tokens: np.ndarray  # (N,) of the answer
-    seconds: float  # of generation
+    exact: np.ndarray  # (N,), 1 if the answer equals the completion, both stripped
+    new_tokens: np.ndarray  # (N,), of the answer
+    seconds: float  # spent on generation
 
 
 def complete(
@@ -525,7 +519,7 @@ def complete(
     answer: Callable[[list[str]], list[tuple[str, int]]],
     device: torch.device,
 ) -> Completed:
-    """Score the rows with a context, and answer those with a prompt. answer: prompts -> (text, tokens) of each."""
+    """Score the rows with a context, and generate answers to the prompts. answer: prompts -> [(text, tokens), ...]."""
     N = len(rows)
     nats, tokens, greedy, exact, new_tokens = (np.full(N, math.nan) for _ in range(5))
     answers: list[str | None] = [None] * N
@@ -545,7 +539,7 @@ def complete(
 
 
 def no_sacrebleu() -> str:
-    """Why chrF and BLEU cannot be computed, "" if they can."""
+    """The reason why chrF and BLEU cannot be computed; "" if they can."""
     try:
         import sacrebleu  # noqa: F401
     except ImportError:
@@ -554,7 +548,7 @@ def no_sacrebleu() -> str:
 
 
 class Translated:
-    """chrF and BLEU of a corpus by sacrebleu's defaults, resampled: what each answer adds to them is extracted once."""
+    """chrF and BLEU of a corpus with sacrebleu's defaults, and their bootstrap; statistics are extracted only once."""
 
     METRICS = ("chrf", "bleu")
 
@@ -564,7 +558,7 @@ class Translated:
         answers, references = [a.strip() for a in answers], [r.strip() for r in references]
         self.N, self._parts, self._resampled = len(answers), {}, {}
         for key, metric in (("chrf", CHRF()), ("bleu", BLEU())):
-            # Counts per answer, as sacrebleu's own significance tests take them.
+            # Sufficient statistics per answer, as used by sacrebleu's own significance tests.
             counts = np.array(metric._extract_corpus_statistics(answers, [references]), dtype=np.float64)
             self._parts[key] = (metric, counts, metric.corpus_score(answers, [references]).score)
 
@@ -572,8 +566,8 @@ class Translated:
         return self._parts[key][2]
 
     def resampled(self, key: str) -> np.ndarray:
-        """The score of RESAMPLES samples of the answers, the same ones for every model, (RESAMPLES,)."""
-        if key not in self._resampled:  # asked for by the interval, and by every comparison
+        """The scores of RESAMPLES bootstrap samples of the answers, the same for every model, (RESAMPLES,)."""
+        if key not in self._resampled:  # used by the interval and by every comparison
             metric, counts, _ = self._parts[key]
             drawn = np.random.default_rng(0).multinomial(self.N, np.full(self.N, 1 / self.N), size=RESAMPLES)
             scores = [metric._compute_score_from_stats(row.tolist()).score for row in drawn @ counts]
@@ -595,11 +589,10 @@ class Translated:
 
 
 def summarise_completions(rows: list[Completion], completed: list[Completed]) -> list[dict]:
-    """Of every model, per file and overall: `rows`, and what can be said of its kind.
+    """For every model, per file and overall: the number of rows, and the metrics of their kind.
 
-    context: acc (lm-evaluation-harness's), perplexity of a completion (its `perplexity`), token_perplexity. prompt:
-    exact_match, chrf and bleu where sacrebleu is installed, tokens_per_second overall, and per file the answers. From the
-    second model on, versus_first.
+    context: acc and perplexity as in lm-evaluation-harness, and token_perplexity. prompt: exact_match; chrf and bleu if
+    sacrebleu is installed; overall, tokens_per_second; per file, the answers. From the second model on, versus_first.
     """
     answered = np.array([row.answered for row in rows])
     files = [row.file for row in rows]
@@ -650,7 +643,7 @@ def summarise_completions(rows: list[Completion], completed: list[Completed]) ->
     for model, own in enumerate(completed):
         entries = _by_file(files, of(model))
         if answered.any():
-            entries["overall"].pop("answers", None)  # they are with their file
+            entries["overall"].pop("answers", None)  # listed with their file
             entries["overall"]["new_tokens"] = int(np.nansum(own.new_tokens))
             entries["overall"]["tokens_per_second"] = float(np.nansum(own.new_tokens)) / own.seconds
         summaries.append(entries)
@@ -668,7 +661,7 @@ def translations(rows: list[Completion], completed: Completed, which: Sequence[i
 def compare_completions(
     runs: list[Run], rows: list[Completion], completed: list[Completed], summaries: list[dict]
 ) -> dict[str, Comparison]:
-    """Every run against the first, by each score; the verdicts go into the summaries, too."""
+    """Compare every run with the first, by each score; also stores the verdicts in the summaries."""
     answered = np.array([row.answered for row in rows])
     found = {}
     if not answered.all():

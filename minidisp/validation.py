@@ -50,10 +50,9 @@ class Validation:
     def scores(self, model: GPT, step: int, average: Average | None = None) -> dict:
         """val_loss in nats per token, perplexity, bits_per_byte, and the condensation metrics of the same windows.
 
-        Loss, perplexity and bits per byte are over the unmasked targets (those that are not -1).
-
-        With an average of the weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. If val_loss is NaN
-        or Inf, it is the only score. The model's train/eval mode is restored. step: for messages.
+        Loss, perplexity and bits per byte cover the unmasked targets (those that are not -1). With an average of the
+        weights, also its ema_val_loss, ema_perplexity and ema_bits_per_byte. If val_loss is NaN or Inf, it is the only
+        score. The model's train/eval mode is restored. step: for messages.
         """
         scores = self._scores_in_memory(model, step)
         if average and len(scores) > 1:
@@ -91,9 +90,8 @@ class Validation:
         finally:
             _leave(model, was_training)
         nats_by_corpus = [0.0 for _ in self.ends]
-        for (corpus, start, stop), loss in zip(
-            batches, torch.stack(losses).tolist(), strict=True
-        ):  # synchronises with the device
+        means = torch.stack(losses).tolist()  # synchronises with the device
+        for (corpus, start, stop), loss in zip(batches, means, strict=True):
             counted = int(self.counted[start:stop].sum())
             nats_by_corpus[corpus] += loss * counted if counted else 0.0  # the mean over zero targets is NaN
         nats = sum(nats_by_corpus)
@@ -137,7 +135,7 @@ class Validation:
 
 
 def _leave(model: GPT, was_training: bool) -> None:
-    """Restore a model's mode. A sharded model is resharded: after a forward pass FSDP keeps its root gathered for the backward pass."""
+    """Restore a model's mode. A sharded model is resharded, as FSDP keeps its root gathered for a backward pass."""
     model.train(was_training)
     if hasattr(model, "reshard"):
         model.reshard()

@@ -120,7 +120,7 @@ def test_a_shard_that_changes_under_a_reader_is_reported(tmp_path):
     assert len(split.slice(100, 150)) == 50
     os.truncate(path, 100)  # a mapped file would end the process with SIGBUS
     assert len(split.slice(100, 110)) == 10
-    with pytest.raises(InputError, match=r"train_002\.bin has become shorter"):
+    with pytest.raises(InputError, match=r"train_002\.bin was truncated"):
         split.slice(60, 150)
     replaced = tmp_path / "train_003.bin"
     content = replaced.read_bytes()
@@ -129,7 +129,7 @@ def test_a_shard_that_changes_under_a_reader_is_reported(tmp_path):
         split.slice(150, 160)
     (tmp_path / "other").write_bytes(content)
     os.replace(tmp_path / "other", replaced)
-    with pytest.raises(InputError, match=r"train_003\.bin has been replaced"):
+    with pytest.raises(InputError, match=r"train_003\.bin was replaced"):
         split.slice(150, 160)
 
 

@@ -233,7 +233,7 @@ def test_chrf_and_bleu_are_resampled_as_sacrebleu_does():
         ("choices", {"context": 3, "choices": [" a", " b"], "answer": 0}, "has no context"),
         ("choices", {"context": "x", "choices": [" a"], "answer": 0}, "has no choices"),
         ("choices", {"context": "x", "choices": " a", "answer": 0}, "has no choices"),
-        ("choices", {"context": "x", "choices": [" a", " "], "answer": 0}, "empty text among its choices"),
+        ("choices", {"context": "x", "choices": [" a", " "], "answer": 0}, "a choice that is empty"),
         ("choices", {"context": "x", "choices": [" a", "\ud800"], "answer": 0}, "surrogate"),
         ("choices", {"context": "x", "choices": [" a", " b"], "answer": 2}, "no answer"),
         ("choices", {"context": "x", "choices": [" a", " b"], "answer": True}, "no answer"),
@@ -245,7 +245,7 @@ def test_chrf_and_bleu_are_resampled_as_sacrebleu_does():
         ("completions", {"prompt": "", "completion": "x"}, "empty prompt"),
         ("completions", {"prompt": "x", "context": "x", "completion": "y"}, "either a prompt or a context"),
         ("completions", {"text": "x"}, "either a prompt or a context"),
-        ("completions", {"prompt": "x", "completion": "y"}, "a file for each kind"),
+        ("completions", {"prompt": "x", "completion": "y"}, "a separate file for each kind"),
     ],
 )
 def test_a_bad_row_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, flag, row, expected):
@@ -271,7 +271,7 @@ def test_a_continuation_without_a_token_of_its_own_is_named(bpe_run):
         def encode_batch(self, texts, threads=1):
             return [[1] for _ in texts]
 
-    with pytest.raises(InputError, match="line 7: a continuation has no token of its own"):
+    with pytest.raises(InputError, match="line 7: a continuation adds no token to its context"):
         tasks.continuations(Merging(), 8, [("a", "b", "line 7")])
 
 
