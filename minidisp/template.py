@@ -1,11 +1,11 @@
-"""The prompt template of examples: a dialogue as token ids, and which of them a model is trained to predict.
+"""The prompt template of examples: renders a dialogue as token ids, and marks those that the model learns to predict.
 
     template = Template.of(tokenizer)                    # the tokenizer's own chat template, or PLAIN
     ids, counted = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     prompt, _ = template.render(messages, add_generation_prompt=True)       # the answer ends with template.stop_id
 
-A template is Jinja, as in transformers, and gives the ids of its `apply_chat_template`. One thing differs: where a
-message contains the name of a special token, such as </s>, it is encoded as text, so no message can end its own turn.
+A template is Jinja source, as in transformers, and yields the same ids as `apply_chat_template`, with one difference:
+the name of a special token in a message, such as </s>, is encoded as text, so that no message can end its own turn.
 """
 
 import contextlib
@@ -25,37 +25,39 @@ from typing import NamedTuple
 from minidisp import InputError, parse_json, read_bytes
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
-# Roles and contents alternate, each closed by the end-of-text token: no tokenizer merges characters across it, so every
-# part has the ids that it has alone, whatever the text.
+# Roles and contents alternate, each followed by the end-of-text token. No tokenizer merges across it, so each part is
+# tokenized independently of the others.
 PLAIN = (
     "{% for message in messages %}{{ message['role'] + eos_token + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant' + eos_token }}{% endif %}"
 )
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SECONDS, BYTES = 5, 1 << 30  # what a template may take each time that it is used; those in use take milliseconds
-STATM = "/proc/self/statm"  # of Linux: the address space in use, in pages
-FILE = "template.json"  # of a run that was trained on examples, beside its tokenizer.model
+SECONDS, BYTES = 5, 1 << 30  # limits for rendering a template once; real ones take milliseconds
+STATM = "/proc/self/statm"  # on Linux: the address space in use, in pages
+FILE = "template.json"  # in the folder of a run that was trained on examples, next to tokenizer.model
 Messages = Sequence[dict[str, str]]  # with "role" (system, user or assistant) and "content"
 
 
 class Rendered(NamedTuple):
-    """A dialogue in tokens; the two lists are of equal length."""
+    """A dialogue as tokens; both lists have the same length."""
 
     ids: list[int]
-    counted: list[bool]  # from behind a generation prompt to the token that closes the assistant's turn, inclusive
+    counted: list[bool]  # True from after a generation prompt up to and including the token that ends the turn
 
 
 class Template:
-    """A chat template and the tokenizer that it is written for. Raises InputError if it cannot be used.
+    """A chat template and its tokenizer. Raises InputError if the template cannot be used.
 
-    chat_template: the Jinja source. stop_id: the token that closes an assistant's turn, where generation stops.
+    chat_template: the Jinja source. stop_id: the token that ends an assistant's turn, where generation stops.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str, token_names: dict[str, str], now: str):
-        """token_names: what the template calls eos_token and so on. now: an ISO date, what strftime_now formats; "" where it is not used."""
+        """token_names: the values of eos_token etc. in the template. now: the ISO date that strftime_now formats; "" if
+        it is not used.
+        """
         self.chat_template, self._tokenizer, self._token_names, self._now = chat_template, tokenizer, token_names, now
         self._special = _special_tokens(tokenizer)
-        # Of several that begin at the same place the longest counts, as in the package tokenizers.
+        # Among names that start at the same position the longest matches, as in the package tokenizers.
         self._names = sorted(self._special, key=len, reverse=True)
         self._name = re.compile("|".join(map(re.escape, self._names)))
         strips = [(self._special[name].lstrip, self._special[name].rstrip) for name in self._names]
@@ -70,35 +72,35 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Template":
-        """The chat template that came with a Hugging Face tokenizer, else PLAIN."""
+        """The chat template of a Hugging Face tokenizer, or else PLAIN."""
         source, names = _own(tokenizer)
         now = datetime.date.today().isoformat() if "strftime_now" in source else ""
         return cls(tokenizer, source or PLAIN, names, now)
 
     @classmethod
     def from_meta(cls, meta: object, tokenizer: Tokenizer) -> "Template":
-        """What `to_meta` returned. Raises InputError if it is damaged."""
+        """Restore the result of `to_meta`. Raises InputError if it is damaged."""
         fields = {"chat_template": str, "token_names": dict, "now": str}
         if not (isinstance(meta, dict) and all(type(meta.get(name)) is kind for name, kind in fields.items())):
-            raise InputError(f"the prompt template is damaged: it needs {', '.join(fields)}")
+            raise InputError(f"the prompt template is damaged: it must have {', '.join(fields)}")
         try:
             return cls(tokenizer, *(meta[name] for name in fields))
         except ValueError as error:
             raise InputError(f"the prompt template is damaged: {error}") from None
 
     def to_meta(self) -> dict:
-        """The template as JSON can hold it, for meta.json and for template.json of a run."""
+        """The template as a JSON object, for meta.json and for a run's template.json."""
         return {"chat_template": self.chat_template, "token_names": self._token_names, "now": self._now}
 
     @property
     def is_own(self) -> bool:
-        """Whether it came with the tokenizer, among whose settings it is."""
+        """Whether it is the chat template in the tokenizer's own settings."""
         return self.chat_template == _own(self._tokenizer)[0]
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
-        """The token ids of a dialogue, with what opens an assistant's turn behind it if asked.
+        """The token ids of a dialogue, optionally followed by the generation prompt that opens an assistant's turn.
 
-        Raises InputError where the template refuses the dialogue or does not show where the assistant's turns begin.
+        Raises InputError if the template rejects the dialogue, or the assistant's turns cannot be located.
         """
         messages, guard = self._guarded(messages)
         text = self._text(messages, add_generation_prompt)
@@ -116,7 +118,7 @@ class Template:
             else:
                 tokens = self._tokenizer.encode(part.replace(guard, ""))
                 ids += tokens
-                # A token that joins the end of the prompt and the beginning of the answer is not counted.
+                # A token that spans the end of the prompt and the start of the answer is not counted.
                 n_bytes, prompt_bytes = 0, len(prompt.encode("utf-8"))
                 for token in tokens:
                     counted.append(counting and n_bytes >= prompt_bytes)
@@ -124,18 +126,18 @@ class Template:
             if name and counted[-1] and ids[-1] == self.stop_id:
                 counting, closed = False, closed + 1
         if closed < len(starts):
-            raise InputError("the chat template does not close every turn of the assistant")
+            raise InputError("the chat template does not end every turn of the assistant with its end-of-turn token")
         return Rendered(ids, counted)
 
     def _guarded(self, messages: Messages) -> tuple[Messages, str]:
-        """The messages with a character inside each name of a special token, and this character, which occurs nowhere else."""
+        """The messages with an unused character inserted into each name of a special token, and this character."""
         contents = "".join(message["content"] for message in messages)
         guard = next(_unused(contents + self.chat_template))
         guarded = lambda text: self._name.sub(lambda name: guard.join(name[0]), text)  # noqa: E731
         return [{**message, "content": guarded(message["content"])} for message in messages], guard
 
     def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
-        said = sum(len(message["content"]) for message in messages)
+        size = sum(len(message["content"]) for message in messages)
         try:
             with _limited():
                 text = self._jinja.render(
@@ -146,24 +148,24 @@ class Template:
                     **self._token_names,
                 )
         except Exception as error:  # a template can raise anything
-            raise InputError(f"the chat template refuses it: {_in_short(error)}") from None
-        if len(text) > 100 * said + (1 << 20):
-            raise InputError(f"the chat template makes {len(text):,} characters of {said:,}")
+            raise InputError(f"the chat template cannot render it: {_in_short(error)}") from None
+        if len(text) > 100 * size + (1 << 20):
+            raise InputError(f"the chat template expands {size:,} characters to {len(text):,}")
         return text
 
     def _start(self, messages: Messages, i: int, text: str) -> int:
-        """Where the turn of messages[i] begins in the text of the whole dialogue: behind the generation prompt."""
+        """Where the content of messages[i] starts in the text of the whole dialogue: after the generation prompt."""
         prompt = self._text(messages[:i], True)
         if text.startswith(prompt):
             return len(prompt)
-        # A template may write less before an earlier turn than before a new one, such as no <think>.
+        # The generation prompt may be longer than the header of an earlier turn, for example with <think>.
         if text.startswith(before := self._text(messages[:i], False)):
             differs = (at for at, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b)
             return max(len(before), next(differs, len(text)))
-        raise InputError("the chat template changes earlier turns, so where the assistant's turns begin cannot be told")
+        raise InputError("the chat template changes earlier turns, so the assistant's turns cannot be located")
 
     def _parts(self, text: str) -> Iterator[tuple[int, str, str]]:
-        """(position, part, "") for text and (position, part, name) for a special token, with the spaces that it takes along."""
+        """(position, part, "") for text and (position, part, name) for a special token, with the spaces it strips."""
         at = 0
         for found in self._split.finditer(text):
             if at < found.start():
@@ -179,18 +181,18 @@ class Template:
         end = text.rfind("ANSWER") + len("ANSWER")
         name = next((name for at, _, name in self._parts(text) if name and at >= end), None)
         if not name or "ANSWER" not in text:
-            raise InputError("the tokenizer's chat template closes the assistant's turn with no special token")
+            raise InputError("the tokenizer's chat template does not end the assistant's turn with a special token")
         return self._special[name].id
 
 
 class _Special(NamedTuple):
     id: int
-    lstrip: bool = False  # takes the white space before it along
+    lstrip: bool = False  # strips the whitespace before it
     rstrip: bool = False
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, _Special]:
-    """The tokens that text never makes, by name."""
+    """The special tokens by name: those that plain text never produces."""
     special = {tokenizer.eos_token: _Special(tokenizer.eos_id)}
     if isinstance(tokenizer, HuggingFaceTokenizer):
         for token in tokenizer.as_used["added_tokens"]:
@@ -200,7 +202,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, _Special]:
 
 
 def _own(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
-    """The chat template among the settings of a Hugging Face tokenizer, "" if there is none, and what it calls its tokens."""
+    """The chat template in the settings of a Hugging Face tokenizer, "" if there is none, and its token names."""
     names, source = {"bos_token": tokenizer.eos_token, "eos_token": tokenizer.eos_token}, ""
     files = tokenizer.files if isinstance(tokenizer, HuggingFaceTokenizer) else {}
     if files:
@@ -215,17 +217,17 @@ def _own(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
             source = json.loads(files["chat_template.json"]).get("chat_template") or source
         source = files.get("chat_template.jinja") or source
     if not isinstance(source, str) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError("the tokenizer's chat template or the names of its special tokens are no texts")
+        raise InputError("the tokenizer's chat template or the name of a special token is not a string")
     return source, {"eos_token": tokenizer.eos_token, **names}
 
 
 def _compile(source: str, now: datetime.datetime) -> "jinja2.Template":  # noqa: F821 (imported below)
-    """A chat template in a sandbox, with the functions that transformers gives it. Raises InputError if it is no Jinja."""
+    """Compile a chat template in a sandbox, with the functions that transformers provides. Raises InputError."""
     import jinja2.ext  # comes with torch
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's text for transformers and changes nothing here."""
+        """{% generation %}, which marks the assistant's text for transformers, is ignored here."""
 
         tags = frozenset(["generation"])
 
@@ -245,18 +247,18 @@ def _compile(source: str, now: datetime.datetime) -> "jinja2.Template":  # noqa:
     jinja.filters["tojson"] = to_json
     jinja.globals |= {"raise_exception": refuse, "strftime_now": now.strftime}
     try:
-        with _limited():  # constants are computed here
+        with _limited():  # compiling evaluates constant expressions
             return jinja.from_string(source)
-    except Exception as error:  # of Jinja or of Python, which compiles what Jinja makes of it
+    except Exception as error:  # from Jinja, or from Python, which compiles Jinja's output
         raise InputError(f"the tokenizer's chat template is not valid: {_in_short(error)}") from None
 
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Ends what a template does inside: TimeoutError after SECONDS of computing, MemoryError beyond BYTES more memory.
+    """Limit the resources of a template: TimeoutError after SECONDS of CPU time, MemoryError beyond BYTES more memory.
 
-    The sandbox keeps a template away from files and from Python's own objects, but lets it loop for ever. The time is
-    limited in the main thread, where signals arrive, and the memory on Linux.
+    The sandbox keeps a template from files and Python internals, but not from looping forever. The time is limited in
+    the main thread only, which receives signals, and the memory on Linux only.
     """
     began, inside = time.thread_time(), True
 
@@ -272,7 +274,7 @@ def _limited() -> Iterator[None]:
         if sys.platform == "linux":
             import resource
 
-            descriptor = os.open(STATM, os.O_RDONLY)  # a quarter of the time of open(), and done for every dialogue
+            descriptor = os.open(STATM, os.O_RDONLY)  # four times faster than open(), and called for every dialogue
             in_use = int(os.read(descriptor, 100).split()[0]) * resource.getpagesize()
             os.close(descriptor)
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -282,14 +284,13 @@ def _limited() -> Iterator[None]:
         try:
             yield
         finally:
-            inside = False  # a late signal must not interrupt what lifts the limits again
+            inside = False  # a late signal must not interrupt the removal of the limits
 
 
 def _unused(text: str) -> Iterator[str]:
-    """Characters that do not occur in a text, those first that stand for nothing in Unicode."""
-    return (
-        chr(code) for code in itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE)) if chr(code) not in text
-    )
+    """Characters that do not occur in a text: Unicode non-characters first, then private-use ones."""
+    codes = itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
+    return (chr(code) for code in codes if chr(code) not in text)
 
 
 def _in_short(error: Exception) -> str:
@@ -297,7 +298,7 @@ def _in_short(error: Exception) -> str:
 
 
 def load_template(folder: str | Path, tokenizer: Tokenizer) -> Template | None:
-    """The template of the run in a folder; None if it was trained on text alone. Raises InputError if it is damaged."""
+    """The template of a run; None if it was trained on plain text. Raises InputError if it is damaged."""
     path = Path(folder) / FILE
     if not path.exists():
         return None

@@ -1,10 +1,10 @@
-"""Text to token ids and back without loss: SentencePiece BPE, plain bytes, or a Hugging Face model's own BPE.
+"""Lossless tokenizers: SentencePiece BPE, plain bytes, or the BPE of a Hugging Face model.
 
-    tokenizer = load("data/pystdlib/tokenizer.model")       # recognises which of the three the file holds
+    tokenizer = load("data/pystdlib/tokenizer.model")       # detects which of the three is in the file
     ids = tokenizer.encode("def f():\\n")                    # list[int], no end-of-sequence id added
     tokenizer.decode(ids) == "def f():\\n"                   # for every str that UTF-8 can represent
 
-An id stands for the same bytes wherever it occurs: decoding is a join, and bits per byte are counted token by token.
+Each id always represents the same bytes, so decoding concatenates them, and bytes can be counted token by token.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ import sentencepiece
 
 from minidisp import InputError, printable, read_bytes
 
-SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
-SENTENCE_CHARS = 2000  # training text is fed in pieces of about this size
+SPACE = "\u2581"  # SentencePiece represents a space by this character, and cannot distinguish the two
+SENTENCE_CHARS = 2000  # approximate size of the pieces in which training text is passed on
 BYTE_FILE = b'{"tokenizer": "byte", "version": 1}\n'
-HUGGING_FACE_FILE = b'{"tokenizer": "huggingface", "version": 1,'  # and so on: see HuggingFaceTokenizer.pack
-MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a file that says more is damaged
+HUGGING_FACE_FILE = b'{"tokenizer": "huggingface", "version": 1,'  # how such a file starts: see HuggingFaceTokenizer
+MAX_VOCAB = 1 << 20  # of a Hugging Face tokenizer; a larger number means a damaged file
 
-# A text that comes back changed if a tokenizer normalises, strips, drops or adds anything.
+# A text that does not survive encoding and decoding if a tokenizer normalises, strips, drops or adds anything.
 _PROBE = "  a\t\tb \r\n\n\0 \ufb01 \u00c5 A\u030a \U0001f642 <unk></s> 20 3-4.5 (x) {y} B_c #!? c  "
 
 
 class Tokenizer(ABC):
-    """What all kinds share. token_bytes[i] is what id i stands for, b"" for EOS; eos_token is how files write EOS."""
+    """The common interface. token_bytes[i]: the bytes of id i, b"" for EOS. eos_token: the name of EOS in files."""
 
     vocab_size: int
     eos_id: int
@@ -54,14 +54,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without EOS. UnicodeEncodeError (a ValueError) if it holds half a surrogate pair."""
+        """Token ids of the text, without EOS. UnicodeEncodeError (a ValueError) if it contains a lone surrogate."""
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of every text; threads changes the speed, never the ids."""
+        """`encode` for every text; threads affects only the speed."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. A character whose bytes are incomplete, as a cut can leave it, becomes U+FFFD."""
+        """The text of the ids. An incomplete character, for example after truncation, becomes U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 
@@ -81,7 +81,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with byte fallback. ValueError where the model is damaged or would change the text."""
+    """A SentencePiece model with byte fallback. Raises ValueError if the model is damaged or would change the text."""
 
     def __init__(self, serialized: bytes):
         super().__init__(serialized)
@@ -100,8 +100,8 @@ class SentencePieceTokenizer(Tokenizer):
         byte_ids = {token: i for i, token in enumerate(self.token_bytes) if self._model.is_byte(i)}
         if len(byte_ids) < 256:
             raise ValueError("this SentencePiece model has no byte fallback, so it cannot encode every text")
-        # Spelled in bytes: a literal U+2581, which SentencePiece takes for a space, and the space itself where it was
-        # too rare in the training text to get a piece, since SentencePiece would spell it as the bytes of U+2581.
+        # Encoded as bytes here: a literal U+2581, which SentencePiece would treat as a space, and the space itself if
+        # it has no piece (too rare in the training text), as SentencePiece would fall back to the bytes of U+2581.
         self._spelled = {SPACE: [byte_ids[bytes([byte])] for byte in SPACE.encode("utf-8")]}
         if self._model.piece_to_id(SPACE) == self._model.unk_id():
             self._spelled[" "] = [byte_ids[b" "]]
@@ -118,13 +118,13 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode("utf-8")
 
     def as_merges(self) -> tuple[list[str], list[tuple[str, str]]]:
-        """The same BPE as the package tokenizers writes it: the pieces in the order of ids, and the merges by rank.
+        """The same BPE in the form of the package tokenizers: the pieces ordered by id, and the merges by rank.
 
-        Spaces are written as spaces. SentencePiece joins two neighbours whenever they make a piece: the best piece
-        first, and from left to right. So every way to cut a piece in two becomes a merge. Two ways to cut the same
-        piece get different ranks here, while SentencePiece decides by position alone. That could only matter where a
-        piece occurs twice, overlapping and cut differently. It has not been seen (the tests try every text of 11
-        letters). ValueError if the model is no BPE.
+        Spaces are written as spaces. SentencePiece merges any two neighbours that form a piece: the best piece first,
+        then from left to right. So every split of a piece into two pieces becomes a merge. Different splits of a piece
+        get different ranks here, while SentencePiece only considers the position. This could only matter if a piece
+        occurred twice, overlapping and split differently; no such case was found (the tests try every text of 11
+        letters). Raises ValueError if the model is not a BPE.
         """
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         plain = {}
@@ -133,8 +133,8 @@ class SentencePieceTokenizer(Tokenizer):
                 pieces[i] = piece.replace(SPACE, " ")
                 plain[pieces[i]] = self._model.get_score(i)
         by_rank = sorted(plain, key=plain.get, reverse=True)
-        if [-plain[piece] for piece in by_rank] != [*range(len(by_rank))]:  # a BPE has ranks, and a unigram model log p
-            raise ValueError("this SentencePiece model is no BPE, so it has no merges")
+        if [-plain[piece] for piece in by_rank] != [*range(len(by_rank))]:  # a unigram model has log p instead of ranks
+            raise ValueError("this SentencePiece model is not a BPE, so it has no merges")
         merges = [
             (piece[:cut], piece[cut:])
             for piece in by_rank
@@ -144,7 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
         return pieces, merges
 
     def encode(self, text: str) -> list[int]:
-        text.encode("utf-8")  # raises the error promised above; what SentencePiece does here depends on its version
+        text.encode("utf-8")  # raises UnicodeEncodeError; SentencePiece's own behaviour depends on its version
         ids = []
         for part in self._spelled_here.split(text):
             ids += self._spelled.get(part) or self._model.encode(part)
@@ -165,24 +165,31 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The BPE of a Hugging Face model, run by the package tokenizers: in bytes as in GPT-2, or with byte fallback.
+    """The BPE of a Hugging Face model, run by the package tokenizers: byte-level as in GPT-2, or with byte fallback.
 
-    Two things differ from what transformers does with the same file, so that every text comes back as it was: names of
-    special tokens such as <|endoftext|> are text like any other, and Unicode is not composed (NFC, as Qwen3 asks for).
-    ValueError where the tokenizer is of another kind, is damaged, or changes the text in another way.
+    To be lossless, it differs from transformers in two ways: names of special tokens in a text, such as <|endoftext|>,
+    are plain text, and Unicode is not normalised (to NFC, as Qwen3 does). Raises ValueError if the tokenizer is of
+    another kind, is damaged, or changes the text in another way.
     """
 
-    # Settings beside tokenizer.json. Nothing here reads them; they are kept so that an export gives them back.
-    FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
-             "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json")  # fmt: skip
+    # Settings next to tokenizer.json. They are not used here, but kept for export.
+    FILES = (
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "additional_chat_templates/*.jinja",
+        "generation_config.json",
+    )
 
     @staticmethod
     def pack(tokenizer_json: dict, eos_token: str, vocab_size: int, files: dict[str, str] | None = None) -> bytes:
-        """One file out of what Hugging Face spreads over several.
+        """Combine the files of a Hugging Face tokenizer into one.
 
-        tokenizer_json: what the file of this name holds. vocab_size: the rows of the model's embedding, of which some
-        may have no token; 0 = as many as there are tokens. files: the texts of FILES, and what config.json says of
-        special tokens.
+        tokenizer_json: the content of tokenizer.json. vocab_size: the number of rows of the model's embedding, which
+        may exceed the number of tokens; 0 = the number of tokens. files: the contents of FILES, and of config.json the
+        entries about special tokens.
         """
         values = {"eos_token": eos_token, "vocab_size": vocab_size, "tokenizer_json": tokenizer_json}
         rest = json.dumps({**values, **({"files": files} if files else {})})
@@ -190,7 +197,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def hash(self) -> str:
-        """That of a file without settings, which change no ids."""
+        """The hash of the file without settings, as they do not affect the ids."""
         if not self.files:
             return super().hash
         return hashlib.sha256(self.pack(self.tokenizer_json, self.eos_token, self._rows)).hexdigest()
@@ -210,34 +217,31 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise TypeError("eos_token or vocab_size")
             self.files = _check_files(packed.get("files", {}))
             added = self.tokenizer_json.get("added_tokens") or []
-            # transformers, too, loads added tokens that the embedding has no row for; here their names stay text.
+            # Added tokens for which the embedding has no row, which transformers accepts, are treated as text here.
             self.without_row = [token["content"] for token in added if rows and token["id"] >= rows]
             names = {token["content"] for token in added} - {*self.without_row}
             in_bytes = _check_kind(self.tokenizer_json, eos_token)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a tokenizer file, or a damaged one ({type(error).__name__}: {error})") from error
         self.eos_token, self._rows = eos_token, rows
-        # What it is used for here: text to ids, with nothing changed, added, cut off or filled up.
+        # Used here to map text to ids only, without normalisation, added tokens, truncation or padding.
         unused = dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
         self.as_used = {**self.tokenizer_json, **unused, "added_tokens": [t for t in added if t["content"] in names]}
         with _errors_of_tokenizers("not a tokenizer file, or a damaged one"):
             self._model = tokenizers.Tokenizer.from_str(json.dumps(self.as_used))
         self.eos_id = self._model.token_to_id(eos_token)
         if self.eos_id is None:
-            why = (
-                "has no row in the model's embedding"
-                if eos_token in self.without_row
-                else "is not among this tokenizer's tokens"
-            )
+            no_row = eos_token in self.without_row
+            why = "has no row in the model's embedding" if no_row else "is not one of this tokenizer's tokens"
             raise ValueError(f"the end-of-sequence token {eos_token!r} {why}")
         self._model.add_special_tokens([tokenizers.AddedToken(eos_token, normalized=False)])
-        self._model.encode_special_tokens = True  # as text, if they are found in one
+        self._model.encode_special_tokens = True  # encode their names in a text as text
         ids = self._model.get_vocab()
         n_tokens = max(ids.values()) + 1
         self.vocab_size = rows or n_tokens
         if self.vocab_size < n_tokens or n_tokens > MAX_VOCAB:
             raise ValueError(f"this tokenizer has {n_tokens:,} tokens, but its model only {self.vocab_size:,}")
-        self.token_bytes = [b""] * self.vocab_size  # special tokens, and rows that no token uses, stand for nothing
+        self.token_bytes = [b""] * self.vocab_size  # stays empty for special tokens and unused rows
         special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
         for token in ids.keys() - special:
             self.token_bytes[ids[token]] = token.encode("utf-8") if token in names else _bytes_of(token, in_bytes)
@@ -246,11 +250,11 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in (_PROBE, _PROBE.strip(), eos_token):
             self.encode(text)
         if self.eos_id in self.encode(eos_token):
-            raise ValueError(f"this tokenizer makes its end-of-sequence token out of the text {eos_token!r}")
+            raise ValueError(f"this tokenizer encodes the text {eos_token!r} as its end-of-sequence token")
 
     def encode(self, text: str) -> list[int]:
-        """As of every Tokenizer. Raises InputError also where this one loses or changes a part of the text."""
-        text.encode("utf-8")  # raises the error promised above
+        """See Tokenizer.encode. Also raises InputError if this tokenizer drops or changes part of the text."""
+        text.encode("utf-8")  # raises UnicodeEncodeError
         with _errors_of_tokenizers("this tokenizer cannot encode the text"):
             ids = self._model.encode(text, add_special_tokens=False).ids
         return self._checked(text, ids)
@@ -265,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [self._checked(text, encoded.ids) for text, encoded in zip(texts, batch, strict=True)]
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
-        # No look at the file tells whether it keeps every text: a pattern in it may drop digits, say.
+        # Checked for every text, as the file does not tell: a pattern in it may drop digits, for example.
         if b"".join(map(self.token_bytes.__getitem__, ids)) != text.encode("utf-8"):
             raise InputError(f"this tokenizer changes the text {text[:40]!a}: it adds, strips or replaces something")
         return ids
@@ -275,15 +279,15 @@ class HuggingFaceTokenizer(Tokenizer):
 def _errors_of_tokenizers(what: str) -> Iterator[None]:
     """Raise InputError for any error in the package tokenizers.
 
-    It raises nothing narrower than Exception. Where its Rust code panics, that is a BaseException, after a backtrace on
-    descriptor 2, which is not shown.
+    Its errors are plain Exceptions. A panic of its Rust code is a BaseException, preceded by a backtrace on file
+    descriptor 2, which is suppressed.
     """
     try:
         with _no_stderr():
             yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # an interruption
+            raise  # KeyboardInterrupt or SystemExit
         raise InputError(f"{what} ({printable(str(error))[:200]})") from None
 
 
@@ -304,10 +308,9 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _check_files(files: object) -> dict[str, str]:
-    """The settings in a tokenizer file; TypeError unless they are texts with the names that they have in a folder."""
-    patterns = [
-        re.escape(pattern).replace(r"\*", r"[\w. -]+") for pattern in (*HuggingFaceTokenizer.FILES, "config.json")
-    ]
+    """The settings in a tokenizer file; TypeError unless they are strings with expected file names."""
+    names = (*HuggingFaceTokenizer.FILES, "config.json")
+    patterns = [re.escape(name).replace(r"\*", r"[\w. -]+") for name in names]
     named = isinstance(files, dict) and all(re.fullmatch("|".join(patterns), name) for name in files)
     if not named or not all(isinstance(text, str) for text in files.values()):
         raise TypeError("files")
@@ -315,43 +318,46 @@ def _check_files(files: object) -> dict[str, str]:
 
 
 def _check_kind(tokenizer_json: dict, eos_token: str) -> bool:
-    """Whether the tokens of a tokenizer.json are bytes; else they are text, with byte fallback.
+    """Whether a tokenizer.json is byte-level; otherwise it has byte fallback.
 
-    ValueError if it is something else than a BPE of these two kinds, or loses text.
+    Raises ValueError if it is neither, is not a BPE, or loses text.
     """
     model = tokenizer_json["model"]
     if model.get("type") not in ("BPE", None) or model.get("dropout"):
-        raise ValueError(f"only BPE tokenizers are read, without dropout; this one is {str(model.get('type'))[:40]}")
+        kind = str(model.get("type"))[:40]
+        raise ValueError(f"only BPE tokenizers without dropout are supported; this one is of type {kind}")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("this tokenizer marks words inside its tokens, so they do not stand for bytes")
+        raise ValueError("this tokenizer marks words inside its tokens, so they do not represent bytes")
     for token in tokenizer_json.get("added_tokens") or []:
         if (token["lstrip"] or token["rstrip"]) and not (token["special"] or token["content"] == eos_token):
             raise ValueError(
                 f"this tokenizer strips the spaces around its token {token['content']!r}: text would be lost"
             )
     if changes := {*_kinds(tokenizer_json.get("normalizer"))} - {"NFC"}:
-        raise ValueError(f"this tokenizer changes the text before it encodes it ({', '.join(sorted(changes))})")
+        raise ValueError(f"this tokenizer normalises the text ({', '.join(sorted(changes))})")
     decoder = _kinds(tokenizer_json.get("decoder"))
     if "ByteLevel" in decoder:
         return True
     if not (model.get("byte_fallback") and decoder == ["ByteFallback", "Fuse"]):
-        raise ValueError("this BPE works neither in bytes, as GPT-2's and Qwen3's do, nor with byte fallback")
+        raise ValueError(
+            "this BPE is neither byte-level, like those of GPT-2 and Qwen3, nor does it have byte fallback"
+        )
     return False
 
 
 def _bytes_of(token: str, in_bytes: bool) -> bytes:
-    """What a token stands for: each character for a byte, or text, or one byte if it is written <0x41>."""
+    """The bytes of a token: one per character if in_bytes; else those of its text, or the byte written as <0x41>."""
     try:
         if in_bytes:
             return bytes(_BYTE_OF[character] for character in token)
     except KeyError:
-        raise ValueError(f"the token {token!r} does not stand for bytes") from None
+        raise ValueError(f"the token {token!r} does not represent bytes") from None
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
     return bytes([int(byte[1], 16)]) if byte else token.encode("utf-8")
 
 
 def _kinds(part: dict | None) -> list[str]:
-    """The types of the steps that a part of a tokenizer.json consists of."""
+    """The types of the steps in a part of a tokenizer.json."""
     if part is None:
         return []
     steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
@@ -359,7 +365,7 @@ def _kinds(part: dict | None) -> list[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters in which byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    """The characters by which byte-level BPE represents bytes: printable Latin-1 as itself, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
@@ -369,7 +375,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer saved in a file. InputError naming the file if it is missing, damaged or something else."""
+    """The tokenizer saved in a file. Raises InputError, naming the file, if it is missing, damaged or another file."""
     serialized = read_bytes(path)
     try:
         if serialized == BYTE_FILE:
@@ -378,30 +384,30 @@ def load(path: str | Path) -> Tokenizer:
             return HuggingFaceTokenizer(serialized)
         if Path(path).suffix == ".json" and serialized.lstrip().startswith(b"{"):
             folder = Path(path).absolute().parent
-            raise ValueError(f"a Hugging Face tokenizer, which needs its folder: use --tokenizer hf:{folder}")
+            raise ValueError(f"a Hugging Face tokenizer needs its whole folder: use --tokenizer hf:{folder}")
         return SentencePieceTokenizer(serialized)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a damaged tokenizer file, with a piece that is not UTF-8") from error
+        raise InputError(f"{path}: a damaged tokenizer file: a piece is not UTF-8") from error
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, exact: bool = True) -> SentencePieceTokenizer:
-    """A BPE with byte fallback from the texts; the same texts in the same order give the same file.
+    """Train a BPE with byte fallback; the same texts in the same order give the same file.
 
-    vocab_size counts everything: <unk>, EOS, 256 bytes, every character that is not rare (99.95 % of the text), merges.
-    InputError if there is no text, or if vocab_size is smaller or larger than what the text calls for. With exact=False
-    it is a wish: the vocabulary is smaller where the text gives no more tokens, and where the characters take more than
-    three quarters of it, the rarer ones are spelled in bytes.
-    Words are split at spaces and between letters, digits and punctuation, but a run of spaces can be one token, as
-    source code wants it. The whole text is held in memory several times over; give a sample of a large corpus.
+    vocab_size includes <unk>, EOS, 256 bytes, all characters but rare ones (99.95 % of the text), and merges. Raises
+    InputError if there is no text, or vocab_size is too small or too large for it. With exact=False it is a target: the
+    vocabulary is smaller if the text yields fewer tokens, and if its characters would take more than three quarters of
+    it, the rarer ones use byte fallback.
+    Words are split at spaces and between letters, digits and punctuation, but a run of spaces can be one token, which
+    suits source code. Several copies of the text are held in memory: pass a sample of a large corpus.
     """
-    # A list, because an exception inside an iterator would come back through SentencePiece as something else.
+    # A list, as SentencePiece would replace an exception raised by an iterator.
     sentences = [sentence for text in texts for sentence in _sentences(text) if sentence.strip("\r\n")]
     if not sentences:
         raise InputError("there is no text to train a tokenizer on")
     if vocab_size < 258:
-        raise InputError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes, EOS and <unk>: raise --vocab-size")
+        raise InputError(f"--vocab-size is {vocab_size}, but must be at least 258, for 256 bytes, EOS and <unk>")
     rare = ""
     while True:
         try:
@@ -419,12 +425,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, exact: bool = Tru
                 sentences = [part for part in parts if part.strip("\r\n")]
             elif most:
                 raise InputError(
-                    f"this text gives at most {most[1]} different tokens, not {vocab_size}: "
+                    f"this text yields at most {most[1]} tokens, not {vocab_size}: "
                     f"lower --vocab-size to {most[1]}, or add text"
                 ) from error
             elif least:
                 raise InputError(
-                    f"a vocabulary of {vocab_size} cannot hold the characters of this text: "
+                    f"a vocabulary of {vocab_size} is too small for the characters of this text: "
                     f"raise --vocab-size to {least[1]} or more, or use --tokenizer byte"
                 ) from error
             else:
@@ -432,7 +438,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, exact: bool = Tru
 
 
 def _train(sentences: list[str], vocab_size: int) -> bytes:
-    """The file of a SentencePiece BPE. RuntimeError if the text and the size do not go together."""
+    """The file of a SentencePiece BPE. Raises RuntimeError if the size does not suit the text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -446,37 +452,38 @@ def _train(sentences: list[str], vocab_size: int) -> bytes:
         allow_whitespace_only_pieces=True,
         split_digits=True,
         character_coverage=0.9995,
-        max_sentence_length=1 << 20,  # bytes; a longer sentence would be left out silently
+        max_sentence_length=1 << 20,  # bytes; longer sentences would be silently dropped
         unk_id=0,
         eos_id=1,
         bos_id=-1,
         pad_id=-1,
-        num_threads=1,  # the file records it, so a number of cores here would change the file's hash
+        num_threads=1,  # stored in the file, so the number of cores would change its hash
         minloglevel=2,
     )
     return model.getvalue()
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Consecutive lines in pieces of about SENTENCE_CHARS.
+    """The text in pieces of several lines, about SENTENCE_CHARS each.
 
-    Not line by line: the newlines have to stay inside, or none would get into the vocabulary.
+    With single lines, no newline would be inside a piece, and so none would get into the vocabulary.
     """
-    # The trainer drops NUL, leaves out every sentence with U+2585, and would take U+2581 for a space.
+    # The trainer drops NUL and every sentence with U+2585, and treats U+2581 as a space.
     text = text.translate({0: " ", 0x2585: " ", ord(SPACE): " "})
     start = 0
     while start < len(text):
         newline = text.find("\n", start + SENTENCE_CHARS, start + 2 * SENTENCE_CHARS)
         stop = newline if newline > 0 else start + 2 * SENTENCE_CHARS
-        yield text[start:stop]  # the newline opens the next piece; the trainer strips it from the end of one
+        yield text[start:stop]  # the newline starts the next piece; at the end of a piece the trainer strips it
         start = stop
 
 
 def to_tokenizer(tokenizer: Tokenizer) -> tuple[dict, str]:
-    """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback, nothing around it.
+    """(tokenizer.json, end-of-sequence token) for the package tokenizers: a BPE with byte fallback, without
+    normaliser, pre-tokenizer or post-processor.
 
-    The pieces have spaces as they are, so that U+2581 is no space and falls back to its three bytes, as it does here.
-    Raises InputError if the tokenizer is a SentencePiece model of another kind.
+    Pieces contain literal spaces, so U+2581 is not a space and falls back to its three bytes, as it does here. Raises
+    InputError if the tokenizer is a SentencePiece model of another kind.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.as_used, tokenizer.eos_token
@@ -489,8 +496,16 @@ def to_tokenizer(tokenizer: Tokenizer) -> tuple[dict, str]:
             raise InputError(f"tokenizer.model cannot be exported: {error}") from None
     flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
     silent = [i for i, token in enumerate(tokenizer.token_bytes) if not token]  # end of sequence, <unk>
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False}  # fmt: skip
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": True,
+        "ignore_merges": False,
+    }
     tokenizer_json = {
         "version": "1.0",
         "truncation": None,

@@ -144,7 +144,7 @@ def test_what_a_template_refuses_is_a_bad_row(tmp_path, capsys):
     flags = make(tmp_path / "rows.jsonl", rows)
     flags = [*flags[:2], *flags[4:], "--tokenizer-from", str(tmp_path / "tokenizer.model")]
     assert prepare.main(flags) == 2
-    assert "rows.jsonl, line 61: the chat template refuses it: not this" in capsys.readouterr().err
+    assert "rows.jsonl, line 61: the chat template cannot render it: not this" in capsys.readouterr().err
     assert prepare.main([*flags, "--bad-rows", "skip"]) == 0
     assert Dataset(tmp_path / "out").meta["skipped"] == {"refused by the template": 1}
     assert sum(split["documents"] for split in Dataset(tmp_path / "out").meta["splits"].values()) == 60

@@ -189,10 +189,10 @@ def test_a_date_is_that_of_the_template_and_meta_brings_it_back(tmp_path):
     ("source", "message"),
     [
         ("{% for m in messages %}", "is not valid"),
-        ("{{ messages[0].content }}", "no special token"),
-        ("{{ raise_exception('only tools') }}", "refuses it: only tools"),
-        ("{{ messages.__class__.__mro__ }}", "refuses it: access to attribute '__class__'"),
-        ("{{ messages | length }}" + PLAIN, "where the assistant's turns begin cannot be told"),
+        ("{{ messages[0].content }}", "does not end the assistant's turn with a special token"),
+        ("{{ raise_exception('only tools') }}", "cannot render it: only tools"),
+        ("{{ messages.__class__.__mro__ }}", "cannot render it: access to attribute '__class__'"),
+        ("{{ messages | length }}" + PLAIN, "so the assistant's turns cannot be located"),
     ],
 )
 def test_templates_that_cannot_be_used_are_refused(tmp_path, source, message):
@@ -218,7 +218,7 @@ def test_a_template_that_never_ends_or_fills_the_memory_is_refused(monkeypatch, 
     monkeypatch.setattr("minidisp.template.SECONDS", 0.1)
     limit = resource.getrlimit(resource.RLIMIT_AS)
     meta = {"chat_template": bomb + PLAIN, "token_names": {"eos_token": ByteTokenizer.eos_token}, "now": ""}
-    with pytest.raises(InputError, match=r"refuses it|is not valid|makes .* characters"):
+    with pytest.raises(InputError, match=r"cannot render it|is not valid|expands .* characters"):
         Template.from_meta(meta, ByteTokenizer())
     assert resource.getrlimit(resource.RLIMIT_AS) == limit
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

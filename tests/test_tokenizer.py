@@ -160,8 +160,8 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
         ),
         ({"pre_tokenizer": byte_level}, "changes the text"),
         ({"pre_tokenizer": {"type": "Nonsense"}}, "damaged"),
-        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "neither in bytes"),
-        ({"decoder": None}, "neither in bytes"),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "neither byte-level"),
+        ({"decoder": None}, "neither byte-level"),
         ({"added_tokens": [*good["added_tokens"], {**added, "content": "<s>", "lstrip": True}]}, "strips the spaces"),
         ({"added_tokens": [{"content": "x"}]}, "damaged"),
         ({"added_tokens": 3}, "damaged"),
@@ -297,9 +297,9 @@ def test_sentences_cover_the_text():
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (["hello world\n" * 10], 4096, "at most 285 different tokens, not 4096: lower --vocab-size to 285"),
+        (["hello world\n" * 10], 4096, "at most 285 tokens, not 4096: lower --vocab-size to 285"),
         (["hello world\n" * 10], 260, "raise --vocab-size to 267"),
-        (["hello"], 100, "raise --vocab-size"),
+        (["hello"], 100, "--vocab-size is 100, but must be at least 258"),
         (["hello"], 1, "256 bytes"),
         ([], 300, "no text"),
         (["", "\n"], 300, "no text"),
@@ -376,7 +376,7 @@ def test_every_alphabet():
 def test_a_wish_is_met_as_far_as_the_text_allows():
     assert train_sentencepiece(["hello world\n" * 10], 4096, exact=False).vocab_size == 285
     many = text_in((0x4E00, 0x9000), 40_000, 0, 10)
-    with pytest.raises(InputError, match="cannot hold the characters of this text: raise --vocab-size"):
+    with pytest.raises(InputError, match="too small for the characters of this text: raise --vocab-size"):
         train_sentencepiece([many], 1000)
     tokenizer = train_sentencepiece([many], 1000, exact=False)
     assert tokenizer.vocab_size == 1000
