@@ -257,7 +257,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert hf.main(flags) == 0
     assert str(tmp_path / "out" / "run-Q8_0.gguf") in capsys.readouterr().out
     assert hf.main(flags) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert hf.main([*flags[:4], "--dtype", "float16"]) == 0  # beside it
     assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "here" / "a.gguf"), "--gguf"]) == 0
     assert sorted(path.name for path in tmp_path.rglob("*.*") if path.suffix != ".pt") == [

@@ -750,7 +750,7 @@ def test_an_index_cannot_lead_out_of_the_folder(models, tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(tmp_path / "outside.safetensors", folder / name)
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
-    assert "a.safetensors already" in refusal(hf.load_model, folder)
+    assert "is also in a.safetensors" in refusal(hf.load_model, folder)
 
 
 def test_folders_that_are_none(tmp_path, models, monkeypatch):
@@ -939,7 +939,7 @@ def test_an_export_fills_an_empty_folder_that_cannot_be_renamed(run, tmp_path, m
     assert (tmp_path / "real").stat().st_ino == inode
     assert hf.load_model(tmp_path / "real").config.n_layer
     assert hf.main(["export", str(run), str(tmp_path / "real")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def refuse(path: Path, name: str) -> None:

@@ -23,14 +23,14 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=("export",), help="export: write a run as a folder for transformers")
-    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken), or checkpoint file")
-    parser.add_argument("folder", metavar="DIR", help="folder to write; must not exist yet, or be empty")
+    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is used) or checkpoint file")
+    parser.add_argument("folder", metavar="DIR", help="output folder; must be empty or not exist")
     parser.add_argument(
         "--dtype",
         type=str.lower,
         choices=("float32", "bfloat16", "float16", "q8_0"),
         default="float32",
-        help="of the weights (default float32); q8_0, 8 bits and a scale for 32 of them, is for --gguf",
+        help="dtype of the weights (default float32); q8_0, 8 bits with one scale per 32 weights, needs --gguf",
     )
     parser.add_argument(
         "--gguf",
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"note: {warning.message}")
                 print(f"{path}: for llama.cpp, Ollama or LM Studio")
             elif args.dtype == "q8_0":
-                raise InputError("--dtype q8_0 goes with --gguf: transformers' files have float32, bfloat16 or float16")
+                raise InputError("--dtype q8_0 needs --gguf: for transformers use float32, bfloat16 or float16")
             else:
                 folder = export(args.run, args.folder, args.dtype)
                 print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")

@@ -13,14 +13,14 @@ from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 
 def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
-    """Write a run's model and tokenizer as a folder for transformers; returns it.
+    """Write a run's model and tokenizer as a folder for transformers; returns the folder.
 
     run: a run folder or a checkpoint file. dtype: of the weights, float32, bfloat16 or float16.
     The tokenizer encodes and decodes every text identically; special tokens in a text are plain text, as in training
     (split_special_tokens). A tokenizer imported from a Hugging Face folder is exported unchanged, with its
     settings, and parses special tokens. So does the tokenizer of a run trained on examples, which includes the run's
     chat template: apply_chat_template in transformers gives the token ids of training.
-    Raises InputError, leaving nothing behind, if the folder exists already or no family can represent the model.
+    Raises InputError, leaving nothing behind, if the folder already exists or no family can represent the model.
     """
     try:
         import safetensors.torch
@@ -29,7 +29,7 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     model, vocabulary, _ = checkpoint.load_run(run)
     folder = Path(folder) if Path(folder).name else Path(folder).absolute()  # "." has no name
     if not files.is_free(folder):
-        raise InputError(f"{folder} exists already: choose another folder")
+        raise InputError(f"{folder} already exists: choose another folder")
     config, tensors = stored_form(model, vocabulary.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
     template = load_template(checkpoint.find(run).parent, vocabulary)
@@ -40,8 +40,8 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
                 (building / name).parent.mkdir(exist_ok=True)
                 files.write_atomic(building / name, lambda file, text=text: file.write(text.encode()))
             safetensors.torch.save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
-            shutil.copymode(building / "config.json", building / WEIGHTS)  # or only its owner could read it
-    except safetensors.SafetensorError as error:  # a full disk, say; it is no OSError
+            shutil.copymode(building / "config.json", building / WEIGHTS)  # otherwise only its owner could read it
+    except safetensors.SafetensorError as error:  # for example a full disk, which is not an OSError here
         raise InputError(f"{folder} cannot be written: {error}") from None
     return folder
 

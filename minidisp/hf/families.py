@@ -27,8 +27,24 @@ GELU = {"gelu_new": "tanh", "gelu": "erf", "gelu_fast": "tanh", "gelu_pytorch_ta
 # our (arch, mlp) -> the family with this block
 FAMILY_OF = {("gpt2", "arch"): "gpt2", ("qwen3", "arch"): "qwen3", ("qwen3", "relu2"): "apertus"}
 # The fields of GPTConfig that config.json can represent, and those that only matter in training.
-STORED = {"arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias",
-          "attention_bias", "gelu", "mlp", "tied", "rope_theta", "norm_eps", "vocab_size"}  # fmt: skip
+STORED = {
+    "arch",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "head_dim",
+    "mlp_dim",
+    "block_size",
+    "bias",
+    "attention_bias",
+    "gelu",
+    "mlp",
+    "tied",
+    "rope_theta",
+    "norm_eps",
+    "vocab_size",
+}
 TRAINING_ONLY = {"dropout", "zero_init", "recompute"}
 
 
@@ -94,7 +110,11 @@ class Names(NamedTuple):
         return self.transposed and weight.name.startswith("h.") and weight.columns is not None
 
 
-_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+_GPT2 = {name: f"transformer.{name}" for name in ("wte", "wpe", "ln_f")} | {"lm_head": "lm_head"}
+_GPT2 |= {
+    name: f"transformer.h.{{}}.{name}"
+    for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+}
 _QWEN3 = {
     "wte": "model.embed_tokens",
     "ln_1": "model.layers.{}.input_layernorm",
@@ -122,12 +142,10 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "gpt2": Family("GPT2LMHeadModel", "transformer.", Names(
-        {name: f"transformer.{name}" for name in ("wte", "wpe", "ln_f")} | {"lm_head": "lm_head"}
-        | {name: f"transformer.h.{{}}.{name}" for name in _BLOCK}, transposed=True)),
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", Names(_GPT2, transposed=True)),
     "qwen3": Family("Qwen3ForCausalLM", "model.", Names(_QWEN3)),
     "apertus": Family("ApertusForCausalLM", "model.", Names(_QWEN3 | _APERTUS)),
-}  # fmt: skip
+}
 
 
 def family_of(config: GPTConfig) -> str:

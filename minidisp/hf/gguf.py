@@ -27,20 +27,22 @@ from minidisp.template import Template, load_template
 from minidisp.tokenizer import SPACE, HuggingFaceTokenizer, Tokenizer, to_tokenizer
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # of matrices; vectors stay float32
-NAMES = Names({
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_1": "blk.{}.attn_norm",
-    "attn.c_attn": ["blk.{}.attn_q", "blk.{}.attn_k", "blk.{}.attn_v"],
-    "attn.q_norm": "blk.{}.attn_q_norm",
-    "attn.k_norm": "blk.{}.attn_k_norm",
-    "attn.c_proj": "blk.{}.attn_output",
-    "ln_2": "blk.{}.ffn_norm",
-    "mlp.c_fc": ["blk.{}.ffn_gate", "blk.{}.ffn_up"],
-    "mlp.c_proj": "blk.{}.ffn_down",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-})  # fmt: skip
+NAMES = Names(
+    {
+        "wte": "token_embd",
+        "wpe": "position_embd",
+        "ln_1": "blk.{}.attn_norm",
+        "attn.c_attn": ["blk.{}.attn_q", "blk.{}.attn_k", "blk.{}.attn_v"],
+        "attn.q_norm": "blk.{}.attn_q_norm",
+        "attn.k_norm": "blk.{}.attn_k_norm",
+        "attn.c_proj": "blk.{}.attn_output",
+        "ln_2": "blk.{}.ffn_norm",
+        "mlp.c_fc": ["blk.{}.ffn_gate", "blk.{}.ffn_up"],
+        "mlp.c_proj": "blk.{}.ffn_down",
+        "ln_f": "output_norm",
+        "lm_head": "output",
+    }
+)
 UNGATED = {"mlp.c_fc": "blk.{}.ffn_up"}
 ARCHITECTURES = {
     "gpt2": Names(NAMES.modules | UNGATED | {"attn.c_attn": "blk.{}.attn_qkv"}),
@@ -65,7 +67,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     run: a run folder or a checkpoint file. folder: created if missing; or the path of the file, if it ends in .gguf.
     dtype: of the matrices, a key of DTYPES; the position embeddings and all vectors are float32, as llama.cpp requires.
     With q8_0, a matrix whose row length is not a multiple of 32 is float16. Raises InputError, leaving no file
-    behind, if the file exists already, or llama.cpp does not support the model or tokenizer. If the model uses the
+    behind, if the file already exists, or llama.cpp does not support the model or tokenizer. If the model uses the
     exact GELU, which llama.cpp approximates by the tanh form, warns with the resulting difference in logits.
     """
     try:
@@ -77,9 +79,9 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     path = Path(folder)
     path = path if path.suffix == ".gguf" else path / f"{name}-{DTYPES[dtype]}.gguf"
     if path.exists():
-        raise InputError(f"{path} exists already: choose another folder")
+        raise InputError(f"{path} already exists: choose another folder")
     family = architecture_of(model.config)
-    stored_form(model, vocabulary.eos_id)  # refuses what is no such model
+    stored_form(model, vocabulary.eos_id)  # raises InputError if the model's code differs from the family's
     if family == "gpt2" and model.config.gelu != "tanh":
         warnings.warn(_about_gelu(model), stacklevel=2)
     temporary = path.with_name(path.name + ".tmp")
@@ -87,12 +89,12 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     _write_settings(writer, model.config, family, dtype, name)
     _write_tokenizer(writer, vocabulary, load_template(checkpoint.find(run).parent, vocabulary))
     tensors = to_tensors(model.config, parameters_of(model), ARCHITECTURES[family])
-    if family == "apertus":  # which has no tied matrix there
+    if family == "apertus":  # llama.cpp has no tied embeddings for it
         tensors.setdefault("output.weight", tensors["token_embd.weight"])
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[_kind(name, tensor, dtype)]
         if kind.name == "F16":
-            in_dtype(tensor, "float16", name)  # refuses numbers that are too large for it
+            in_dtype(tensor, "float16", name)  # raises InputError on overflow
         writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,8 @@ def _about_gelu(model: GPT) -> str:
     same = (found.argmax(-1) == exact.argmax(-1)).float().mean()
     return (
         "llama.cpp's GPT-2 only supports the tanh form of GELU, but this model uses the exact one: logits are off by "
-        f"up to {off:.1g} of their standard deviation, and the most likely token is the same for {same:.1%} of {T} random tokens"
+        f"up to {off:.1g} of their standard deviation, and the most likely token is the same for {same:.1%} of {T} "
+        "random tokens"
     )
 
 
@@ -243,7 +246,7 @@ def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[st
         if types[i] == kinds.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
             types[i] = kinds.BYTE
         elif types[i] == kinds.NORMAL and SPACE in token:
-            raise InputError(f"llama.cpp would take U+2581 in the token {token!r} for a space")
+            raise InputError(f"llama.cpp would treat U+2581 in the token {token!r} as a space")
     plain = {token for i, token in tokens.items() if types[i] == kinds.NORMAL}
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(a + b for a, b in pairs))}
@@ -264,9 +267,7 @@ def _as_sentencepiece(tokens: dict, types: dict, merges: list, kinds) -> dict[st
     for i, token in tokens.items():
         if types[i] == kinds.NORMAL:
             tokens[i] = token.replace(" ", SPACE)
-        elif (
-            types[i] == kinds.BYTE and token == "<0x20>" and " " not in plain
-        ):  # the only name of the space in this tokenizer
+        elif types[i] == kinds.BYTE and token == "<0x20>" and " " not in plain:  # the tokenizer has no other space
             tokens[i], types[i] = SPACE, kinds.NORMAL
     return {token.replace(" ", SPACE): -float(rank) for token, rank in ranks.items()}
 

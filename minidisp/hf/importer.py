@@ -1,6 +1,7 @@
-"""From a Hugging Face folder or hub name: a model with its weights, and a tokenizer.
+"""Import of a model and its tokenizer from a Hugging Face folder or hub name.
 
-Nothing in a folder is executed. What our model cannot represent is refused, with the name of the entry or tensor.
+No code from a folder is executed. Anything that our model cannot represent is rejected, with the name of the entry or
+tensor.
 """
 
 import contextlib
@@ -22,11 +23,9 @@ from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 FILES = ["config.json", "tokenizer.json", INDEX, "*.safetensors", *HuggingFaceTokenizer.FILES]
 DTYPES = ("F64", "F32", "F16", "BF16")
-# Models of the first days of the hub, which have no owner in their names.
+# Early models on the hub have no owner in their names.
 NO_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-NO_WEIGHTS = re.compile(
-    r"h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
-)  # constants that old files hold, too
+NO_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq")  # constants in old files
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> tuple[GPT, Tokenizer]:
@@ -36,22 +35,25 @@ def load(source: str | Path, device: str | torch.device = "cpu", block_size: int
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> GPT:
-    """A GPT-2 or Qwen3 model in eval mode and float32, from a folder or a hub name owner/name.
+    """A GPT-2, Qwen3 or Apertus model in eval mode and float32, from a folder or a hub name owner/name.
 
-    block_size: a shorter context than the model's own, in tokens; 0 = its own. The file's dropout is left out: it is a
-    matter of training. Raises InputError naming the file where something is missing, damaged, of another kind, or has
-    an option that our model does not.
+    block_size: context in tokens, at most the model's own; 0 = its own. The dropout in the file is ignored, as it only
+    matters in training. Raises InputError, naming the file, if something is missing, damaged, of another kind, or has
+    an option that our model does not support.
     """
     folder = find_folder(source)
     family, config = read_config(folder)
     if block_size > config.block_size:
-        raise InputError(f"{folder} has a context of {config.block_size} tokens: lower --block-size {block_size} to it")
+        raise InputError(
+            f"{folder} has a context of {config.block_size} tokens: pass --block-size {config.block_size} or less, "
+            f"not {block_size}"
+        )
     names = FAMILIES[family].names
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(folder, FAMILIES[family].prefix, stack)
-        if config.n_layer > len(stored):  # before a model of that many layers is built
+        if config.n_layer > len(stored):  # checked before building a model with that many layers
             raise InputError(
-                f"{folder}: config.json has {config.n_layer} layers, the weights are {len(stored)} tensors"
+                f"{folder}: config.json has {config.n_layer} layers, but there are only {len(stored)} tensors"
             )
         _check_tensors(folder, config, family, stored)
         with _NoInit():
@@ -62,14 +64,14 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", block_siz
                 tensors = [stored[part].read() for part, _ in names.parts(weight)]
                 tensor = torch.cat([tensor.t() if names.is_transposed(weight) else tensor for tensor in tensors])
                 parameter = parameters.pop(weight.name)
-                parameter.copy_(tensor[: len(parameter)])  # a shorter context has fewer positions
+                parameter.copy_(tensor[: len(parameter)])  # a shorter context has fewer position embeddings
         if parameters:
-            raise InputError(f"{folder} has no weights for {next(iter(parameters))}, which this minidisp's model has")
+            raise InputError(f"{folder} has no weights for the model's parameter {next(iter(parameters))}")
     return model.to(device)
 
 
 class _NoInit(TorchFunctionMode):
-    """Inside, a new model's weights are not drawn: they are about to be read, and drawing them takes longer."""
+    """Skips weight initialisation, which takes longer than reading the weights that replace it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,16 +83,14 @@ class _NoInit(TorchFunctionMode):
 def load_tokenizer(source: str | Path) -> HuggingFaceTokenizer:
     """The tokenizer of a folder or hub name, with as many ids as the model has embeddings.
 
-    The settings beside it (HuggingFaceTokenizer.FILES: padding token, chat template, how to generate) come along, so
-    that an export gives them back. Added tokens for which the embedding has no row are text; a warning says so.
-    Raises InputError naming the file if it is missing, damaged, or would change the text.
+    Its settings (HuggingFaceTokenizer.FILES: padding token, chat template, generation parameters) are kept for export.
+    Added tokens for which the embedding has no row are treated as text, with a warning. Raises InputError, naming the
+    file, if it is missing, damaged, or would change the text.
     """
     folder = find_folder(source)
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(
-            f"{path} is missing: save the tokenizer with AutoTokenizer.from_pretrained(...).save_pretrained"
-        )
+        raise InputError(f"{path} is missing: create it with AutoTokenizer.from_pretrained(...).save_pretrained(...)")
     tokenizer_json, rows, files = read_json(path), 0, _settings_files(folder)
     eos_token = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
     eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
@@ -100,7 +100,7 @@ def load_tokenizer(source: str | Path) -> HuggingFaceTokenizer:
         if eos_token is None:
             eos_token = _token_of(tokenizer_json, settings.eos_id())
     if not isinstance(eos_token, str):
-        raise InputError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-sequence token")
+        raise InputError(f"{folder}: neither tokenizer_config.json nor config.json has an end-of-sequence token")
     try:
         tokenizer = HuggingFaceTokenizer(HuggingFaceTokenizer.pack(tokenizer_json, eos_token, rows, files))
     except ValueError as error:
@@ -108,18 +108,18 @@ def load_tokenizer(source: str | Path) -> HuggingFaceTokenizer:
     if tokenizer.without_row:
         warnings.warn(
             f"{path}: the model's embedding has {rows:,} rows and none for {', '.join(tokenizer.without_row)[:80]}, "
-            f"so in a text these are spelled with other tokens",
+            "which are therefore encoded as plain text",
             stacklevel=2,
         )
     return tokenizer
 
 
 def _settings_files(folder: Path) -> dict[str, str]:
-    """The texts of the settings beside a tokenizer; of config.json, the ids of special tokens."""
+    """The contents of a tokenizer's settings files; of config.json, only the ids of special tokens."""
     files = {}
     for path in (path for pattern in HuggingFaceTokenizer.FILES for path in sorted(folder.glob(pattern))):
         if path.suffix == ".json":
-            read_json(path)  # raises the error promised above
+            read_json(path)  # raises InputError if it is damaged
         try:
             files[path.relative_to(folder).as_posix()] = read_bytes(path).decode()
         except UnicodeDecodeError:
@@ -131,7 +131,7 @@ def _settings_files(folder: Path) -> dict[str, str]:
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether this names a Hugging Face model: a folder with such a config.json, or a name on the hub."""
+    """Whether this is a Hugging Face model: a folder with its config.json, or a name on the hub."""
     path = Path(source)
     if path.exists():
         return (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
@@ -139,7 +139,7 @@ def is_folder(source: str | Path) -> bool:
 
 
 def _is_hub_name(name: str) -> bool:
-    """owner/name, unless there is a folder `owner` here: then it is a mistyped path. Or an old name without one."""
+    """Whether it is owner/name, or an old name without owner. If a folder `owner` exists, it is a mistyped path."""
     owner, _, model = name.partition("/")
     part = r"[A-Za-z0-9][\w.-]*"
     return name in NO_OWNER or (
@@ -148,29 +148,27 @@ def _is_hub_name(name: str) -> bool:
 
 
 def find_folder(source: str | Path) -> Path:
-    """The folder itself, or where the hub's client keeps its copy of owner/name, downloaded once."""
+    """The folder itself, or the hub client's local copy of owner/name, which is downloaded once."""
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists() or not _is_hub_name(str(source)):
-        raise InputError(
-            f"{source} is no folder: give a Hugging Face model's folder, or its name on the hub, owner/name"
-        )
+        raise InputError(f"{source} is not a folder: pass the folder of a Hugging Face model, or owner/name on the hub")
     try:
         import huggingface_hub
     except ImportError:
         raise InputError(
-            f"{source} is no folder here, and the hub needs the package huggingface_hub: pip install huggingface_hub"
+            f"{source} is not a folder, and downloads need the package huggingface_hub: pip install huggingface_hub"
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=FILES))
-    except Exception as error:  # of the network, of the client, of the disk
+    except Exception as error:  # network, client or disk errors
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source} is no folder here, and the hub does not give it: {reason}") from None
+        raise InputError(f"{source} is not a folder, and cannot be downloaded from the hub: {reason}") from None
 
 
 def _token_of(tokenizer_json: dict, i: int | None) -> str | None:
-    """The token with this id, among the added ones, where an end-of-sequence token is."""
+    """The added token with this id; the end-of-sequence token is one of them."""
     added = tokenizer_json.get("added_tokens")
     added = added if isinstance(added, list) else []
     return next((t.get("content") for t in added if isinstance(t, dict) and i is not None and t.get("id") == i), None)
@@ -203,12 +201,12 @@ def _open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dic
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise InputError(f"{path} is not a safetensors file, or it is damaged: {reason}") from None
         for tensor in found:
-            name = tensor.name.removeprefix(prefix)  # a model saved without its output layer has none
+            name = tensor.name.removeprefix(prefix)  # a model saved without its output layer has no prefix
             if NO_WEIGHTS.fullmatch(name):
                 continue
             name = name if name == "lm_head.weight" else prefix + name
             if name in stored:
-                raise InputError(f"{path}: the tensor {tensor.name} is in {stored[name].path.name} already")
+                raise InputError(f"{path}: the tensor {tensor.name} is also in {stored[name].path.name}")
             stored[name] = tensor
     return stored
 
@@ -217,11 +215,13 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():
         if not (folder / WEIGHTS).is_file():
-            raise InputError(f"{folder} has no {WEIGHTS} and no {INDEX}: only safetensors are read, no pickled weights")
+            raise InputError(
+                f"{folder} has no {WEIGHTS} and no {INDEX}: only safetensors are read, not pickled weights"
+            )
         return [folder / WEIGHTS]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index}: weight_map is missing, or is not a map from tensors to files")
+        raise InputError(f"{index}: weight_map is missing, or does not map tensors to files")
     for name in shards.values():
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(f"{index}: the shard {name!r} is not the name of a .safetensors file in this folder")
@@ -229,30 +229,32 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_tensors(folder: Path, config: GPTConfig, family: str, stored: dict[str, _Stored]) -> None:
-    """Raise InputError unless the files hold exactly the tensors that the config calls for."""
+    """Raise InputError unless the files contain exactly the tensors that the config requires."""
     names, wanted = FAMILIES[family].names, {}
     for weight in weights(config):
         for name, rows in names.parts(weight):
             shape = (rows,) if weight.columns is None else (rows, weight.columns)
             wanted[name] = shape[::-1] if names.is_transposed(weight) else shape
     embedding, head = next(iter(wanted)), stored.get("lm_head.weight")
-    if config.tied and head and embedding not in stored:  # one matrix, under the other of its names
+    if config.tied and head and embedding not in stored:  # the tied matrix is stored under its other name
         stored[embedding] = stored.pop("lm_head.weight")
     for name, shape in wanted.items():
         if name not in stored:
-            raise InputError(f"{folder}: the weights have no tensor {name}, which its config.json calls for")
+            raise InputError(f"{folder}: the weights have no tensor {name}, which config.json requires")
         tensor = stored[name]
         if tensor.shape != shape:
-            raise InputError(f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, but config.json says {shape}")
+            raise InputError(
+                f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, but config.json requires {shape}"
+            )
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise InputError(
                 f"{tensor.path}: {tensor.name} has the dtype {tensor.dtype}, not one of {', '.join(DTYPES)}"
             )
         if name not in wanted and not (config.tied and tensor is head):
-            raise InputError(f"{tensor.path}: {tensor.name} is a tensor that minidisp's {family} model does not have")
+            raise InputError(f"{tensor.path}: minidisp's {family} model has no tensor {tensor.name}")
     if config.tied and head and not torch.equal(head.read(), stored[embedding].read()):
         raise InputError(
-            f"{head.path}: lm_head.weight is not {embedding}, though config.json ties them: "
-            f"set tie_word_embeddings to false"
+            f"{head.path}: lm_head.weight differs from {embedding}, but config.json ties them: "
+            "set tie_word_embeddings to false"
         )

@@ -60,7 +60,7 @@ def reference_logits(config: dict, tensors: dict[str, Tensor], idx: Tensor, dtyp
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q (T, H, D) to k and v (T, KV, D), each shared by H / KV consecutive query heads; (T, H D)."""
+    """Causal attention, (T, H D), of q (T, H, D) to k and v (T, KV, D), each shared by H / KV adjacent query heads."""
     T, heads, D = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(D)
@@ -107,9 +107,9 @@ def _qwen3_blocks(config: dict, tensors: dict[str, Tensor], x: Tensor) -> Tensor
     frequencies = config["rope_theta"] ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
     angles = torch.outer(torch.arange(T, dtype=x.dtype), frequencies)
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # (T, 1, D / 2)
-    before = (
-        ("attention_layernorm", "feedforward_layernorm") if apertus else ("input_layernorm", "post_attention_layernorm")
-    )
+    before = ("input_layernorm", "post_attention_layernorm")
+    if apertus:
+        before = ("attention_layernorm", "feedforward_layernorm")
     for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}"
         y = norm(x, f"{block}.{before[0]}")
