@@ -1,4 +1,4 @@
-"""The built-in corpora: this Python's own library, which is on every machine, and texts that are downloaded once."""
+"""The built-in corpora: Python's standard library, which needs no download, and texts that are downloaded once."""
 
 import functools
 import http.client
@@ -24,13 +24,13 @@ from minidisp.shards import sha256_of
 
 
 def standard_library() -> Source:
-    """The library of the Python that runs this: real text of some size that is on every machine already."""
+    """The standard library of the running Python: real text that needs no download."""
     root = Path(sysconfig.get_path("stdlib"))
-    # Without tests, other people's packages, and what is generated: tables of characters and the text of help().
+    # Without tests, third-party packages, and generated files: character tables and the text of help().
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
     paths = [path for path in root.rglob("*.py") if path.is_file() and not skipped & set(path.relative_to(root).parts)]
     if not paths:
-        raise InputError(f"this Python has no library sources in {root}; choose another corpus")
+        raise InputError(f"this Python has no library sources in {root}: choose another corpus")
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
     description = f"standard library of {platform.python_implementation()} {platform.python_version()}"
     return Source(description, lambda: itertools.chain.from_iterable(map(text_file, paths)))
@@ -68,7 +68,7 @@ class Download(NamedTuple):
     sha256: str
 
 
-# Addresses that name a commit, so that the file behind them cannot change.
+# URLs with a commit hash, so that the files cannot change.
 GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 DOWNLOADS = {
     "shakespeare": Download(
@@ -100,12 +100,12 @@ BUILT_IN = ("pystdlib", *DOWNLOADS)
 
 
 def built_in(name: str, downloads: Path, file: Path | None = None) -> Source:
-    """A built-in corpus. What has to be downloaded goes to the folder `downloads`, or is the given file."""
+    """A built-in corpus. downloads: the folder for downloads. file: use this file instead of downloading."""
     if name == "pystdlib":
         return standard_library()
     wanted = DOWNLOADS[name]
 
-    @functools.cache  # so that only the first of several readings downloads and checks
+    @functools.cache  # the text is read several times, but downloaded and checked once
     def path() -> Path:
         if not file:
             return download(name, downloads)
@@ -121,7 +121,7 @@ ATTEMPTS, PAUSE_S, TIMEOUT_S = 5, 2, 30
 
 
 def download(name: str, folder: Path) -> Path:
-    """The downloaded file of a built-in corpus, checked; a download that was cut off is continued."""
+    """Download the file of a built-in corpus, or resume the download, and check it."""
     wanted = DOWNLOADS[name]
     target = folder / f"{name}-{wanted.url.rpartition('/')[2]}"
     if not target.exists():
@@ -136,25 +136,25 @@ def download(name: str, folder: Path) -> Path:
             try:
                 _download_rest(wanted, part)
             except urllib.error.HTTPError as error:
-                raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}; try later, {by_hand}") from error
+                raise InputError(f"{wanted.url}: HTTP {error.code} {error.reason}: try later, {by_hand}") from error
             except urllib.error.URLError as error:
-                raise InputError(f"cannot reach {wanted.url} ({error.reason}); go online, {by_hand}") from error
+                raise InputError(f"cannot reach {wanted.url} ({error.reason}): go online, {by_hand}") from error
             except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                say(f"{wanted.url}: {error or 'cut off'}")
+                say(f"{wanted.url}: {error or 'connection lost'}")
         if (size := part.stat().st_size) < wanted.bytes:
             have = f"{size:,} of {wanted.bytes:,} bytes"
-            raise InputError(f"{wanted.url}: cut off after {have}; run this again to continue, {by_hand}")
+            raise InputError(f"{wanted.url}: connection lost after {have}: run this again to resume, {by_hand}")
         part.replace(target)
     try:
         check_download(target, wanted)
     except InputError:
-        target.unlink()  # the next run downloads it again
+        target.unlink()  # so that the next run downloads it again
         raise
     return target
 
 
 def _download_rest(wanted: Download, part: Path) -> None:
-    """Append to `part` what it lacks, or all of it if the server cannot continue in the middle."""
+    """Append the missing bytes to `part`; start over if the server does not support range requests."""
     have = part.stat().st_size
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "minidisp", "Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -162,7 +162,7 @@ def _download_rest(wanted: Download, part: Path) -> None:
         have = have if resumed else 0
         progress = tqdm(desc=part.stem, total=wanted.bytes, initial=have, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if resumed else "wb") as file, progress:
-            # No more than a block past the announced end: that much shows that it is another file.
+            # Stop one block past the expected size, which is enough to show that it is another file.
             while have <= wanted.bytes and (block := _read(response)):
                 file.write(block)
                 have += len(block)
@@ -172,12 +172,12 @@ def _download_rest(wanted: Download, part: Path) -> None:
 def _read(response) -> bytes:
     try:
         return response.read(1 << 16)
-    except OSError as error:  # whatever it is, not to be confused with a full disk
+    except OSError as error:  # a network error, not to be confused with a full disk
         raise ConnectionError(error) from error
 
 
 def check_download(path: Path, wanted: Download) -> None:
-    """InputError unless the file has the size and the sha256 of the original."""
+    """Raise InputError unless the file has the size and sha256 of the original."""
     try:
         size, sha256 = path.stat().st_size, sha256_of(path)
     except OSError as error:

@@ -1,9 +1,9 @@
 """Rows of examples as dialogues, recognised by their fields.
 
-messages                        a list of {role, content}: system (first only), then user and assistant in turns
+messages                        a list of {role, content}: system (first only), then user and assistant alternating
 conversations                   a list of {from, value}, as in ShareGPT; human and gpt are user and assistant
 prompt, completion              one user turn and one assistant turn
-instruction, (input,) output    likewise, as in Alpaca; the input stands behind the instruction and an empty line
+instruction, (input,) output    likewise, as in Alpaca; the input follows the instruction after an empty line
 """
 
 import json
@@ -14,7 +14,7 @@ FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "i
 
 
 class Unusable(ValueError):
-    """Why a row is no example: one of a few reasons, for the counts, and the message in full."""
+    """The reason why a row is not a valid example: a short one, which is counted, and the full message."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -24,7 +24,7 @@ class Unusable(ValueError):
 def as_messages(row: dict) -> list[dict[str, str]] | None:
     """The dialogue of a row: system, user and assistant messages; None if its fields are not those of an example.
 
-    Raises Unusable if they are, but what they hold cannot be trained on.
+    Raises Unusable if they are, but their content cannot be trained on.
     """
     if "messages" in row:
         messages = _turns(row["messages"], "messages", "role", "content", ROLES)
@@ -44,7 +44,7 @@ def as_messages(row: dict) -> list[dict[str, str]] | None:
 
 
 def as_text(messages: list[dict[str, str]]) -> str:
-    """All that is said, with the names of the roles: a sample for a tokenizer, and what the split is chosen by."""
+    """The dialogue as text with role names, used to train a tokenizer and to choose the split."""
     return "\n".join(f"{message['role']}\n{message['content']}" for message in messages)
 
 
@@ -54,7 +54,7 @@ def _pair(prompt: str, answer: object, field: str) -> list[dict[str, str]]:
 
 def _turns(value: object, field: str, role_field: str, text_field: str, roles: dict[str, str]) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise Unusable("not a list", f"field {field!r} is not a list of messages but {_shown(value)}")
+        raise Unusable("not a list", f"field {field!r} is {_shown(value)}, not a list of messages")
     messages = []
     for i, turn in enumerate(value):
         where = f"{field}[{i}]"
@@ -62,19 +62,19 @@ def _turns(value: object, field: str, role_field: str, text_field: str, roles: d
             raise Unusable("not a message", f"{where} is not an object with {role_field!r} and {text_field!r}")
         role = turn[role_field]
         if not isinstance(role, str) or role not in roles:
-            raise Unusable("unknown role", f"{where}: the role {_shown(role)} is none of {', '.join(roles)}")
+            raise Unusable("unknown role", f"{where}: the role {_shown(role)} is not one of {', '.join(roles)}")
         messages.append({"role": roles[role], "content": text_of(turn[text_field], f"{where}.{text_field}")})
     return messages
 
 
 def text_of(value: object, field: str) -> str:
-    """The text in a field of a row. Raises Unusable if it is none, or not Unicode."""
+    """The text in a field of a row. Raises Unusable if it is not a string or not valid Unicode."""
     if not isinstance(value, str):
         reason = "null" if value is None else "not a text"
-        raise Unusable(reason, f"field {field!r} is not a text but {_shown(value)}")
+        raise Unusable(reason, f"field {field!r} is {_shown(value)}, not a string")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud83d"
+    except UnicodeEncodeError as error:  # JSON can contain a lone surrogate: "\ud83d"
         fault = f"half a surrogate pair at character {error.start}"
         raise Unusable("half a surrogate pair", f"field {field!r} has {fault}") from None
     return value
@@ -87,20 +87,20 @@ def _check(messages: list[dict[str, str]]) -> None:
         role = message["role"]
         if role == "system":
             raise Unusable(
-                "system message later on", f"message {i + 1} is from the system, which only the first one may be"
+                "system message later on", f"message {i + 1} has the role system, which only the first one may have"
             )
         if role == "assistant" and before != "user":
             raise Unusable(
                 "two turns in a row" if before == "assistant" else "begins with the assistant",
-                f"message {i + 1} is from the assistant, but no user's message comes before it",
+                f"message {i + 1} is from the assistant, but does not follow a user message",
             )
         if role == before:
             raise Unusable("two turns in a row", f"messages {i} and {i + 1} are both from the {role}")
         if role == "assistant" and not message["content"].strip():
-            raise Unusable("empty completion", f"message {i + 1}, the assistant's, is empty: there is nothing to learn")
+            raise Unusable("empty completion", f"message {i + 1}, from the assistant, is empty: nothing to learn")
         before = role
     if not any(message["role"] == "assistant" for message in messages):
-        raise Unusable("no completion", "there is no turn of the assistant: nothing to learn")
+        raise Unusable("no completion", "there is no assistant message: nothing to learn")
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Files: which ones a name, a folder or a pattern means, and each read as it was when it was found."""
+"""Input files: finding them by name, folder or pattern, and reading each in the state in which it was found."""
 
 import contextlib
 import fnmatch
@@ -19,25 +19,26 @@ from typing import BinaryIO
 from minidisp import InputError, printable
 
 MAX_WINDOW = 1 << 28  # of a zstd file, held in memory; zstd -19 uses 8 MiB, --ultra and --long 128 MiB
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a packed file raises if it is damaged
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # errors on reading a damaged compressed file
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal, beside the result on stdout."""
+    """Print a status message to stderr, as stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
 
 
-# --- a file, the same each time that it is read -----------------------------------------------------------------------
+# --- a file whose content is the same at each reading -----------------------------------------------------------------
 
 
 def not_regular(name: str) -> InputError:
-    return InputError(f"{name}: not a regular file; what comes out of a pipe can be read with --input -")
+    return InputError(f"{name}: not a regular file; to read from a pipe, use --input -")
 
 
 class Input:
-    """A file as it was when this object was made: its first `bytes` bytes, also if others are appended meanwhile.
+    """A file as it was when this object was created: its first `bytes` bytes, even if more are appended later.
 
-    InputError if there is no such file, and on reading if it has become shorter or another reading saw other bytes.
+    Raises InputError if the file does not exist, and on reading if it was truncated or changed since an earlier
+    reading.
     """
 
     def __init__(self, path: str | Path, kind: str = "text", name: str = ""):
@@ -46,24 +47,24 @@ class Input:
             found = os.stat(path)
         except OSError as error:
             raise InputError(f"{self.name}: {error.strerror}") from error
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
             raise not_regular(self.name)
         self.bytes, self.times = found.st_size, [found.st_mtime_ns, found.st_ctime_ns]
-        self.sha256: str | None = None  # known when the file has been read to its end
-        self.has_grown = False  # at the end of a reading: there are more bytes than were read
+        self.sha256: str | None = None  # known once the file has been read to its end
+        self.has_grown = False  # whether the file was larger than `bytes` at the end of a reading
 
     def record(self) -> dict:
-        """What `changed` compares with later on."""
+        """The record for a later comparison by `changed`."""
         return {"file": self.name, "bytes": self.bytes, "times": self.times, "sha256": self.sha256}
 
     def hash(self) -> str:
-        """The sha256 of the content; reads the file unless it has been read already."""
+        """The sha256 of the content; reads the file if it has not been read yet."""
         if self.sha256 is None:
             self.check()
         return self.sha256
 
     def check(self) -> None:
-        """Read it all, which is an error if another reading saw something else."""
+        """Read the whole file; raises InputError if it changed since an earlier reading."""
         with self.open() as file:
             while file.read(1 << 20):
                 pass
@@ -76,12 +77,12 @@ class Input:
             raise InputError(f"{self.name}: {error.strerror}") from error
 
     def raw(self) -> BinaryIO:
-        """The file itself, for readers that need to seek in it."""
+        """The file itself, for readers that need to seek."""
         return open(self.path, "rb", buffering=0)
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[BinaryIO]:
-        """The content, decompressed as the file's name says."""
+        """The content, decompressed according to the file's suffix."""
         path = os.fspath(self.path).lower()
         with self.open() as file:
             if path.endswith(".gz"):
@@ -93,13 +94,13 @@ class Input:
 
 
 class StandardInput(Input):
-    """What standard input holds, copied to a file without a name in `folder`, which is gone when this process is."""
+    """Standard input, copied to a temporary file in `folder` that disappears with this process."""
 
     def __init__(self, folder: Path, kind: str):
         if sys.stdin is None:
             raise InputError("--input -: there is no standard input")
         self.path, self.kind, self.name = "-", kind, "standard input"
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this object)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (outlives the call)
         shutil.copyfileobj(sys.stdin.buffer, self._file, 1 << 20)
         self._file.flush()
         self.bytes, self.times, self.sha256, self.has_grown = self._file.tell(), [], None, False
@@ -110,7 +111,7 @@ class StandardInput(Input):
 
 
 class _FixedFile(io.RawIOBase):
-    """The first bytes of a file, as many as its Input says, and checked at the end to be those of the last reading."""
+    """The first `bytes` bytes of an Input; at the end, checks that they are those of the earlier readings."""
 
     def __init__(self, source: Input, file: BinaryIO):
         self._source, self._file, self._left, self._digest = source, file, source.bytes, hashlib.sha256()
@@ -129,7 +130,7 @@ class _FixedFile(io.RawIOBase):
         except OSError as error:
             raise InputError(f"{self._source.name}: {error.strerror}") from error
         if not n:
-            raise InputError(f"{self._source.name} became shorter while it was read: prepare it when it is at rest")
+            raise InputError(f"{self._source.name} was truncated while it was read: run this again when it is complete")
         self._digest.update(part[:n])
         self._left -= n
         if not self._left:
@@ -140,7 +141,7 @@ class _FixedFile(io.RawIOBase):
         source, found = self._source, self._digest.hexdigest()
         source.has_grown = os.fstat(self._file.fileno()).st_size > source.bytes
         if found != (source.sha256 or found):
-            raise InputError(f"{source.name} changed while it was read: prepare it when it is at rest")
+            raise InputError(f"{source.name} changed while it was read: run this again when it is complete")
         source.sha256 = found
 
     def close(self) -> None:
@@ -149,18 +150,15 @@ class _FixedFile(io.RawIOBase):
 
 
 class _Unzstd(io.RawIOBase):
-    """The content of a zstd file of one or more frames. EOFError if the last one is cut off."""
+    """The content of a zstd file of one or more frames. Raises EOFError if the last one is incomplete."""
 
     def __init__(self, file: BinaryIO):
         try:
             import zstandard
         except ImportError as error:
             raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
-        self._file, self._new_frame, self._damage = (
-            file,
-            zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj,
-            zstandard.ZstdError,
-        )
+        self._file, self._damage = file, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj
         self._frame, self._packed, self._content = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -168,7 +166,7 @@ class _Unzstd(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._content:
-            self._packed = self._packed or self._file.read(256)  # which can become 8 MiB
+            self._packed = self._packed or self._file.read(256)  # this can decompress to 8 MiB
             if not self._packed:
                 if self._frame:
                     raise EOFError
@@ -179,7 +177,7 @@ class _Unzstd(io.RawIOBase):
             except self._damage as error:
                 if "memory" in str(error):
                     raise InputError(
-                        f"a .zst file needs a window of more than {MAX_WINDOW:,} bytes: compress it again without --long"
+                        f"a .zst file needs a window of more than {MAX_WINDOW:,} bytes: recompress it without --long"
                     ) from error
                 raise zlib.error(str(error)) from error
             self._packed = b""
@@ -192,9 +190,9 @@ class _Unzstd(io.RawIOBase):
 
 
 def changed(before: list[dict], inputs: list[Input]) -> str:
-    """What differs between the files that a corpus was made from and those there are now; "" if nothing does.
+    """The first difference between the files that a corpus was made from and the current ones; "" if there is none.
 
-    Files are compared by size and times, and only where these leave it open by their content.
+    Files are compared by size and times, and by content only if these differ or are unknown.
     """
     known, now = {record["file"]: record for record in before}, {file.name for file in inputs}
     for name in known:
@@ -211,16 +209,16 @@ def changed(before: list[dict], inputs: list[Input]) -> str:
     return ""
 
 
-# --- which files ------------------------------------------------------------------------------------------------------
+# --- finding files ----------------------------------------------------------------------------------------------------
 
 
 def matches(pattern: str) -> list[str]:
-    """The paths that a name, a folder or a glob pattern means. What is there under this name is meant, not a pattern."""
+    """The files for a path, folder or glob pattern. An existing path takes precedence over a pattern."""
     if os.path.isdir(pattern):
         return sorted(path for path in _expand(pattern, ["**"]) if not os.path.isdir(path))
     if os.path.islink(pattern) and not os.path.exists(pattern):
         raise InputError(
-            f"--input {printable(pattern)}: a link to {printable(os.readlink(pattern))}, which is not there"
+            f"--input {printable(pattern)}: a link to {printable(os.readlink(pattern))}, which does not exist"
         )
     if os.path.lexists(pattern):
         return [pattern]
@@ -228,18 +226,18 @@ def matches(pattern: str) -> list[str]:
     if files := [path for path in found if not os.path.isdir(path)]:
         return files
     if found:
-        raise InputError(f"--input {printable(pattern)}: only folders match; name a folder to read all that is in it")
+        raise InputError(f"--input {printable(pattern)}: only folders match: pass a folder to read all files in it")
     try:
         os.lstat(pattern)
     except PermissionError as error:
         raise InputError(f"--input {printable(pattern)}: {error.strerror}") from error
     except OSError as error:
         raise InputError(f"--input {printable(pattern)}: no such file") from error
-    return [pattern]  # it came while we were looking
+    return [pattern]  # created in the meantime
 
 
 def _expand(prefix: str, parts: list[str]) -> Iterator[str]:
-    """What glob finds below `prefix`; but a part with brackets is a name first, and ** enters a folder only once."""
+    """Like glob below `prefix`, but an existing name takes precedence over a pattern, and ** enters a folder once."""
     if not parts:
         yield prefix
         return
@@ -259,7 +257,7 @@ def _expand(prefix: str, parts: list[str]) -> Iterator[str]:
 
 
 def _folders(folder: str) -> Iterator[str]:
-    """A folder and all those below it, without hidden ones; each once, whatever links lead to it."""
+    """A folder and all non-hidden folders below it; each once, even if several links lead to it."""
     waiting, seen = [folder], set()
     while waiting:
         folder = waiting.pop()
@@ -270,11 +268,11 @@ def _folders(folder: str) -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[str]:
-    """The names in a folder that are not hidden."""
+    """The non-hidden names in a folder."""
     return [name for name in os.listdir(folder or ".") if not name.startswith(".")]
 
 
 def identity(path: str) -> tuple[int, int] | str:
-    """The same for all paths and hard links that lead to one file."""
+    """A key that is equal for all paths and hard links to one file."""
     found = os.stat(path)  # file systems without inodes have no hard links
     return (found.st_dev, found.st_ino) if found.st_nlink > 1 else os.path.realpath(path)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as documents."""
+"""Datasets on the Hugging Face hub as documents."""
 
 import itertools
 import json
@@ -16,22 +16,22 @@ STATE_EVERY = 1000  # rows
 
 
 class _Fetched(NamedTuple):
-    """What a file of fetched rows holds. Its lines: the source, then texts, bad rows, now and then where the stream is."""
+    """The content of a file of fetched rows: lines with the source, texts, bad rows, and states of the stream."""
 
     rows: int = 0
     texts: int = 0
-    state: dict | None = None  # of the stream, after state_rows of them
+    state: dict | None = None  # the latest state of the stream, after state_rows rows
     state_rows: int = 0
     ended: bool = False
 
     @classmethod
     def of(cls, copy: Path, source: str, skip: bool) -> "_Fetched":
-        """Cut the file back to where fetching can resume, which is its start if it is of another source."""
+        """Truncate the file to where fetching can resume; to its start if it is from another source."""
         found, kept, bad = cls(), 0, False
         with open(copy, "a+b") as file:
             file.seek(0)
             for line in file:
-                if not line.endswith(b"\n"):  # torn when the process was killed
+                if not line.endswith(b"\n"):  # incomplete, as the process was killed
                     break
                 value = json.loads(line)
                 if not kept and value != {"source": source}:
@@ -44,7 +44,7 @@ class _Fetched(NamedTuple):
                 elif "state" in value:
                     found = found._replace(state=value["state"], state_rows=found.rows)
                 found = found._replace(ended=value == {"end": True})
-            if bad and not skip:  # the rows that were left out are wanted now, or an error
+            if bad and not skip:  # the skipped rows must now raise an error
                 found, kept = cls(), 0
             file.truncate(kept)
             if not kept:
@@ -53,9 +53,9 @@ class _Fetched(NamedTuple):
 
 
 def hugging_face(spec: str, column: str, split: str = "train") -> Source:
-    """A split of a data set NAME or NAME:CONFIG of the Hugging Face hub, one document per row.
+    """A split of the dataset NAME or NAME:CONFIG on the Hugging Face hub, one document per row.
 
-    Its `fetch` streams the rows into a file, and resumes where an earlier call for the same file was cut off.
+    Its `fetch` streams the rows into a file, and resumes if an earlier call for the same file was interrupted.
     """
     try:
         import datasets
@@ -68,13 +68,13 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
 
     def stream_after(done: _Fetched) -> tuple[object, Iterable[dict]]:
         stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        if done.state is not None:  # otherwise all rows before are read again
+        if done.state is not None:  # otherwise all earlier rows are read again
             stream.load_state_dict(done.state)
         rest = done.rows - done.state_rows
         return stream, itertools.islice(stream, rest, None) if rest else stream
 
     def fetch(copy: Path, limit: int, skip: bool) -> Source:
-        """Bring `limit` documents, or all for 0, to the file `copy`. skip: bad rows are left out."""
+        """Fetch `limit` documents, 0 = all, into the file `copy`. skip: skip bad rows instead of raising an error."""
         done = _Fetched.of(copy, description, skip)
         rows, texts = done.rows, done.texts
         if rows:
@@ -106,9 +106,9 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
                         write({"end": True})
             except InputError:
                 raise
-            except Exception as error:  # of datasets, of its hub client, of a dozen file formats
+            except Exception as error:  # from datasets, its hub client, or a file format
                 reason = str(error).partition("\n")[0]
-                kept = f"; {rows:,} rows are kept: type the same command again to resume" if rows else ""
+                kept = f"; {rows:,} rows are saved: run the same command again to resume" if rows else ""
                 raise InputError(f"--hf {spec}: {type(error).__name__}: {reason}{kept}") from error
             finally:
                 if not rows:

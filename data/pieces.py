@@ -1,4 +1,4 @@
-"""From documents to pieces of text with their split, a sample of them for the tokenizer, and token shards."""
+"""From documents to pieces of text assigned to splits, a sample for the tokenizer, and token shards."""
 
 import contextlib
 import hashlib
@@ -20,9 +20,9 @@ from minidisp.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
-SAMPLE_PIECES = 500_000  # an entry takes 300 bytes beside its text
-MAX_DOCUMENT_CHARS = 1 << 25  # to be hashed before a document is placed, it is held in memory
-SAVE_EVERY_S = 10  # how much work an interruption may cost
+SAMPLE_PIECES = 500_000  # each takes 300 bytes in addition to its text
+MAX_DOCUMENT_CHARS = 1 << 25  # a document is held in memory, as its hash decides the split
+SAVE_EVERY_S = 10  # the most work that an interruption may lose
 
 
 class Piece(NamedTuple):
@@ -35,9 +35,11 @@ class Piece(NamedTuple):
 def usable(
     items: Iterable[Document | BadRow], skip: bool, skipped: Counter, check: Callable[[Messages], object]
 ) -> Iterator[Document]:
-    """The documents that have text. A bad row is an error, or else left out and counted by its reason, from 0 at each
-    reading. The first document decides whether these are examples or texts: the others are bad rows. So are examples for
-    which `check` raises InputError."""
+    """The non-empty documents. Bad rows are raised, or with `skip` counted by reason in `skipped` (reset at each call).
+
+    The first document determines whether the corpus consists of examples or of texts; documents of the other kind are
+    bad rows, and so are examples for which `check` raises InputError.
+    """
     skipped.clear()
     of_examples = None
     for item in items:
@@ -58,10 +60,10 @@ def usable(
 
 
 def _bad(document: Document, of_examples: bool, check: Callable[[Messages], object]) -> BadRow | None:
-    """Why a document cannot be in a corpus of examples, or of texts."""
+    """The BadRow for a document that does not fit in a corpus of examples, or of texts; else None."""
     if (document.messages is not None) != of_examples:
         kinds = ("an example", "texts") if not of_examples else ("a text", "examples")
-        fault = f"{kinds[0]} among {kinds[1]}; prepare them apart and train on both with --data NAME NAME"
+        fault = f"{kinds[0]} among {kinds[1]}: prepare them separately and train on both with --data NAME NAME"
         return BadRow("of another kind", f"{document.name}: {fault}")
     if of_examples:
         try:
@@ -72,7 +74,7 @@ def _bad(document: Document, of_examples: bool, check: Callable[[Messages], obje
 
 
 def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
-    """Every document as a whole to the split that its text, or the corpus, says."""
+    """Assign each document as a whole to a split, by the hash of its text."""
     for document in documents:
         digest, blocks, size = hashlib.sha256(), [], 0
         for block in document.blocks:
@@ -81,8 +83,8 @@ def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
             size += len(block)
             if size > MAX_DOCUMENT_CHARS:
                 raise InputError(
-                    f"{document.name}: more than {MAX_DOCUMENT_CHARS:,} characters in one document; "
-                    "split it up, or stream everything as one text that is cut 90/5/5 with --one-document"
+                    f"{document.name}: more than {MAX_DOCUMENT_CHARS:,} characters in one document: split it, or pass "
+                    "--one-document to join all documents and cut the text 90/5/5"
                 )
         percent = int.from_bytes(digest.digest()[:8], "big") % 100
         split = "train" if percent < 90 else "val" if percent < 95 else "test"
@@ -91,19 +93,19 @@ def by_hash(documents: Iterable[Document]) -> Iterator[Piece]:
 
 
 def joined(documents: Iterable[Document]) -> Iterator[str]:
-    """The text of all documents, with a newline between one and the next."""
+    """The text of all documents, separated by newlines."""
     for i, document in enumerate(documents):
         yield from itertools.chain(["\n"] if i else [], document.blocks)
 
 
 def by_position(blocks: Iterable[str], chars: int) -> Iterator[Piece]:
-    """One text of so many characters, cut into three documents at 90 and 95 %."""
+    """One text of `chars` characters, cut into three documents at 90 and 95 %."""
     ends = [("train", chars * 90 // 100), ("val", chars * 95 // 100), ("test", chars)]
     position = 0
     for block in blocks:
         while block:
             if not ends:
-                raise InputError("the text became longer while it was read: prepare it when it is at rest")
+                raise InputError("the text grew while it was read: prepare it when nothing writes to it")
             split, end = ends[0]
             text, block = block[: end - position], block[end - position :]
             position += len(text)
@@ -113,14 +115,14 @@ def by_position(blocks: Iterable[str], chars: int) -> Iterator[Piece]:
 
 
 def survey(pieces: Iterable[Piece], sample_bytes: int) -> tuple[dict[str, int], int, list[str]]:
-    """Documents per split, characters in all, and a sample of the training text: about sample_bytes, or SAMPLE_PIECES.
+    """Documents per split, total characters, and a sample of the training text, about sample_bytes or SAMPLE_PIECES.
 
-    The sample is the pieces with the smallest hashes, in the order of the corpus: whatever the order and the size of
-    the corpus, every piece has the same chance, and no random number is involved.
+    The sample consists of the pieces with the smallest hashes, in the order of the corpus. So each piece has the same
+    chance, regardless of the order and size of the corpus, without random numbers.
     """
     documents, chars, sampled = dict.fromkeys(SPLITS, 0), 0, 0
-    is_full = False  # pieces that rank behind those in the sample would leave it at once
-    heap: list[tuple[int, int, int, str]] = []  # minus the hash, number, bytes, text: the largest hash on top
+    is_full = False  # then pieces with a larger hash than all in the sample are skipped
+    heap: list[tuple[int, int, int, str]] = []  # (-hash, number, bytes, text), so the largest hash is on top
     for number, piece in enumerate(_progress("reading", pieces)):
         documents[piece.split] += piece.ends
         chars += len(piece.text)
@@ -147,10 +149,10 @@ def write_shards(
     save: Callable[[dict], None],
     template: Template | None,
 ) -> dict:
-    """Encode and write everything; returns the `splits` of meta.json. chars: the length of it all, for the display.
+    """Encode and write all pieces; returns the `splits` of meta.json. chars: their total length, for the progress bar.
 
-    Now and then `save` is called with what has been done; another call that gets this as `done` resumes from there.
-    template: of a corpus of examples, which is written with its masks; bytes and words are those of the answers.
+    `save` is called regularly with the progress so far; pass it as `done` to resume from there. template: for a corpus
+    of examples, which is written with masks; bytes and words are then those of the answers.
     """
     zero = {"documents": 0, "tokens": 0, "bytes": 0, "words": 0, **({"counted": 0} if template else {})}
     n_pieces, splits = done.get("pieces", 0), done.get("splits") or {name: dict(zero) for name in SPLITS}
@@ -201,7 +203,7 @@ def _encode_texts(batch: list[Piece], tokenizer: Tokenizer, template: None, work
     for piece, ids in zip(batch, encoded, strict=True):
         n_bytes = len(piece.text.encode("utf-8"))
         if sum(map(lengths.__getitem__, ids)) != n_bytes:
-            raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...; use another one")
+            raise InputError(f"the tokenizer changes the text {piece.text[:40]!a}...: use another one")
         yield _Encoded([*ids, tokenizer.eos_id] if piece.ends else ids, None, n_bytes, len(piece.text.split()))
 
 

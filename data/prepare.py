@@ -1,24 +1,24 @@
 """Turn text into a corpus for train.py: a tokenizer, token shards and meta.json, in data/<name>/.
 
-    python data/prepare.py                              # pystdlib: this Python's own library, 10 MB, needs no network
+    python data/prepare.py                              # pystdlib: Python's standard library, 10 MB, needs no network
     python data/prepare.py wikitext2                    # or another built-in corpus, downloaded once
     python data/prepare.py --input books more.jsonl.gz --name books        # files, folders, patterns, - for a pipe
     python data/prepare.py --hf HuggingFaceFW/fineweb-edu:sample-10BT --limit 200000 --name fineweb
 
-A text file is one document; a line of .jsonl, a row of .json and .parquet is one. Documents go to train, val and test,
-90/5/5, by the sha256 of their text: a document stays in its split, and its copies stay with it. A single document is
-cut by position, at 90 and 95 % of its characters. Text is kept as it is, to the last byte; empty documents are left
-out. The tokenizer is trained on the training split only, on at most 16 MB of it.
+A document is a text file, a line of .jsonl, or a row of .json, .csv or .parquet. Documents are assigned to train, val
+and test, 90/5/5, by the sha256 of their text, so a document and its copies always stay in the same split. A single
+document is cut by position, at 90 and 95 % of its characters. Text is preserved byte for byte; empty documents are
+dropped. The tokenizer is trained on at most 16 MB of the training split.
 
-The text is streamed, twice or three times, so memory stays below 1 GB whatever the corpus. The same text and options
-give the same tokens, byte for byte, on any number of cores. A corpus is built in a folder beside its own and renamed at
-the end; after an interruption, the same command resumes it. Downloads stay in data/.downloads.
+The text is streamed two or three times, so memory stays below 1 GB for a corpus of any size. The same text and options
+give the same tokens on any number of cores. A corpus is built in a temporary folder next to its own and renamed at the
+end; after an interruption, the same command resumes it. Downloads are kept in data/.downloads.
 """
 
 import os
 import sys
 
-# Before other imports: a folder beside this file, such as a corpus named email, must not be imported as a module.
+# Before other imports: a folder next to this file, such as a corpus named email, must not be imported as a module.
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
 if __name__ == "__main__":  # Ctrl-C while modules are imported
@@ -57,16 +57,17 @@ from minidisp.tokenizer import ByteTokenizer, Tokenizer, load, train_sentencepie
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes that prepare one corpus at once are not kept apart there
+except ImportError:  # Windows: no lock against two processes that prepare the same corpus
     fcntl = None
 
 DATA = Path(__file__).resolve().parent
 VOCAB_SIZE, MAX_VOCAB_SIZE = 4096, 1 << 20
-SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; the trainer takes up to 40 times as much memory
+SAMPLE_BYTES = 16_000_000  # training text of the tokenizer; training takes up to 40 times as much memory
 INPUTS, PROGRESS = "inputs.jsonl", "progress.json"
-# Of a corpus: what --overwrite may remove.
+# The files of a corpus, which --overwrite may remove.
 OWN_FILES = re.compile(
-    r"meta\.json|tokenizer\.model|inputs\.jsonl|progress\.json|(train|val|test)_\d+\.(bin|mask)|\.lock|\.building|\.download|lost\+found"
+    r"meta\.json|tokenizer\.model|inputs\.jsonl|progress\.json|(train|val|test)_\d+\.(bin|mask)"
+    r"|\.lock|\.building|\.download|lost\+found"
 )
 
 
@@ -74,47 +75,48 @@ OWN_FILES = re.compile(
 
 
 def prepare(name: str) -> Path:
-    """The folder of a built-in corpus with default options, prepared now unless it is there."""
+    """The folder of a built-in corpus with default options, which is prepared if it does not exist."""
     return prepare_corpus(name, built_in(name, DATA / ".downloads"), DATA / name)
 
 
 def find_or_prepare(name: str) -> Path:
-    """The folder of the corpus that --data names: a folder, a name in data/, or a built-in corpus, prepared now.
+    """The folder of a corpus given by --data: a folder, a name in data/, or a built-in corpus, prepared if necessary.
 
-    Raises InputError if there is no such corpus, or if the name means two: the same command would train on another
-    corpus in another working folder.
+    Raises InputError if there is no such corpus, or if the name is ambiguous: the corpus would then depend on the
+    working directory.
     """
     given = Path(os.path.expanduser(name))
     found = {os.path.realpath(path): path for path in (given, DATA / name) if (path / "meta.json").is_file()}
     if len(found) == 2:
         raise InputError(
-            f"--data {printable(name)} could be {printable(given.absolute())} or {printable(DATA / name)}: give the whole path"
+            f"--data {printable(name)} could be {printable(given.absolute())} or {printable(DATA / name)}: pass the "
+            "full path"
         )
     if found:
         if name in BUILT_IN and given in found.values():
             say(f"--data {name} is the folder {printable(given.absolute())}, not the built-in corpus of that name")
         return next(iter(found.values()))
     if name in BUILT_IN:
-        print(f"preparing the corpus {name}, once:", flush=True)
+        print(f"preparing the corpus {name} (once):", flush=True)
         return prepare(name)
     shown, here = printable(name), given.exists()
     make = f"python data/prepare.py --input {shown if here else 'FILES'} --name NAME"
     if here or len(given.parts) != 1:
         relative = "" if given.is_absolute() else f", which is {printable(given.absolute())} from here"
         raise InputError(
-            f"--data {shown}: no prepared corpus there{relative}; say where it is with --data PATH, "
+            f"--data {shown}: no prepared corpus there{relative}; pass its path with --data PATH, "
             + (f"or prepare this text with {make}" if here else f"or prepare your own with {make}")
         )
     prepared = sorted(meta.parent.name for meta in DATA.glob("*/meta.json"))
     raise InputError(
-        f"--data {shown}: no such corpus; built in are {', '.join(BUILT_IN)}"
-        + (f", prepared {', '.join(prepared)}" if prepared else "")
+        f"--data {shown}: no such corpus; built-in: {', '.join(BUILT_IN)}"
+        + (f"; prepared: {', '.join(prepared)}" if prepared else "")
         + f"; or prepare your own with {make}"
     )
 
 
 def open_corpora(corpora: list[tuple[str, int]]) -> Dataset | Corpora:
-    """What --data names, as (corpus, weight) pairs. Raises InputError."""
+    """Open the corpora of --data, given as (corpus, weight) pairs. Raises InputError."""
     parts = [Dataset(find_or_prepare(name)) for name, _ in corpora]
     return parts[0] if len(parts) == 1 else Corpora(parts, [weight for _, weight in corpora])
 
@@ -132,13 +134,13 @@ def prepare_corpus(
     *,
     skip_bad_rows: bool = False,
 ) -> Path:
-    """Prepare a corpus in the folder `out`, unless it is there with the same options and input; returns out.
+    """Prepare a corpus in the folder `out`, unless it exists with the same options and input; returns out.
 
-    tokenizer: "sentencepiece" to train one, "byte", or one to use as it is. vocab_size: tokens of the one to train;
-    0 = VOCAB_SIZE, or as near to it as the text allows.
-    one_document: join all documents and cut the whole by position. limit: take the first documents only, 0 = all.
-    workers: threads that encode, by default one per core; they do not change the result.
-    Raises InputError, with nothing left behind, if the text, the options or the disk do not allow it.
+    tokenizer: "sentencepiece" to train one, "byte", or an existing one. vocab_size: exact vocabulary size of the one to
+    train; 0 = at most VOCAB_SIZE, or fewer tokens if the text does not yield that many.
+    one_document: join all documents and cut the text by position. limit: use the first documents only, 0 = all.
+    workers: threads for encoding, by default one per core; they do not change the result.
+    Raises InputError, leaving nothing behind, if the text or the options are invalid or the disk is full.
     """
     options = {
         "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.hash,
@@ -171,10 +173,10 @@ def prepare_corpus(
                 Dataset(build)
             copy.unlink(missing_ok=True)
     except BadRow as bad:
-        raise InputError(f"{bad}; --bad-rows skip leaves such out, and counts them") from bad
+        raise InputError(f"{bad}; to skip and count such rows, pass --bad-rows skip") from bad
     except OSError as error:
         no_access = error.errno in (errno.EACCES, errno.EROFS)
-        elsewhere = "; python data/prepare.py --out DIR puts it elsewhere, for --data DIR" if no_access else ""
+        elsewhere = "; choose another folder with python data/prepare.py --out DIR, for --data DIR" if no_access else ""
         raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}{elsewhere}") from error
     _print_table(out, finished)
     return out
@@ -183,17 +185,16 @@ def prepare_corpus(
 def _build(
     folder: Path, source: Source, meta: dict, left_off: dict, tokenizer: str | Tokenizer, exact: bool, workers: int
 ) -> dict:
-    """Write tokenizer and shards, or what is missing of them; returns the content of meta.json.
+    """Write tokenizer and shards, or resume writing them; returns the content of meta.json.
 
-    left_off: see `_left_off`. exact: the vocabulary must have the size that is asked for.
+    left_off: see `_left_off`. exact: the vocabulary must have exactly the requested size.
     """
     options, skipped, started = meta["options"], Counter(), time.monotonic()
     template_of = functools.cache(Template.of)
 
     def check(messages: Messages) -> None:
-        if isinstance(
-            tokenizer, Tokenizer
-        ):  # one that is trained here has no template of its own, and PLAIN refuses nothing
+        # A tokenizer that is trained here has no template of its own, and PLAIN rejects nothing.
+        if isinstance(tokenizer, Tokenizer):
             template_of(tokenizer).render(messages)
 
     def documents() -> Iterator[Document]:
@@ -206,7 +207,7 @@ def _build(
     if left_off:
         known, encoded = left_off["known"], left_off["encoded"]
         for file, record in zip(source.inputs, left_off["inputs"], strict=True):
-            file.sha256 = record["sha256"]  # so that another content is noticed
+            file.sha256 = record["sha256"]  # so that changed content is detected
         say(f"resuming the interrupted preparation after {encoded['pieces']:,} pieces of the text")
         tokenizer = load(folder / "tokenizer.model")
         template = Template.from_meta(known["template"], tokenizer) if known["template"] else None
@@ -214,7 +215,9 @@ def _build(
         encoded = {}
         of_examples = any(document.messages for document in itertools.islice(documents(), 1))
         if of_examples and options["one_document"]:
-            raise InputError(f"{meta['source']}: --one-document joins texts, but these are examples: leave it out")
+            raise InputError(
+                f"{meta['source']}: --one-document joins texts, but these are examples: leave out the flag"
+            )
         known = {"cut_chars": 0 if of_examples else _chars_to_cut(documents, options["one_document"], meta["source"])}
         counts, known["chars"], sample = survey(pieces(), SAMPLE_BYTES if tokenizer == "sentencepiece" else 0)
         known["skipped"] = dict(skipped)
@@ -224,7 +227,7 @@ def _build(
             say(f"training a tokenizer of {size:,} tokens on {sum(map(len, sample)):,} characters")
             tokenizer = train_sentencepiece(sample, size, exact)
             if tokenizer.vocab_size < size:
-                say(f"this text gives no more than {tokenizer.vocab_size:,} tokens: that is the vocabulary")
+                say(f"this text yields no more than {tokenizer.vocab_size:,} tokens: the vocabulary is smaller")
         elif tokenizer == "byte":
             tokenizer = ByteTokenizer()
         tokenizer.save(folder / "tokenizer.model")
@@ -233,14 +236,14 @@ def _build(
 
     def save(encoded: dict) -> None:
         if source.inputs is None:
-            return  # there would be nothing to tell by whether it is the same text
+            return  # without records of the inputs, a resumed run could not tell whether the text is the same
         inputs = [file.record() for file in source.inputs]
         state = {"meta": meta, "inputs": inputs, "known": known, "vocab_size": tokenizer.vocab_size, "encoded": encoded}
         files.write_json(folder / PROGRESS, state)
 
     if time.monotonic() - started >= SAVE_EVERY_S and not encoded:
         save({"pieces": 0})
-    say(f"encoding {known['chars']:,} characters, {workers} threads")
+    say(f"encoding {known['chars']:,} characters with {workers} threads")
     splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save, template)
     return {
         **meta,
@@ -255,19 +258,19 @@ def _build(
 
 
 def _chars_to_cut(documents: Callable[[], Iterator[Document]], one_document: bool, where: str) -> int:
-    """The length of a text that is cut by position: a single document, or all joined to one; 0 if it is not."""
+    """The length of the text if it is cut by position (a single document, or all joined to one); otherwise 0."""
     if not one_document and len([*itertools.islice(documents(), 2)]) != 1:
         return 0
     chars = sum(map(len, joined(documents())))
     if chars < 20:
-        raise InputError(f"{where}: {chars} characters are too few to be cut 90/5/5")
+        raise InputError(f"{where}: {chars} characters are too few to be cut 90/5/5: add text")
     return chars
 
 
 def _check_splits(
     documents: Callable[[], Iterator[Document]], counts: dict, where: str, known: dict, of_examples: bool
 ) -> None:
-    """InputError unless every split has a document."""
+    """Raise InputError unless every split has a document."""
     if not known["chars"]:
         left_out = f"; left out: {_listed(known['skipped'])}" if known["skipped"] else ""
         raise InputError(f"{where}: there is no text{left_out or ': 0 characters are too few'}")
@@ -275,7 +278,7 @@ def _check_splits(
         n = sum(counts.values())
         different = len({hashlib.sha256("".join(document.blocks).encode()).digest() for document in documents()})
         texts = "one and the same text" if different == 1 else f"copies of {different} texts"
-        joining = "" if of_examples else ", or use --one-document to join them and cut the whole 90/5/5"
+        joining = "" if of_examples else ", or pass --one-document to join them and cut the text 90/5/5"
         raise InputError(
             f"{where}: {n} documents leave nothing for {' and '.join(empty)}"
             + (f", as they are all {texts}" if different < n else "")
@@ -284,10 +287,10 @@ def _check_splits(
 
 
 def _left_off(folder: Path, meta: dict, source: Source) -> dict:
-    """What an interrupted preparation of this corpus has saved in `folder`; {} if there is nothing that can be used."""
+    """The saved state of an interrupted preparation of this corpus in `folder`; {} if there is none to resume from."""
     try:
         state = parse_json(read_bytes(folder / PROGRESS), PROGRESS)
-    except InputError:  # it did not get so far
+    except InputError:  # interrupted before the first save
         return {}
     if not isinstance(state, dict) or state.get("meta") != meta or source.inputs is None:
         return {}
@@ -298,15 +301,16 @@ def _left_off(folder: Path, meta: dict, source: Source) -> dict:
 
 
 def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool:
-    """Whether `out` holds this very corpus, intact. InputError if it holds anything else that is not to be replaced."""
+    """Whether `out` is exactly this corpus, intact. Raises InputError if it is anything else, unless to be replaced."""
     if files.is_free(out):
         return False
     if not (out / "meta.json").is_file():
-        raise InputError(f"{out} is there and is no corpus: choose another --out")
+        raise InputError(f"{out} exists and is not a corpus: choose another --out")
     if overwrite:
         if foreign := sorted(path.name for path in out.iterdir() if not OWN_FILES.fullmatch(path.name)):
             raise InputError(
-                f"{out} also holds {printable(foreign[0])}, which --overwrite would remove: move it, or choose another --out"
+                f"{out} also contains {printable(foreign[0])}, which --overwrite would remove: move it, or choose "
+                "another --out"
             )
         return False
     dataset = Dataset(out)
@@ -315,7 +319,7 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
     if different := [key for key in wanted if wanted[key] != found.get(key)]:
         key = different[0]
         raise InputError(
-            f"{out} is there, but with {key} {found.get(key)!r}, not {wanted[key]!r}: "
+            f"{out} already exists, but with {key} {found.get(key)!r}, not {wanted[key]!r}: "
             "replace it with --overwrite, or choose another --out"
         )
     if (out / INPUTS).is_file() and source.inputs is not None:
@@ -328,19 +332,19 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
             raise InputError(f"{out / INPUTS} is damaged: prepare the corpus again with --overwrite")
         if change := changed(records, source.inputs):
             raise InputError(
-                f"{out} is there, but its input is another now: {change}; "
+                f"{out} already exists, but its input has changed ({change}): "
                 "replace it with --overwrite, or choose another --out"
             )
     elif source.inputs:
-        say(f"{out} does not say what its input was: if that has changed since, use --overwrite")
+        say(f"{out} has no record of its input: if that has changed since, pass --overwrite")
     dataset.verify()
-    say(f"{out} is there already, and intact; --overwrite prepares it again")
+    say(f"{out} already exists and is intact; to prepare it again, pass --overwrite")
     return True
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Wait until no other process prepares `out`; the next one waits for us. The lock dies with its process."""
+    """A lock on `out`: waits for another process that prepares it. The lock is released if its process dies."""
     if fcntl is None:
         yield
         return
@@ -353,9 +357,9 @@ def _locked(out: Path) -> Iterator[None]:
             except BlockingIOError:
                 say(f"waiting for another process that prepares {out}")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:  # the file systems of some clusters have no locks
-                say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus twice at the same time")
-            # The one we waited for has removed the file it had locked: start over with a new one.
+            except OSError as error:  # some cluster file systems do not support locks
+                say(f"cannot lock {path} ({error.strerror}): do not prepare this corpus in two processes at once")
+            # The process we waited for removed the lock file: start over with a new one.
             if _is_at(file, path):
                 try:
                     yield
@@ -365,7 +369,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file is the one at the path. Asked in one go: between two questions another process may remove it."""
+    """Whether an open file is the one at the path, which another process may remove at any time."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -374,9 +378,9 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _built(build: Path, out: Path) -> Iterator[None]:
-    """Make a folder `build`, unless it is there, and put it in place of `out` when the block ends.
+    """Create the folder `build` if necessary, and move it to `out` at the end of the block.
 
-    Whatever ends the block early, work that has been saved stays, so that the same command resumes it.
+    If the block fails, saved progress is kept, so that the same command resumes it.
     """
     try:
         build.mkdir(exist_ok=True)
@@ -386,9 +390,9 @@ def _built(build: Path, out: Path) -> Iterator[None]:
         files.put_in_place(build, out, "meta.json")
     except BaseException:
         if (build / PROGRESS).exists():
-            say("interrupted; type the same command again to resume")
+            say("interrupted; run the same command again to resume")
         else:
-            shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+            shutil.rmtree(build, ignore_errors=True)  # report the original error, not one of the clean-up
         raise
     (out / PROGRESS).unlink(missing_ok=True)
     splits = read_meta(out / "meta.json")["splits"].values()
@@ -409,8 +413,7 @@ def _print_table(out: Path, meta: dict) -> None:
         print(f"{name:5} {counts} {split['bytes'] / tokens:>12.3f}")
     if of_examples:
         total = sum(split["tokens"] for split in meta["splits"].values())
-        print(f"counted are the assistant's turns alone, of {total:,} tokens in all")
-
+        print(f"only tokens of assistant turns are counted; {total:,} tokens in total")
     if meta["skipped"]:
         print(f"left out: {_listed(meta['skipped'])}")
 
@@ -428,7 +431,7 @@ def _cores() -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the flags; InputError where they contradict each other."""
+    """Parse and check the flags. Raises InputError if they contradict each other."""
     parser = Parser(
         prog="data/prepare.py",
         description=__doc__,
@@ -436,74 +439,94 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     sizes = ", ".join(f"{name} ({download.bytes / 1e6:,.0f} MB)" for name, download in DOWNLOADS.items())
-    add = parser.add_argument_group("where the text comes from").add_argument
-    add("corpus", nargs="?", metavar="NAME", help=f"pystdlib (the default), or downloaded: {sizes}")
-    add("--source", metavar="FILE", help="the file of a built-in corpus, if you downloaded it yourself")
-    add("--input", nargs="+", metavar="PATH", help=f"your own text: files ({' '.join(KINDS)}, also as .gz and .zst), "
-        "folders with all such files in them, patterns, or - for standard input")  # fmt: skip
-    add("--format", choices=READERS, help="how to read --input whatever its name ends in (default: as the name says; "
-        "standard input is text)")  # fmt: skip
-    add("--field", default="text", help="with --input: the field of a row that holds the text (default: text)")
-    add("--hf", metavar="NAME[:CONFIG]", help="a Hugging Face dataset; needs pip install datasets")
-    add("--hf-split", default="train", metavar="NAME", help="with --hf: which split of it (default: train)")
-    add("--hf-column", default="text", metavar="NAME", help="with --hf: the column that holds the text (default: text)")
-    add("--bad-rows", choices=("stop", "skip"), default="stop", help="what to do about a row without a text, a file "
-        "that is not UTF-8 and the like: stop and name it (the default), or leave it out and count it")  # fmt: skip
-    add("--limit", type=_number(0), default=0, metavar="N", help="take only the first N documents (default 0: all)")
-    add("--one-document", action="store_true", help="join all documents, a newline between, and cut the whole 90/5/5")
+    add = parser.add_argument_group("input").add_argument
+    add("corpus", nargs="?", metavar="NAME", help=f"built-in corpus: pystdlib (default), or a download: {sizes}")
+    add("--source", metavar="FILE", help="file of a built-in corpus that you downloaded yourself")
+    add(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help=f"your own text: files ({' '.join(KINDS)}, optionally with .gz or .zst), folders of such files, patterns, "
+        "or - for standard input",
+    )
+    add(
+        "--format",
+        choices=READERS,
+        help="format of --input (default: by suffix; text for standard input)",
+    )
+    add("--field", default="text", help="with --input: the field of a row that contains the text (default: text)")
+    add("--hf", metavar="NAME[:CONFIG]", help="dataset on the Hugging Face hub; needs pip install datasets")
+    add("--hf-split", default="train", metavar="NAME", help="with --hf: the split to use (default: train)")
+    add("--hf-column", default="text", metavar="NAME", help="with --hf: column that contains the text (default: text)")
+    add(
+        "--bad-rows",
+        choices=("stop", "skip"),
+        default="stop",
+        help="on a row without text, a file that is not UTF-8, or similar: stop with an error (default), or skip and "
+        "count it",
+    )
+    add("--limit", type=_number(0), default=0, metavar="N", help="use only the first N documents (default 0: all)")
+    add("--one-document", action="store_true", help="join all documents with newlines and cut the text 90/5/5")
     add = parser.add_argument_group("tokenizer").add_argument
-    add("--tokenizer", metavar="KIND", help="sentencepiece: train a BPE (the default); byte; or hf:DIR, that of a Hugging "
-        "Face model, a folder or owner/name on the hub")  # fmt: skip
-    add("--vocab-size", type=_number(1, MAX_VOCAB_SIZE), metavar="N", help="tokens of the SentencePiece BPE "
-        f"(default {VOCAB_SIZE}, or less where the text gives no more)")  # fmt: skip
-    add("--tokenizer-from", metavar="PATH", help="use the tokenizer.model of another corpus or run instead: the file or "
-        "its folder")  # fmt: skip
-    add = parser.add_argument_group("where the corpus goes").add_argument
+    add(
+        "--tokenizer",
+        metavar="KIND",
+        help="sentencepiece: train a BPE (default); byte; or hf:DIR, the tokenizer of a Hugging Face model, a folder "
+        "or owner/name on the hub",
+    )
+    add(
+        "--vocab-size",
+        type=_number(1, MAX_VOCAB_SIZE),
+        metavar="N",
+        help=f"vocabulary size of the SentencePiece BPE (default {VOCAB_SIZE}, or fewer if the text yields fewer)",
+    )
+    add("--tokenizer-from", metavar="PATH", help="use the tokenizer.model of another corpus or run (file or folder)")
+    add = parser.add_argument_group("output").add_argument
     add("--name", help="name of the corpus, with --input and --hf (default: that of the folder --out)")
     add("--out", metavar="DIR", help="folder of the corpus (default: data/NAME)")
-    add("--overwrite", action="store_true", help="replace a corpus that is there")
-    add("--workers", type=_number(1), metavar="N", help="threads that encode (default: one per core)")
+    add("--overwrite", action="store_true", help="replace an existing corpus")
+    add("--workers", type=_number(1), metavar="N", help="threads for encoding (default: one per core)")
     args = parser.parse_args(argv)
 
     if args.corpus not in (None, *BUILT_IN):
         parser.error(
-            f"{printable(args.corpus)}: no built-in corpus ({', '.join(BUILT_IN)}); for your own text use --input"
+            f"{printable(args.corpus)} is not a built-in corpus ({', '.join(BUILT_IN)}): for your own text, use --input"
         )
     own = [flag for flag, value in (("--input", args.input), ("--hf", args.hf)) if value]
     if len(own) + (args.corpus is not None) > 1:
         parser.error("prepare one corpus at a time: NAME, --input or --hf")
     if own:
         if not args.name and not args.out:
-            parser.error(f"{own[0]} needs --name NAME for the corpus, which is then data/NAME, or --out DIR")
+            parser.error(f"{own[0]} needs --name NAME, for the folder data/NAME, or --out DIR")
         if args.name and (args.name in BUILT_IN or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name)):
             parser.error(
                 f"--name {printable(args.name)}: use letters, digits, '.', '-' and '_', and not a built-in name"
             )
     elif args.name:
-        parser.error("--name goes with --input and --hf; --out DIR puts a built-in corpus elsewhere")
+        parser.error("--name needs --input or --hf: for a built-in corpus, choose the folder with --out DIR")
     if args.source and args.corpus not in DOWNLOADS:
-        parser.error(f"--source goes with a corpus that is downloaded: {', '.join(DOWNLOADS)}")
+        parser.error(f"--source needs the NAME of a corpus that is downloaded: {', '.join(DOWNLOADS)}")
     if not own and args.bad_rows == "skip":
-        parser.error("--bad-rows goes with --input and --hf")
+        parser.error("--bad-rows needs --input or --hf")
     if not args.hf and (args.hf_split, args.hf_column) != ("train", "text"):
-        parser.error("--hf-split and --hf-column go with --hf")
+        parser.error("--hf-split and --hf-column need --hf")
     if args.field != "text" and not args.input:
-        parser.error("--field goes with --input" + (": for --hf there is --hf-column" if args.hf else ""))
+        parser.error("--field needs --input" + (": with --hf, use --hf-column" if args.hf else ""))
     if args.format and not args.input:
-        parser.error("--format goes with --input")
+        parser.error("--format needs --input")
     if args.tokenizer_from and (args.tokenizer or args.vocab_size):
-        parser.error("--tokenizer-from brings its own kind and size: leave out --tokenizer and --vocab-size")
+        parser.error("--tokenizer-from determines the tokenizer: leave out --tokenizer and --vocab-size")
     if args.tokenizer and args.tokenizer not in ("sentencepiece", "byte") and not args.tokenizer.startswith("hf:"):
-        parser.error(f"--tokenizer {args.tokenizer}: give sentencepiece, byte, or hf:DIR")
+        parser.error(f"--tokenizer {args.tokenizer} is unknown: pass sentencepiece, byte, or hf:DIR")
     if args.tokenizer not in (None, "sentencepiece") and args.vocab_size:
-        parser.error(f"--tokenizer {args.tokenizer} brings its own size: leave out --vocab-size")
+        parser.error(f"--tokenizer {args.tokenizer} has a fixed vocabulary: leave out --vocab-size")
     return args
 
 
 def _number(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isdecimal() or int(text[:20]) < least:
-            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not an integer of at least {least}")
         if int(text[:20]) > most:
             raise argparse.ArgumentTypeError(f"{text:.60} is more than {most}")
         return int(text)
@@ -512,26 +535,26 @@ def _number(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
 
 
 def _tokenizer(args: argparse.Namespace) -> str | Tokenizer:
-    """What --tokenizer and --tokenizer-from ask for, as prepare_corpus takes it."""
+    """The tokenizer argument of prepare_corpus, from --tokenizer and --tokenizer-from."""
     if args.tokenizer_from:
         path = Path(os.path.expanduser(args.tokenizer_from))
         if path.is_dir() and not (path / "tokenizer.model").exists() and (path / "tokenizer.json").exists():
-            path /= "tokenizer.json"  # whose error says what to do
+            path /= "tokenizer.json"  # load() rejects it with a hint
         return load(path / "tokenizer.model" if path.is_dir() else path)
     if args.tokenizer and args.tokenizer.startswith("hf:"):
-        from minidisp import hf  # brings torch
+        from minidisp import hf  # imports torch
 
         return hf.load_tokenizer(os.path.expanduser(args.tokenizer.removeprefix("hf:")))
     return args.tokenizer or "sentencepiece"
 
 
 def command(argv: list[str] | None) -> None:
-    """What the command line asks for."""
+    """Prepare the corpus of a command line."""
     args = parse_args(argv)
     out = Path(os.path.realpath(os.path.expanduser(args.out or DATA / (args.name or args.corpus or "pystdlib"))))
     name = args.name or args.corpus or (printable(out.name) if args.input or args.hf else "pystdlib")
     if not out.name:
-        raise InputError(f"--out {out}: that is no folder for a corpus alone")
+        raise InputError(f"--out {out} is the root folder: choose a folder for the corpus alone")
     skip = args.bad_rows == "skip"
     folder = next((path for path in (out, out.parent) if path.is_dir() and os.access(path, os.W_OK)), None)
     if args.input:

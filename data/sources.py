@@ -1,6 +1,6 @@
-"""Any input as documents: text files, files of rows, and standard input.
+"""Inputs as documents: text files, files of rows, and standard input.
 
-A reader yields documents, and a BadRow in the place of what cannot be used: whoever reads decides what becomes of it.
+A reader yields documents, and a BadRow for anything that cannot be used, which the caller raises or skips.
 """
 
 import csv
@@ -20,27 +20,33 @@ from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regu
 from minidisp import InputError, printable
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
-# Of a line of .jsonl and a row of .json, which is held in memory, twice and with up to four bytes per character; and of
-# commas and brackets in it, since a JSON value can take 170 bytes per comma.
+# Limits for a row, which is held in memory twice with up to four bytes per character: its size, and the number of
+# commas and brackets, since a JSON value can take 170 bytes per comma.
 MAX_ROW_BYTES, MAX_ROW_VALUES = 1 << 26, 2_000_000
-MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a column of Parquet that is larger and was compressed by more is no text
+MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a Parquet column that exceeds both size and compression ratio is rejected
 KINDS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
-}  # fmt: skip
+}
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = f"only {' '.join(KINDS)} files are read, also as .gz and .zst"
+ENDINGS = f"only {' '.join(KINDS)} files are read, optionally with .gz or .zst"
 BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    name: str  # for messages: a file, or a line of one
+    name: str  # for messages: a file, or a line in it
     blocks: Iterable[str]  # the text, in consecutive parts
-    messages: list[dict[str, str]] | None = None  # of an example; the text is as_text's, in one part
+    messages: list[dict[str, str]] | None = None  # of an example, whose text is that of as_text, in one part
 
 
 class BadRow(InputError):
-    """A row, or a file, that cannot be used. `reason` is one of a few, for the counts; the message says it in full."""
+    """A row or file that cannot be used. `reason`: a short one, by which such rows are counted."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -48,13 +54,13 @@ class BadRow(InputError):
 
 
 class Source(NamedTuple):
-    description: str  # kept in meta.json; another one is another corpus
-    documents: Callable[[], Iterator[Document | BadRow]]  # from the start at each call
-    inputs: list[Input] | None = None  # the files that it reads; None: not known before it is read
-    fetch: "Callable[[Path, int, bool], Source] | None" = None  # see hugging_face: what is expensive is read once
+    description: str  # stored in meta.json; a different one means a different corpus
+    documents: Callable[[], Iterator[Document | BadRow]]  # starts over at each call
+    inputs: list[Input] | None = None  # the files that it reads; None: unknown before reading
+    fetch: "Callable[[Path, int, bool], Source] | None" = None  # copies a remote source to a file; see hugging_face
 
 
-# --- readers, one for each kind of file -------------------------------------------------------------------------------
+# --- readers, one per file format -------------------------------------------------------------------------------------
 
 
 def damaged(file: Input, where: str) -> BadRow:
@@ -63,23 +69,23 @@ def damaged(file: Input, where: str) -> BadRow:
 
 
 def blocks_of(file: TextIO) -> Iterator[str]:
-    """The text of an open file in blocks that end where a line ends, unless a line is very long."""
+    """The text of an open file in blocks that end at a line end, unless a line is very long."""
     while block := file.read(BLOCK_CHARS):
         yield block + file.readline(BLOCK_CHARS)
 
 
 def text_document(name: str, text: str) -> Document:
-    """A document in memory. Most are short, and then one block."""
+    """A document from a text in memory."""
     if len(text) <= BLOCK_CHARS:
         return Document(name, [text])
     return Document(name, blocks_of(io.StringIO(text, newline="")))
 
 
 def text_blocks(file: Input) -> Iterator[str]:
-    """The text of a UTF-8 file, unchanged but for a byte-order mark at its start, in blocks. BadRow if it is no text."""
+    """The text of a UTF-8 file in blocks, without a byte-order mark. Raises BadRow if it is not text."""
     lines = 1
     try:
-        # Bytes that are no UTF-8 become half surrogate pairs, which no UTF-8 text has: that tells where they are.
+        # Invalid bytes become lone surrogates, which are not valid UTF-8, so encoding a block again locates them.
         with (
             file.unpacked() as unpacked,
             io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text,
@@ -103,21 +109,21 @@ def _no_text(file: Input, block: str, lines: int, at: int) -> BadRow:
     line = lines + block.count("\n", 0, at)
     start = block[:2].encode("utf-8", "surrogateescape")[:2] if lines == 1 else b""
     if start in (b"\xff\xfe", b"\xfe\xff"):
-        return BadRow("UTF-16", f"{file.name}: UTF-16 text, not UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
+        return BadRow("UTF-16", f"{file.name}: UTF-16 text, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)")
     if start == b"\x1f\x8b":
-        return BadRow("binary", f"{file.name}: packed by gzip, but its name does not end in .gz; unpack it")
+        return BadRow("binary", f"{file.name}: a gzip file whose name does not end in .gz: rename or decompress it")
     if block[at] == "\0":
-        return BadRow("binary", f"{file.name}: a binary file (it has NUL bytes, the first in line {line}), not text")
-    return BadRow("not UTF-8", f"{file.name}: not UTF-8 text, in line {line}; convert it, or leave it out")
+        return BadRow("binary", f"{file.name}: a binary file, not text: line {line} has a NUL byte")
+    return BadRow("not UTF-8", f"{file.name}: not UTF-8 text, in line {line}: convert it, or leave it out")
 
 
 def text_file(path: str | Path) -> Iterator[Document]:
-    """The document that a UTF-8 file is."""
+    """A UTF-8 file as one document."""
     yield Document(printable(path), text_blocks(Input(path)))
 
 
 def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
-    """The document of record[field], or of the record itself if that is a text; where there is no `text`, an example."""
+    """A row as a document: the string in record[field], the record itself if it is a string, or else an example."""
     text = record
     if isinstance(record, dict):
         if field not in record:
@@ -128,7 +134,7 @@ def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
             if messages:
                 return Document(where, [as_text(messages)], messages)
             fields = printable(", ".join(map(str, [*record][:20]))[:200]) or "none at all"
-            return BadRow("no such field", f"{where}: no field {field!r} but {fields}; see {flag}")
+            return BadRow("no such field", f"{where}: no field {field!r}, only {fields}; see {flag}")
         text = record[field]
     elif not isinstance(record, str):
         return BadRow("not an object", f"{where}: not a JSON object")
@@ -150,10 +156,10 @@ def jsonl_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
             while line := lines.readline(MAX_ROW_BYTES):
                 number += 1
                 item = _jsonl_row(line.removeprefix(BOM) if number == 1 else line, field, file.name, number)
-                while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):  # the rest of a line that is too long
+                while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):  # skip the rest of an overlong line
                     line = lines.readline(MAX_ROW_BYTES)
                 if item and not (isinstance(item, BadRow) and file.has_grown and not line.endswith(b"\n")):
-                    yield item  # else blank, or a last line that is still being written
+                    yield item  # otherwise a blank line, or a last line that is still being written
     except DAMAGE:
         yield damaged(file, f"line {number}")
 
@@ -175,12 +181,12 @@ def _jsonl_row(line: bytes, field: str, name: str, number: int) -> Document | Ba
 
 
 def _values(json_text: str | bytes) -> int:
-    """A bound for the number of values in it: its commas and brackets, also those inside strings."""
+    """An upper bound of the number of JSON values: commas and brackets, including those inside strings."""
     return sum(map(json_text.count, ",[{" if isinstance(json_text, str) else b",[{"))
 
 
 def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
-    """One document per element of JSON arrays, or per value if there is a sequence of them; read piece by piece."""
+    """One document per element of each JSON array, or per value if there is no array; read incrementally."""
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     number, at, buffer, array = 0, 0, "", None
     try:
@@ -192,14 +198,14 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                     array = buffer[at] == "["
                     at += array
                     continue
-                if array and buffer.startswith("]", at):  # another array may follow, in files that were joined
+                if array and buffer.startswith("]", at):  # another array may follow, in concatenated files
                     array, at = None, at + 1
                     continue
                 try:
                     value, end = decode(buffer, at)
                     if end == len(buffer) and buffer[-1] not in '}]"':
                         raise ValueError("it may continue")
-                except (ValueError, RecursionError) as error:  # not JSON, or not all of it
+                except (ValueError, RecursionError) as error:  # invalid or incomplete
                     buffer, at = buffer[at:], 0
                     left = MAX_ROW_BYTES - len(buffer)
                     more = text.read(min(max(BLOCK_CHARS, len(buffer)), left)) if left > 0 else ""
@@ -222,12 +228,12 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
 
 
 def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
-    """One document per row of a table whose first row names the columns, separated by commas, semicolons or tabs."""
+    """One document per row; the first row names the columns, which are separated by commas, semicolons or tabs."""
     number, taken, values, line, delimiter = 0, 0, 0, "", ""
     csv.field_size_limit(MAX_ROW_BYTES)
 
     def lines(text: TextIO) -> Iterator[str]:
-        """The lines of a row, as many as it has, and those of the next when the reader has taken it."""
+        """The lines of the file. Raises BadRow if those of one row exceed the limits."""
         nonlocal taken, values, line
         while line := text.readline(MAX_ROW_BYTES):
             taken, values = taken + len(line), values + line.count(delimiter or ",")
@@ -258,7 +264,7 @@ def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                     return  # the end, or a last row that is still being written
                 if names is None:
                     names = found
-                elif found:  # else a blank line
+                elif found:  # otherwise a blank line
                     number += 1
                     if not all(map(_is_utf8, found)):
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text")
@@ -275,7 +281,7 @@ def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether a text that was decoded with "surrogateescape" has no bytes that are not UTF-8."""
+    """Whether a text that was decoded with "surrogateescape" contains no invalid bytes."""
     return text.isascii() or not re.search("[\udc80-\udcff]", text)
 
 
@@ -289,13 +295,13 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
             "a .parquet file needs the optional package pyarrow: pip install 'minidisp[parquet]'"
         ) from error
     number = 0
-    file.check()  # as it is not read from its start to its end
+    file.check()  # as Parquet is not read sequentially
     try:
         with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             names = table.schema_arrow.names
             columns = [field] if field in names else [name for name in names if name in FIELDS and field == "text"]
             if not columns:
-                message = f"{file.name}: no column {field!r} but {printable(', '.join(names[:20]))}; see --field"
+                message = f"{file.name}: no column {field!r}, only {printable(', '.join(names[:20]))}; see --field"
                 yield BadRow("no such field", message)
                 return
             if fault := _bomb(table.metadata, columns):
@@ -310,45 +316,45 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                     except UnicodeDecodeError as error:
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
     except MemoryError as error:
-        raise InputError(f"{file.name}, after row {number}: not enough memory to read it ({error})") from error
-    except (pyarrow.ArrowException, OSError, ValueError):  # the last for names that are not UTF-8
+        raise InputError(f"{file.name}, after row {number}: out of memory ({error})") from error
+    except (pyarrow.ArrowException, OSError, ValueError):  # ValueError: column names that are not UTF-8
         yield damaged(file, f"row {number}")
 
 
 def _bomb(metadata: "pyarrow.parquet.FileMetaData", names: list[str]) -> str:  # noqa: F821
-    """What is wrong with the size of a column in a Parquet file; "" if all of these can be texts."""
+    """The error if one of these columns in a Parquet file decompresses to an implausible size; else ""."""
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         for column in map(group.column, range(group.num_columns)):
             size, packed, name = column.total_uncompressed_size, column.total_compressed_size, column.path_in_schema
             if name.startswith(tuple(names)) and size > MAX_UNPACKED and size > MAX_RATIO * packed:
-                return f"{packed:,} bytes of column {printable(name)!r} would become {size:,}: that is no text"
+                return f"{packed:,} bytes of column {printable(name)!r} decompress to {size:,}, which is not text"
     return ""
 
 
 READERS = {"text": text_rows, "jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 
 
-# --- all together -----------------------------------------------------------------------------------------------------
+# --- the files of a corpus --------------------------------------------------------------------------------------------
 
 
 def kind_of(path: str) -> str:
-    """How to read a file, by its name: a key of READERS, or "" where the name does not say."""
+    """The format of a file by its suffix: a key of READERS, or "" if unknown."""
     name = path.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
     kind = KINDS.get(os.path.splitext(name)[1], "")
-    return "" if kind == "parquet" and path.lower().endswith((*PACKED,)) else kind  # it is compressed inside
+    return "" if kind == "parquet" and path.lower().endswith((*PACKED,)) else kind  # Parquet compresses internally
 
 
 def input_files(
     patterns: list[str], field: str = "text", kind: str = "", skip: bool = False, folder: Path | None = None
 ) -> Source:
-    """The files that names, folders and glob patterns mean, in this order and sorted within each, every file once.
+    """The files for names, folders and glob patterns, in this order and sorted within each, every file once.
 
-    kind: how to read them, a key of READERS; "" = as their names say, and text for standard input, which is written -.
-    skip: a text file that turns out to be none gives a BadRow and no document, so it is read to its end beforehand.
-    folder: where standard input is copied to, as it is read more than once; by default the system's place for that.
+    kind: their format, a key of READERS; "" = by suffix, and text for standard input, which is written as -. skip: read
+    text files completely before yielding them, so that an invalid one yields only a BadRow and no document. folder:
+    where standard input is copied to, as it is read more than once; by default the system's temporary folder.
     """
     inputs, left_out = _inputs(patterns, kind, folder)
     for reason, names in sorted(left_out.items()):
@@ -369,11 +375,11 @@ def input_files(
 
 
 def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[Input], dict[str, list[str]]]:
-    """The files, and the names of those that are left out, by reason."""
+    """The files to read, and the names of those that are left out, by reason."""
     inputs: list[Input] = []
-    read_as: dict[object, str] = {}  # the name that a file is read under
+    read_as: dict[object, str] = {}  # file identity -> name under which it is read
     left_out: dict[str, list[str]] = {}
-    # A prepared corpus or a run, which may be in the folder of the text.
+    # Whether a folder is a prepared corpus or a run, which may be next to the text.
     is_ours = functools.cache(lambda folder: os.path.isfile(os.path.join(folder, "tokenizer.model")))
     for pattern in dict.fromkeys(map(os.path.expanduser, patterns)):
         if pattern == "-":
@@ -389,7 +395,7 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
             if not os.path.isfile(path):
                 if path == pattern:
                     raise not_regular(name)
-                reason = "no regular file" if os.path.exists(path) else "a link that leads nowhere"
+                reason = "not a regular file" if os.path.exists(path) else "a broken link"
             elif os.path.isdir(pattern) and is_ours(os.path.dirname(path)):
                 reason = "part of a corpus or a run"
             elif file_kind:
@@ -402,22 +408,20 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
                     left_out.setdefault("the same file as another", []).append(f"{name} ({read_as[file_id]})")
                 continue
             elif os.path.isdir(pattern):
-                reason = "of another kind"
+                reason = "of another format"
             else:
                 raise InputError(f"{name}: {ENDINGS}; see --format")
             left_out.setdefault(reason, []).append(name)
             why_not = why_not and f"{name} is {reason}"
         if outside:
-            say(f"links lead out of {printable(pattern)}: {outside:,} of its files are elsewhere, and are read")
+            say(f"{printable(pattern)}: {outside:,} files are outside this folder, reached by links; they are read too")
         if why_not:
-            raise InputError(
-                f"--input {printable(pattern)}: nothing to read there: {why_not} ({ENDINGS}; see --format)"
-            )
+            raise InputError(f"--input {printable(pattern)}: nothing to read: {why_not} ({ENDINGS}; see --format)")
     return inputs, left_out
 
 
 def _fault(file: Input) -> BadRow | None:
-    """Why a text file is no text."""
+    """The error of a file that is not valid text; else None."""
     try:
         for _ in text_blocks(file):
             pass

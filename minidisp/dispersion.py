@@ -1,12 +1,12 @@
-"""The dispersion loss (arXiv 2602.00217) in plain PyTorch, which spreads out the hidden states of a sequence's tokens.
+"""The dispersion loss (arXiv 2602.00217) in plain PyTorch: it spreads out the hidden states of a sequence's tokens.
 
     loss = cross_entropy + weight * dispersion_loss(z)                                  # one layer
     loss = cross_entropy + weight * DispersionLoss()(hidden_states)                     # a whole model
 
 The paper's L tokens and D features are T and C here: z holds the hidden states of one layer, (B, T, C). Every variant
 is a loss per sequence over pairs of tokens i != j, averaged over the batch. Common to all:
-- float64 stays float64, every other dtype is computed in float32, also under autocast (see dispersion_loss for
-  where the fused form may round): bfloat16 rounds the cosine 1 - 1e-3 to 1, which makes nearly parallel tokens
+- float64 stays float64, every other dtype is computed in float32, also under autocast (see dispersion_loss for the
+  precision of the fused form): bfloat16 rounds the cosine 1 - 1e-3 to 1, which makes nearly parallel tokens
   indistinguishable. (Call backward outside of autocast, as PyTorch recommends.)
 - Zero, equal and opposite tokens give finite values and gradients; NaN or Inf in z gives NaN.
 - The published runs divide by ||z|| + 0.01, which is eps here, and some add a constant 0.01 to the loss (not here).
@@ -163,7 +163,7 @@ def _check_options(variant: str, tau: float, clamp: float, eps: float) -> None:
         raise InputError(f"the dispersion tau must be a positive number, not {tau}")
     least = torch.finfo(torch.float32).eps  # below, 1 - clamp rounds to 1 in float32
     if not least <= clamp < 1:
-        raise InputError(f"the dispersion clamp must lie between 0 and 1 (at least {least:.1e}), not {clamp}")
+        raise InputError(f"the dispersion clamp must be between 0 and 1 (at least {least:.1e}), not {clamp}")
     if not 0 <= eps < math.inf:
         raise InputError(f"the dispersion eps must be 0 or a positive number, not {eps}")
 
@@ -180,18 +180,19 @@ def dispersion_loss(
 
     z: hidden states, (B, T, C), any floating dtype. T >= 2; C >= 2, or 1 for l2_repel and perplexity_entropy.
     variant: a name in VARIANTS; options that its function does not take are ignored.
-    tau: temperature, > 0. clamp: cosines are clamped to [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: added to norms, >=
-        0.
+    tau: temperature, > 0. clamp: cosines are clamped to [-1 + clamp, 1 - clamp], 0 < clamp < 1. eps: >= 0, added to
+        norms.
     impl: "reference" is the plain PyTorch above, differentiable any number of times. "streamed" is PyTorch too, but
-    keeps no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype but
-    float64; other cases use "streamed". "auto" is fused if the extension is available or can be built now, else
-    streamed. mean_cosine has no pairs and is the same for every impl. Precision: exact float32 at float32 matmul
-    precision "highest". At "high", on CUDA, fused uses tensor cores for all but l2_repel, with an error of up to 2e-3
-    of the gradient's norm and 5e-4 (1 + |value|) in the value; more if tokens form tight, well-separated clusters
-    (docs/gpu.md). At "high" and under autocast, on a CPU with AMX, fused uses AMX tiles for angular_spread with tau >=
-    0.5 and clamp >= 0.2, T >= 32 and C >= 16, with no larger error. The reference uses TF32 on CUDA, with an error of
-    up to 7e-2 of the gradient for nearly parallel tokens. streamed stays exact. Returns a scalar, float64 if z is, else
-    float32. Raises ValueError with the invalid shape or value.
+        keeps no T x T matrix. "fused" is the compiled extension, for the variants in ops.FUSED_VARIANTS and any dtype
+        but float64; other cases use "streamed". "auto" is fused if the extension is available or can be built now, else
+        streamed. mean_cosine has no pairs and is the same for every impl.
+    Returns a scalar, float64 if z is, else float32. Raises ValueError with the invalid shape or value.
+
+    Precision: exact float32 at float32 matmul precision "highest". At "high", on CUDA, fused uses tensor cores for all
+    but l2_repel, with an error of up to 2e-3 of the gradient's norm and 5e-4 (1 + |value|) in the value; more if tokens
+    form tight, well-separated clusters (docs/gpu.md). At "high" and under autocast, on a CPU with AMX, fused uses AMX
+    tiles for angular_spread with tau >= 0.5 and clamp >= 0.2, T >= 32 and C >= 16, with no larger error. The reference
+    uses TF32 on CUDA, with an error of up to 7e-2 of the gradient for nearly parallel tokens. streamed stays exact.
     """
     _check_options(variant, tau, clamp, eps)
     if z.ndim != 3 or not z.is_floating_point():
@@ -224,10 +225,10 @@ def select_layers(layers: str, n_layer: int) -> list[int]:
         chosen = sorted(named[layers] if layers in named else map(int, layers.split(",")))
     except ValueError:
         raise InputError(
-            f"cannot read the layers {layers!r}: give one of {', '.join(named)}, or numbers such as 1,3,5"
+            f"invalid layers {layers!r}: pass one of {', '.join(named)}, or numbers separated by commas: 1,3,5"
         ) from None
     if not chosen or not set(chosen) <= set(named["all"]) or len(set(chosen)) < len(chosen):
-        raise InputError(f"the layers {layers!r} do not fit: choose at least one of 1 to {n_layer}, each once")
+        raise InputError(f"invalid layers {layers!r}: pass at least one of 1 to {n_layer}, each once")
     return chosen
 
 
@@ -284,8 +285,8 @@ class DispersionLoss(nn.Module):
 
         step: the optimiser step, which determines the random positions; None counts the calls of this module instead.
         attention_mask: (B, T), 0 for padding, which is ignored, as in transformers; every sequence with two or more
-            tokens has the same weight, whatever its length. Synchronises once with a GPU to read the lengths. Returns a
-            scalar.
+            tokens has the same weight, whatever its length. Synchronises once with a GPU to read the lengths.
+        Returns a scalar.
         """
         if attention_mask is not None:
             return torch.compiler.disable(self._masked)(hidden_states, step, attention_mask)
@@ -303,7 +304,8 @@ class DispersionLoss(nn.Module):
         """The mean of the sequences' losses without padding; sequences of equal length are batched."""
         if attention_mask.shape != hidden_states[-1].shape[:2]:
             raise ValueError(
-                f"attention_mask must be (B, T) = {tuple(hidden_states[-1].shape[:2])}, not {tuple(attention_mask.shape)}"
+                f"attention_mask must be (B, T) = {tuple(hidden_states[-1].shape[:2])}, not "
+                f"{tuple(attention_mask.shape)}"
             )
         if step is None and self.tokens:  # count one call, regardless of the number of lengths
             step = self.calls

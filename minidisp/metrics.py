@@ -22,10 +22,7 @@ from torch import Tensor
 from minidisp.dispersion import full_precision, select_layers
 
 BINS = 128  # bins of every histogram, equally wide on [-1, 1]
-SAMPLED_SEQUENCES, SAMPLED_TOKENS = (
-    128,
-    32,
-)  # (tokens per sequence) that FullCondensation keeps to centre and standardise
+SAMPLED_SEQUENCES, SAMPLED_TOKENS = 128, 32  # sequences, and tokens of each, that FullCondensation centres on
 
 
 @full_precision
@@ -53,14 +50,15 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho: the linear correlation of the ranks, in [-1, 1]. NaN if x or y is constant or holds a NaN."""
+    """Spearman's rho: the linear correlation of the ranks, in [-1, 1]. NaN if x or y is constant or contains a NaN."""
     a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
     return _ratio(a @ b, math.sqrt((a @ a) * (b @ b)))
 
 
 def kendall_tau_b(x: Sequence[float], y: Sequence[float]) -> float:
-    """Kendall's tau-b, in [-1, 1]: pairs in the same order minus pairs in the opposite order, over the geometric mean
-    of the number of pairs without a tie in x and that without a tie in y. NaN if x or y is constant or holds a NaN."""
+    """Kendall's tau-b, in [-1, 1]: concordant minus discordant pairs, divided by the geometric mean of the number of
+    pairs without a tie in x and of those without a tie in y. NaN if x or y is constant or contains a NaN.
+    """
     a, b = (np.sign(ranks[:, None] - ranks).ravel() for ranks in (_ranks(x), _ranks(y)))
     return _ratio(a @ b, math.sqrt((a @ a) * (b @ b)))
 
@@ -84,8 +82,9 @@ def word_perplexity(nats: float, words: int) -> float:
 
 
 def _count_pairs(cosines: Tensor) -> Tensor:
-    """How many cosines (B, T, T) of pairs i != j fall into each bin, (BINS,) int64, exactly (torch.histc counts in
-    float32). NaN is not counted."""
+    """The number of cosines (B, T, T) of pairs i != j in each bin, (BINS,) int64, without NaN. torch.histc would count
+    in float32.
+    """
     bins = ((cosines + 1) * (BINS / 2)).clamp(max=BINS - 1).nan_to_num(BINS).to(torch.uint8)
     bins.diagonal(dim1=1, dim2=2).fill_(BINS)
     count = _count_at_once if bins.device.type in ("cpu", "mps") else _count_by_rows
@@ -163,8 +162,8 @@ class Condensation:
         last_1_to_5_means: the same over the last 1, 2, .. 5 layers, as far as the model has them; never the embeddings.
         histogram_by_layer: density of the entries of the averaged matrix, the paper's heat map; BINS bins on [-1, 1].
         pair_histogram_by_layer: density of the individual cosines, i != j. Unlike histogram_by_layer, it is not
-            narrowed by averaging over sequences and has no peak at 1 from the diagonal. Raises ValueError before the
-            first update.
+            narrowed by averaging over sequences and has no peak at 1 from the diagonal.
+        Raises ValueError before the first update.
         """
         if not self.sequences:
             raise ValueError("no hidden states yet: call update first")
@@ -214,15 +213,14 @@ def singular_entropy(s: Tensor) -> Tensor:
 
 
 def isoscore_star(covariance: np.ndarray) -> float:
-    """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it is in a single
-    one.
+    """IsoScore* of a covariance matrix (C, C): 1 if the variance is equal in all directions, 0 if it is in one.
 
-    (k - 1) / (C - 1) if it is equal in k of them. Algorithm 1 of Rudman & Eickhoff (arXiv 2305.19358) takes eigenvalues
-    e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C - sqrt C)), phi = (C - delta^2 (C - sqrt
-    C))^2 / C^2 and returns (C phi - 1) / (C - 1). Combined, C phi = (sum e)^2 / sum e^2, which needs no
-    eigenvalues: sum e is the trace and sum e^2 the squared Frobenius norm. With fewer points than a few times C, shrink
-    first: (1 - zeta) covariance + zeta covariance_of_more_points, as the authors do. NaN if the covariance is 0 or C is
-    1.
+    (k - 1) / (C - 1) if the variance is equal in k directions and 0 in the others. Algorithm 1 of Rudman & Eickhoff
+    (arXiv 2305.19358) takes eigenvalues e of the covariance, e' = sqrt(C) e / ||e||, delta = ||e' - 1|| / sqrt(2 (C -
+    sqrt C)), phi = (C - delta^2 (C - sqrt C))^2 / C^2 and returns (C phi - 1) / (C - 1). Combined, C phi = (sum e)^2 /
+    sum e^2, which needs no eigenvalues: sum e is the trace and sum e^2 the squared Frobenius norm. With fewer points
+    than a few times C, shrink first, as the authors do: (1 - zeta) covariance + zeta covariance_of_more_points. NaN if
+    the covariance is 0 or C is 1.
     """
     C = len(covariance)
     directions = _ratio(float(np.trace(covariance)) ** 2, float(np.square(covariance).sum()))

@@ -140,7 +140,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def build_optimizers(model: nn.Module, config) -> list[torch.optim.Optimizer]:
-    """The optimisers of a run; they share the learning rate, which the trainer sets before every step, times lr_scale."""
+    """The optimisers of a run. The trainer sets their learning rate before every step, times a group's lr_scale."""
     return OPTIMIZERS[config.optimizer](model, config)
 
 
@@ -170,9 +170,7 @@ class Average:
             self._set(kept)
 
     def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(
-            self._parameters, values, strict=True
-        ):  # sharded tensors cannot be copied as a list
+        for parameter, value in zip(self._parameters, values, strict=True):  # _foreach_copy_ cannot copy sharded ones
             parameter.copy_(value)
 
 
@@ -217,7 +215,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": wsd, "constant": constan
 
 
 def learning_rate(step: int, config) -> float:
-    """The learning rate of optimiser step `step` = 0, 1, ..., max_steps - 1: linear warm-up to lr, then the schedule."""
+    """The learning rate of optimiser step 0, 1, ..., max_steps - 1: linear warm-up to lr, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     return SCHEDULES[config.schedule](step, config)

@@ -133,10 +133,10 @@ def stream_text(
     stops: Collection[int],
     write: Callable[[str], object],
 ) -> int:
-    """Continue a prompt. write(text) is called with every new piece of text, in whole characters. Returns the new tokens.
+    """Continue a prompt; returns the number of new tokens. write(text) is called with every new piece of text.
 
-    The text ends at one of the tokens `stops`, before sampling.stop, or after max_new_tokens. Invalid UTF-8 is replaced
-    by U+FFFD, as in Tokenizer.decode.
+    The text ends at one of the tokens `stops`, before sampling.stop, or after max_new_tokens. Pieces are whole
+    characters; invalid UTF-8 is replaced by U+FFFD, as in Tokenizer.decode.
     """
     idx = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -234,7 +234,7 @@ def answer_all(
 
 
 def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampling: Sampling, system: str) -> None:
-    """Answer each line, given the conversation so far as far as it fits into the context.
+    """Answer each line, given as much of the conversation so far as fits into the context.
 
     Ctrl-C stops an answer. system: the system message, "" for none. An empty line is ignored.
     """
@@ -242,12 +242,12 @@ def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampl
     stops = {template.stop_id, vocabulary.eos_id}
     block_size = model.config.block_size
     room = block_size - min(sampling.max_new_tokens, block_size // 2)  # for the prompt
-    said: list[dict] = []
+    history: list[dict] = []
     for turn, line in enumerate(line for line in lines if line.strip()):
-        said.append({"role": "user", "content": line})
+        history.append({"role": "user", "content": line})
         cut = 0
-        while len(ids := template.render(opening + said, True).ids) > room and len(said) > 1:
-            said, cut = said[2:], cut + 2
+        while len(ids := template.render(opening + history, True).ids) > room and len(history) > 1:
+            history, cut = history[2:], cut + 2
         if cut:
             print(f"(the context is full: the first {cut} messages were dropped)")
         if len(ids) > room:
@@ -263,4 +263,4 @@ def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampl
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print(flush=True)
-        said.append({"role": "assistant", "content": "".join(bits)})
+        history.append({"role": "assistant", "content": "".join(bits)})

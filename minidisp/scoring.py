@@ -163,8 +163,7 @@ def fetched_at_once(tensors: list[torch.Tensor]) -> list[np.ndarray]:
 
 @torch.no_grad()
 def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
-    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or of the model's context if it is
-    shorter."""
+    """FullCondensation of up to 100 evenly spaced sequences of 512 tokens, or the model's context if shorter."""
     T = min(SEQUENCE_TOKENS, model.config.block_size, len(tokens))
     n = min(SEQUENCES, len(tokens) // T)
     starts = np.linspace(0, len(tokens) - T, n).astype(np.int64)

@@ -251,8 +251,8 @@ BAD_INPUT = {
     "deep.jsonl": (GOOD + b"[" * 100_000, "deep.jsonl, line 2: not JSON"),
     "digits.jsonl": (GOOD + b'{"text": ' + b"1" * 5000 + b"}", "digits.jsonl, line 2: "),
     "list.jsonl": (GOOD + b"[1]\n", "list.jsonl, line 2: not a JSON object"),
-    "field.jsonl": (GOOD + GOOD + b'\n{"txt": "a", "b": 1}\n', "field.jsonl, line 4: no field 'text' but txt, b"),
-    "number.jsonl": (b'{"text": 3}\n', "number.jsonl, line 1: field 'text' is not a text but 3"),
+    "field.jsonl": (GOOD + GOOD + b'\n{"txt": "a", "b": 1}\n', "field.jsonl, line 4: no field 'text', only txt, b"),
+    "number.jsonl": (b'{"text": 3}\n', "number.jsonl, line 1: field 'text' is 3, not a string"),
     "half.jsonl": (GOOD + b'{"text": "ab\\ud83d"}', "half.jsonl, line 2: field 'text' has half a surrogate pair"),
     "latin.jsonl": (GOOD + b'{"text": "\xe9"}', "latin.jsonl: not UTF-8 text"),
     "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:-20], "cut.jsonl.gz: damaged gzip file"),
@@ -292,11 +292,11 @@ def test_huge_documents_are_refused_or_streamed(run, tmp_path, jsonl, monkeypatc
         (["--input", "nowhere/*.txt", "--name", "t"], "--input nowhere/*.txt: no such file"),
         (["--input", "x.txt", "--name", "wikitext2"], "not a built-in name"),
         (["--input", "x.txt", "--name", "../x"], "use letters"),
-        (["--name", "x"], "--name goes with"),
+        (["--name", "x"], "--name needs"),
         (["pystdlib", "--input", "x.txt", "--name", "t"], "one corpus at a time"),
         (["--hf", "x", "--input", "x.txt", "--name", "t"], "one corpus at a time"),
-        (["--source", "x"], "--source goes with"),
-        (["pystdlib", "--source", "x"], "--source goes with"),
+        (["--source", "x"], "--source needs"),
+        (["pystdlib", "--source", "x"], "--source needs"),
         (["--tokenizer", "byte", "--vocab-size", "300"], "leave out --vocab-size"),
         (["--tokenizer", "byte", "--tokenizer-from", "x"], "leave out --tokenizer"),
         (["--tokenizer-from", "nowhere/tokenizer.model"], "nowhere/tokenizer.model"),
@@ -304,8 +304,8 @@ def test_huge_documents_are_refused_or_streamed(run, tmp_path, jsonl, monkeypatc
         (["--vocab-size", "0"], "at least 1"),
         (["--vocab-size", "many"], "'many'"),
         (["--vocab-size", "3000000000"], "more than 1048576"),
-        (["--hf-split", "test"], "--hf-split and --hf-column go with --hf"),
-        (["--field", "body"], "--field goes with --input"),
+        (["--hf-split", "test"], "--hf-split and --hf-column need --hf"),
+        (["--field", "body"], "--field needs --input"),
         (["--hf", "x", "--field", "body", "--name", "t"], "--hf-column"),
         (["--workers", "0"], "at least 1"),
         (["--limit", "-1"], "--limit"),
@@ -354,7 +354,7 @@ def test_existing_corpus_is_kept(run, tmp_path, jsonl):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     code, _, err = run(*argv)
     assert code == 0
-    assert "is there already, and intact" in err
+    assert "already exists and is intact" in err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     for change, message in [
         (["--one-document"], "one_document False, not True"),
@@ -381,7 +381,7 @@ def test_what_else_lies_in_a_corpus_is_not_removed(run, tmp_path, jsonl):
     (tmp_path / "out" / "thesis.txt").write_text("do not delete")
     code, _, err = run(*argv, "--overwrite")
     assert code == 2
-    assert "also holds thesis.txt" in err
+    assert "also contains thesis.txt" in err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "do not delete"
     Dataset(tmp_path / "out").verify()
 
@@ -433,7 +433,7 @@ def test_folders_that_are_no_corpus_are_not_replaced(run, tmp_path, jsonl):
     (tmp_path / "out" / "thesis.txt").write_text("do not delete")
     code, _, err = run(*argv)
     assert code == 2
-    assert "is no corpus" in err
+    assert "is not a corpus" in err
     (tmp_path / "out" / "thesis.txt").unlink()
     assert run(*argv)[0] == 0  # an empty folder is fine
     assert prepare.main([*map(str, argv), "--out", str(jsonl)]) == 2
@@ -510,7 +510,7 @@ def test_two_at_once_prepare_it_once(tmp_path, jsonl, capsys):
     assert len(set(calls)) == 1
     err = capsys.readouterr().err
     assert "waiting for another process" in err
-    assert err.count("is there already, and intact") == 2
+    assert err.count("already exists and is intact") == 2
     assert_nothing_left(tmp_path, but=("out",))
 
 
@@ -605,7 +605,7 @@ def test_cut_off_download_is_continued_by_the_next_run(run, server, tmp_path):
     server.faults = ["hang up", "cut", "hang up", "hang up", "hang up"]
     code, _, err = run(*ARGV)
     assert code == 2
-    assert f"cut off after {len(server.content) // 2:,} of {len(server.content):,} bytes; run this again" in err
+    assert f"connection lost after {len(server.content) // 2:,} of {len(server.content):,} bytes: run this again" in err
     assert_nothing_left(tmp_path, but=(".downloads",))
     assert run(*ARGV)[0] == 0
     assert server.ranges[-1] == len(server.content) // 2
@@ -726,7 +726,7 @@ def test_hugging_face_errors_are_one_line(run, tmp_path, hub, monkeypatch):
     hub.rows = [{"body": "x"}]
     code, _, err = run(*argv)
     assert code == 2
-    assert "--hf a/b, row 1: no field 'text' but body; see --hf-column" in err
+    assert "--hf a/b, row 1: no field 'text', only body; see --hf-column" in err
 
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route\nto the hub")

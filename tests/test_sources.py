@@ -80,7 +80,7 @@ def test_tables(run, name, dialect, ending):
     content = b"\xef\xbb\xbf" + table.getvalue().encode()
     Path(name + ending).write_bytes(pack(content, ending))
     argv = ["--input", name + ending, *BYTES]
-    refused(run(*argv), f"{name}{ending}, row 1: no field 'text' but id, body, note; see --field")
+    refused(run(*argv), f"{name}{ending}, row 1: no field 'text', only id, body, note; see --field")
     assert run(*argv, "--field", "body")[0] == 0
     assert all_documents_of(Path("out")) == sorted(texts)
 
@@ -129,10 +129,10 @@ def test_links_that_lead_out_of_a_folder_are_counted(run, tmp_path):
     for pattern in ("in", "in/**/*.txt"):
         code, _, err = run("--input", pattern, *BYTES, "--overwrite")
         assert code == 0
-        assert f"links lead out of {pattern}: 3 of its files are elsewhere, and are read" in err
+        assert f"{pattern}: 3 files are outside this folder, reached by links; they are read too" in err
     Path("in/more").unlink()
     Path("in/one.txt").unlink()
-    assert "links lead out" not in run("--input", "in", *BYTES, "--overwrite")[2]
+    assert "reached by links" not in run("--input", "in", *BYTES, "--overwrite")[2]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
@@ -184,7 +184,7 @@ def test_parquet(run):
     parquet.write_table(table, "a.parquet", row_group_size=17)
     assert run("--input", "a.parquet", "--field", "body", *BYTES)[0] == 0
     assert all_documents_of(Path("out")) == sorted(texts)
-    refused(run("--input", "a.parquet", *BYTES, "--overwrite"), "a.parquet: no column 'text' but n, body")
+    refused(run("--input", "a.parquet", *BYTES, "--overwrite"), "a.parquet: no column 'text', only n, body")
 
     parquet.write_table(pyarrow.table({"text": [*texts, None, None]}), "nulls.parquet")
     refused(run("--input", "nulls.parquet", *BYTES, "--overwrite"), "nulls.parquet, row 121: field 'text'", "null")
@@ -196,7 +196,7 @@ def test_parquet(run):
     assert ["".join(row.blocks) for row in rows] == texts
     table = pyarrow.table({"n": range(len(texts)), "body": texts[::-1]})
     parquet.write_table(table, "a.parquet", row_group_size=17)
-    with pytest.raises(InputError, match=r"a\.parquet (changed|became shorter) while it was read"):
+    with pytest.raises(InputError, match=r"a\.parquet (changed|was truncated) while it was read"):
         next(sources.READERS["parquet"](file, "body"))
 
     whole = Path("a.parquet").read_bytes()
@@ -242,7 +242,7 @@ def test_standard_input(run, monkeypatch, kind):
     assert run(*argv)[0] == 0
     assert text_of() == content if kind == "text" else all_documents_of(Path("out")) == sorted(texts)
     give(content)
-    assert "there already" in run(*argv)[2]
+    assert "already exists and is intact" in run(*argv)[2]
     give(content + "x")
     refused(run(*argv), "standard input has changed", "--overwrite")
     give("")
@@ -254,11 +254,11 @@ def test_standard_input(run, monkeypatch, kind):
 
 BOM = b"\xef\xbb\xbf"
 BAD_ROWS = {
-    "null": (b'{"text": null}', "field 'text' is not a text but null"),
+    "null": (b'{"text": null}', "field 'text' is null, not a string"),
     "half a surrogate pair": (rb'{"text": "x\ud800y"}', "half a surrogate pair at character 1"),
-    "not a text": (b'{"text": ["a"]}', 'not a text but ["a"]'),
-    "no such field": (b'{"txt": "a"}', "no field 'text' but txt"),
-    "no such field ": (rb'{"a\nb\u2028\ud800": "a"}', r"no field 'text' but a\nb\u2028\ud800"),
+    "not a text": (b'{"text": ["a"]}', 'is ["a"], not a string'),
+    "no such field": (b'{"txt": "a"}', "no field 'text', only txt"),
+    "no such field ": (rb'{"a\nb\u2028\ud800": "a"}', r"no field 'text', only a\nb\u2028\ud800"),
     "not an object": (b"17", "not a JSON object"),
     "not JSON": (b'{"text": "a"', "not JSON"),
     "not UTF-8": (b'{"text": "\xe9"}', "not UTF-8"),
@@ -326,13 +326,13 @@ def test_parquet_that_is_no_text_or_does_not_fit(run, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(sources, "MAX_UNPACKED", 1 << 20)
     parquet.write_table(pyarrow.table({"text": ["a" * 10_000_000]}), "a.parquet", compression="zstd")
-    refused(run("--input", "a.parquet", *BYTES), "a.parquet", "of column 'text' would become 10,0", "no text")
+    refused(run("--input", "a.parquet", *BYTES), "a.parquet", "of column 'text' decompress to 10,0", "not text")
     parquet.write_table(pyarrow.table({"text": make_texts()}), "b.parquet")
     argv = ["--input", "b.parquet", *BYTES, "--bad-rows", "skip"]
     with monkeypatch.context() as patch:
         no_memory = pyarrow.ArrowMemoryError("malloc of size 64 failed")
         patch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: (_ for _ in ()).throw(no_memory))
-        refused(run(*argv), "b.parquet, after row 0: not enough memory")
+        refused(run(*argv), "b.parquet, after row 0: out of memory")
     assert run(*argv)[0] == 0
 
 
@@ -362,7 +362,7 @@ def test_a_file_that_is_cut_off_gives_its_whole_rows(run, ending):
 
 
 NO_TEXT = {
-    "binary": (b"line\n\0line\n", "in line 2"),
+    "binary": (b"line\n\0line\n", "line 2 has a NUL byte"),
     "not UTF-8": ("caf\u00e9 ok\ncaf\u00e9".encode() + b"\n\xe9\n", "not UTF-8 text, in line 3"),
     "UTF-16": ("some words\n" * 5).encode("utf-16")
     and (("some words\n" * 5).encode("utf-16"), "UTF-16 text, not UTF-8"),
@@ -429,7 +429,7 @@ def inputs_of(*patterns: str) -> list[str]:
 
 def test_folders_names_and_patterns(tree, capsys):
     assert inputs_of("in") == inputs_of("in/") == [f"in/{name}" for name in sorted(tree)]
-    assert "left out, of another kind: in/cover.jpg" in capsys.readouterr().err
+    assert "left out, of another format: in/cover.jpg" in capsys.readouterr().err
     assert inputs_of("in/x[1]") == inputs_of("in/x[1]/*") == ["in/x[1]/f.txt", "in/x[1]/g.txt"]
     assert inputs_of("in/x[1]/f.txt") == ["in/x[1]/f.txt"]
     assert inputs_of("in/[x]1/*.txt") == ["in/x1/h.txt"]
@@ -452,7 +452,7 @@ def test_folders_names_and_patterns(tree, capsys):
     with pytest.raises(InputError, match="it is empty"):
         inputs_of("pictures")
     Path("pictures/a.png").touch()
-    with pytest.raises(InputError, match=r"pictures/a\.png is of another kind"):
+    with pytest.raises(InputError, match=r"pictures/a\.png is of another format"):
         inputs_of("in", "pictures")
 
 
@@ -470,11 +470,11 @@ def test_every_file_once_whatever_leads_to_it(tree, run, capsys):
         assert sorted(os.path.realpath(name) for name in found) == sorted(map(os.path.realpath, expected)), patterns
         assert "broken.txt" in err
         assert "hard.md" in err
-    with pytest.raises(InputError, match=r"in/broken\.txt: a link to nowhere, which is not there"):
+    with pytest.raises(InputError, match=r"in/broken\.txt: a link to nowhere, which does not exist"):
         inputs_of("in/broken.txt")
     os.mkfifo("in/pipe.txt")
     assert inputs_of("in/*.txt") == ["in/a.txt"]
-    assert "left out, no regular file: in/pipe.txt" in capsys.readouterr().err
+    assert "left out, not a regular file: in/pipe.txt" in capsys.readouterr().err
     refused(run("--input", "in/pipe.txt", *BYTES), "in/pipe.txt: not a regular file", "--input -")
 
 
@@ -499,8 +499,8 @@ def test_names_of_any_bytes(run, name):
     source = Dataset("out").meta["source"]
     assert files.printable(path) in source
     assert source.isprintable()
-    assert "there already" in run("--input", path, "--tokenizer", "byte", "--one-document")[2]
-    refused(run("--input", path, *BYTES, "--format", "json", "--one-document"), "is there, but", "read as json")
+    assert "already exists and is intact" in run("--input", path, "--tokenizer", "byte", "--one-document")[2]
+    refused(run("--input", path, *BYTES, "--format", "json", "--one-document"), "already exists, but", "read as json")
     assert prepare.main(["--input", path, "--tokenizer", "byte", "--one-document", "--out", path + "-corpus"]) == 0
     assert Dataset(path + "-corpus").meta["name"] == files.printable(path + "-corpus")
 
@@ -521,7 +521,7 @@ def test_a_place_is_a_name(run, tmp_path, monkeypatch, capsys):
     assert Dataset(tmp_path / "x").meta["name"] == "x"
     assert prepare.main(["--input", "a.txt", "--out", "/"]) == 2
     assert prepare.main(["a.txt", "--out", "y"]) == 2
-    assert "for your own text use --input" in capsys.readouterr().err
+    assert "for your own text, use --input" in capsys.readouterr().err
 
 
 # --- input that changes -----------------------------------------------------------------------------------------------
@@ -536,7 +536,7 @@ def test_a_changed_input_is_said(run):
     before = files_of(Path("out"))
     for name in "abc":
         os.utime(Path("in", f"{name}.txt"), ns=(0, 0))  # touched, copied or checked out again: the same text
-    assert "there already" in run(*argv)[2]
+    assert "already exists and is intact" in run(*argv)[2]
 
     b = Path("in/b.txt")
     was, times = b.read_text(), b.stat()
@@ -548,7 +548,7 @@ def test_a_changed_input_is_said(run):
     b.unlink()
     refused(run(*argv), "in/b.txt is gone")
     b.write_text(was)
-    assert "there already" in run(*argv)[2]
+    assert "already exists and is intact" in run(*argv)[2]
     Path("in/d.txt").write_text("more")
     refused(run(*argv), "in/d.txt is new")
     assert files_of(Path("out")) == before
@@ -570,7 +570,7 @@ def test_a_corpus_stands_on_its_own(run):
     Path("out/meta.json").write_text(json.dumps(meta))
     code, _, err = run(*argv)
     assert code == 0
-    assert "does not say what its input was" in err
+    assert "has no record of its input" in err
     Path("a.txt").unlink()
     assert prepare.find_or_prepare("out") == Path("out")
     Dataset("out").verify()
@@ -612,7 +612,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a\.txt changed while it was read"):
         read(file)
     Path("a.txt").write_bytes(b"line\n" * 999)
-    with pytest.raises(InputError, match=r"a\.txt became shorter while it was read"):
+    with pytest.raises(InputError, match=r"a\.txt was truncated while it was read"):
         read(file)
     Path("a.txt").unlink()
     with pytest.raises(InputError, match=r"a\.txt: No such file"):
@@ -719,7 +719,7 @@ def test_an_interrupted_preparation_goes_on(run, small_steps, monkeypatch, flags
     while (result := run(*argv, "--overwrite"))[0] != 0:
         assert result[0] == 130
         assert files_of(Path("out")) == expected  # the old one is there until the new one is
-        assert "type the same command again" in result[2]
+        assert "run the same command again" in result[2]
         interruptions += 1
         encoded.clear()
     assert interruptions > 2
@@ -953,7 +953,7 @@ def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
     for kept in (47, 83):
         code, _, err = run(*argv)
         assert code == 2
-        assert err.endswith(f"cut off; {kept} rows are kept: type the same command again to resume\n")
+        assert err.endswith(f"cut off; {kept} rows are saved: run the same command again to resume\n")
     code, _, err = run(*argv)
     assert code == 0
     assert "resuming after 83 rows" in err
@@ -998,7 +998,7 @@ def test_find_or_prepare(run, tmp_path, monkeypatch):
             rf"other/out: no prepared corpus there, which is {Path.cwd()}/other/out from here; .*--data PATH",
         ),
         ("/other/out", "/other/out: no prepared corpus there; .*--data PATH"),
-        ("nonsense", "nonsense: no such corpus; built in are pystdlib"),
+        ("nonsense", "nonsense: no such corpus; built-in: pystdlib"),
         ("../a.txt", r"a\.txt: no prepared corpus there, .*--input \.\./a\.txt --name NAME"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -1123,6 +1123,6 @@ def test_the_splits_are_all_there(run):
         Path("a.txt").write_text(text, encoding="utf-8")
         code, _, err = run("--input", "a.txt", "--name", "t", "--overwrite")
         assert code == 0
-        assert "that is the vocabulary" in err
+        assert "the vocabulary is smaller" in err
         assert text_of() == text
         assert all(Dataset("out").split(name).tokens > 1 for name in SPLITS)
