@@ -152,7 +152,7 @@ class Config(GPTConfig):
         resume="reported",
     )
     dispersion_tokens: int = flag(
-        0, "tokens sampled per sequence for the loss; 0 = all, the paper's code uses 256", low=0, resume="reported"
+        0, "tokens sampled per sequence for the loss; 0 = all, the authors use 256", low=0, resume="reported"
     )
     dispersion_impl: Literal[IMPLEMENTATIONS] = flag(
         "auto",
