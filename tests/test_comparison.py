@@ -87,7 +87,7 @@ def test_paired_interval_at_its_limits():
     assert all(math.isnan(x) for x in unknown)
     assert paired_interval([1, 2, 3], [2, 3, 4]) == (1, 0, 1, 1)
     for first, second in (([], []), ([1.0], [1.0, 2.0])):
-        with pytest.raises(ValueError, match="pairs"):
+        with pytest.raises(ValueError, match="values cannot be paired"):
             paired_interval(first, second)
 
 
