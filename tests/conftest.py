@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ.setdefault("MINIDISP_CPU", "amx")  # all instruction sets are compiled, as the tests go through them
 
 from data import prepare
+from minidisp import report
 from minidisp.config import from_dict
 from train import main
 
@@ -23,6 +24,14 @@ SMALL = {
     "recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
     "eval_every": 6, "eval_tokens": 512, "log_every": 1, "save_every": 6, "lr": 3e-3, "device": "cpu", "threads": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    """Training draws no figures, which take longer than a small run; the fixture `run` has some, and test_report.py draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_run", lambda *_: [])
+        yield
 
 
 class NothingIsLookedAt(TorchDispatchMode):

@@ -77,6 +77,7 @@ def test_flops_are_those_that_torch_counts(bench):
     assert bench.flops_per_step(config) == products + attention
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_step_and_a_peer_of_equal_weights_agrees(bench, corpus, tmp_path):
     (tmp_path / "model.py").write_text(PEER.replace("SCALE", ""))
     config = bench.make_config("tiny")
@@ -125,6 +126,7 @@ torch.save({"model": state, "model_args": model_args}, f"{flags['out_dir']}/ckpt
 """
 
 
+@pytest.mark.slow
 def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path):
     script = Path(train.__file__).parent / "bench" / "recipe.py"
     command = [

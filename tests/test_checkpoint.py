@@ -17,7 +17,7 @@ import torch
 
 import eval as eval_command
 import train
-from minidisp import InputError, report
+from minidisp import InputError
 from minidisp.optim import Muon
 from minidisp.runtime import checkpoint, files
 from minidisp.tokenizer import ByteTokenizer
@@ -280,7 +280,6 @@ def test_the_state_of_a_generator_is_checked_beyond_what_torch_checks():
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_kind_are_named_in_one_line(corpus, run, tmp_path, capsys, monkeypatch, key, value, reason):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / checkpoint.LAST
     torch.save({**checkpoint.read(path), key: value}, path)
@@ -314,7 +313,6 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
 
 
 def test_a_state_with_a_numpy_number_ends_a_training_with_its_key(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     state = train.Trainer.state
     monkeypatch.setattr(train.Trainer, "state", lambda self: {**state(self), "best": {"at": np.int64(3)}})
     assert train.cli([*small_flags(max_steps=1), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2

@@ -128,7 +128,6 @@ HOW_MANY = pytest.mark.parametrize("examples", [40, pytest.param(1500, marks=pyt
 
 @HOW_MANY
 def test_train(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     values = {"--config": st.sampled_from([*paths, str(run / "config.json")])}
     for field in dataclasses.fields(Config):
         flag = f"--{kebab(field.name)}"
@@ -218,7 +217,6 @@ def test_eval(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
 
 @pytest.mark.parametrize("flag", ["--out", "--data", "--init-from", "--distill", "--config"])
 def test_a_path_that_leads_nowhere_is_one_line(corpus, tmp_path, paths, capsys, monkeypatch, flag):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     for path in paths:
         argv = [*small_flags(**TINY), "--data", str(corpus), "--out", str(tmp_path / "out"), flag, path]
         code = ends_well(capsys, "train.py", lambda argv=argv: train.cli(argv), argv)

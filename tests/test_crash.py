@@ -26,11 +26,6 @@ ROOT = Path(train.__file__).parent
 KILLS = 50
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
-
-
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +113,7 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fifty_kills_lose_nothing(corpus, tmp_path):
     done = subprocess.run(
@@ -321,7 +317,6 @@ def test_a_full_disk_costs_nothing(half_done, capsys, monkeypatch, target, write
     assert "No space left on device" in error
     assert checkpoint.read(half_done / checkpoint.LAST)["step"] >= before
     monkeypatch.undo()
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     assert_it_goes_on(half_done)
 
 
@@ -445,7 +440,6 @@ def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
     assert (half_done / checkpoint.LAST).read_bytes() == before
     assert [line["step"] for line in lines(half_done)][-1] == 9
     monkeypatch.undo()
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     assert_it_goes_on(half_done)
 
 

@@ -35,7 +35,7 @@ every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize(
     ("source", "least"), list(zip(SOURCES, [3, 21], strict=True)), ids=lambda value: getattr(value, "stem", None)
 )

@@ -330,6 +330,7 @@ def worker(process: subprocess.Popen, rank: int) -> int:
     return pid
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in Linux's /proc")
 def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
     """One command: it begins, is killed before and after its first checkpoint, goes on, and is stopped by a signal."""

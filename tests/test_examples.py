@@ -275,6 +275,7 @@ def test_weights_that_make_no_sense_are_refused(data):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_and_sharded_weights_give_the_run_of_one(examples, corpus, base, tmp_path):
     """With dispersion, noise and distillation, on a mixture, whose two halves of a step count different numbers of targets."""
     from test_distributed import assert_same_curve, curve, several

@@ -211,6 +211,7 @@ def test_figures_can_be_drawn_where_something_is_undefined(load, tmp_path):
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatch, capsys):
     verdict, out = load("verdict"), tmp_path / "verdict"
     monkeypatch.setattr(verdict, "GRID", {"gpt2": {"lr": (1e-3, 2e-3), "weight_decay": (0.1, 0.5)}})

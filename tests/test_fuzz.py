@@ -1,7 +1,7 @@
 """Files from strangers: whatever is in them, reading them gives an object or one line that names the file.
 
-Over ten thousand damaged or hostile files, the same ones every time; `python -m pytest tests/test_fuzz.py --fuzz 100` takes
-a hundred times as many, others each time.
+Over ten thousand damaged or hostile files, a fifth of them unless the slow tests run, and the same ones every time;
+`python -m pytest tests/test_fuzz.py --fuzz 100` takes a hundred times as many, others each time.
 """
 
 import copy
@@ -45,10 +45,13 @@ def test_there_are_ten_thousand_cases():
     assert sum(CASES.values()) >= 10_000
 
 
+share = pytest.mark.parametrize("share", [0.2, pytest.param(1, marks=pytest.mark.slow)])
+
+
 def fuzz(request, name: str, strategy: st.SearchStrategy, check: Callable) -> None:
-    """Call check(case) for as many cases as CASES[name] says, times --fuzz."""
+    """Call check(case) for a share of as many cases as CASES[name] says, times --fuzz."""
     times, done = request.config.getoption("--fuzz"), 0
-    cases = math.ceil(CASES[name] * times)
+    cases = math.ceil(CASES[name] * request.getfixturevalue("share") * times)
 
     @settings(
         max_examples=cases, derandomize=times == 1, deadline=None, database=None,
@@ -192,7 +195,8 @@ def use_corpus(folder: Path) -> None:
     print(dataset.meta["name"], dataset.meta["source"])
 
 
-def test_shards(request, small_corpus):
+@share
+def test_shards(share, request, small_corpus):
     path = small_corpus / "train_000.bin"
     whole = path.read_bytes()
     header = st.builds(
@@ -209,7 +213,8 @@ def test_shards(request, small_corpus):
     fuzz(request, "shard bytes", st.tuples(EDITS, st.none() | header), check)
 
 
-def test_meta(request, small_corpus):
+@share
+def test_meta(share, request, small_corpus):
     path = small_corpus / "meta.json"
     whole = path.read_bytes()
 
@@ -244,7 +249,8 @@ def test_a_token_beyond_the_vocabulary_is_named_where_it_is_used(corpus, tmp_pat
 # --- settings and metrics -------------------------------------------------------------------------------------------
 
 
-def test_config(request, tmp_path):
+@share
+def test_config(share, request, tmp_path):
     path = tmp_path / "config.json"
     saved = {**to_dict(parse(["--dispersion", "0.1", "--n-layer", "2"])), "environment": {"torch": "2.13"}}
     whole = json.dumps(saved, indent=2).encode()
@@ -267,7 +273,8 @@ def test_config(request, tmp_path):
     fuzz(request, "config values", JSON_CASE, check_values)
 
 
-def test_metrics(request, run, tmp_path):
+@share
+def test_metrics(share, request, run, tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = (run / "metrics.jsonl").read_bytes()
     tree = [json.loads(line) for line in whole.splitlines()]
@@ -305,7 +312,8 @@ def test_metrics(request, run, tmp_path):
 # --- tokenizers -----------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer(request, bpe_corpus, tmp_path):
+@share
+def test_tokenizer(share, request, bpe_corpus, tmp_path):
     path = tmp_path / "tokenizer.model"
     files = [(bpe_corpus / "tokenizer.model").read_bytes(), tokenizer.BYTE_FILE]
 
@@ -370,7 +378,8 @@ def use_checkpoint(small_run, corpus, tmp_path):
     return path, use
 
 
-def test_checkpoint_bytes(request, small_run, use_checkpoint):
+@share
+def test_checkpoint_bytes(share, request, small_run, use_checkpoint):
     path, use = use_checkpoint
     whole = (small_run / checkpoint.LAST).read_bytes()
     pickled = whole.index(b"data.pkl"), whole.index(b"data/0")
@@ -406,7 +415,8 @@ def tensors() -> st.SearchStrategy:
     ])  # fmt: skip
 
 
-def test_checkpoint_values(request, small_run, use_checkpoint, tmp_path):
+@share
+def test_checkpoint_values(share, request, small_run, use_checkpoint, tmp_path):
     path, use = use_checkpoint
     state = checkpoint.read(small_run / checkpoint.LAST)
     state["model"] = dict(state["model"])
@@ -435,7 +445,8 @@ def test_checkpoint_values(request, small_run, use_checkpoint, tmp_path):
     fuzz(request, "checkpoint values", st.tuples(changes, st.booleans()), check)
 
 
-def test_checkpoint_tensors(request, small_run, use_checkpoint):
+@share
+def test_checkpoint_tensors(share, request, small_run, use_checkpoint):
     """Tensors of the right shapes on storages that are not theirs: strides, offsets, one storage for several, metadata.
 
     The optimiser steps on what was read, so that writing outside a tensor would end this process.
@@ -485,7 +496,8 @@ def test_checkpoint_tensors(request, small_run, use_checkpoint):
     )
 
 
-def test_pickles(request, use_checkpoint, tmp_path):
+@share
+def test_pickles(share, request, use_checkpoint, tmp_path):
     """Programs of pickle opcodes, with what attacks are made of."""
     path, use = use_checkpoint
     sprung = tmp_path / "sprung"
@@ -587,7 +599,6 @@ def test_absurd_sizes_are_refused_before_they_take_memory(small_run, corpus, tmp
     [b"", b"\0" * 100, b"{" * 3000, b"PK\3\4" + b"\xff" * 60, pickle.dumps({"model": 1}), b'{"step": NaN}\n', b"[1]\n"],
 )
 def test_the_commands_name_a_bad_file_in_one_line(small_run, tmp_path, capsys, monkeypatch, name, content):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     (run / name).write_bytes(content)

@@ -376,6 +376,7 @@ def test_the_gradient_comes_after_that_of_the_layers_above(impl, variant, device
     torch.testing.assert_close(x.grad.cpu(), 6 + 2 * value_and_gradient(z, variant, impl, device)[1])
 
 
+@pytest.mark.slow
 def test_memory_stays_small():
     """A child process, whose peak memory is known: 4096 tokens, whose matrix of pairs alone would be 64 MiB."""
     script = r"""
@@ -429,6 +430,7 @@ def test_compile_without_graph_breaks(impl, variant, device):
         torch.testing.assert_close(z.grad.cpu(), 2 * gradient)
 
 
+@pytest.mark.slow
 def test_auto_compiles_before_the_extension_was_ever_used():
     script = r"""
 import torch
@@ -774,6 +776,7 @@ def test_what_a_compiler_fails_of_decides_whether_it_is_tried_again(unbuilt, how
     assert (tmp_path / "calls").read_text().count("x") == (1 if how == "an error" else 2)
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_compiler_that_outlives_a_killed_build_keeps_the_lock(tmp_path):
     """Or two builds would write into one folder."""
@@ -850,6 +853,7 @@ def run_child(tmp_path, **environment):
     return result.stdout.splitlines(), result.stderr
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_failed_build_is_remembered_and_stops_nothing(tmp_path):
     if FUSED and build.find().about == "prebuilt":
@@ -1035,6 +1039,7 @@ def test_the_self_test_notices_wrong_numbers(monkeypatch):
     assert "the same input gives different numbers" in text
 
 
+@pytest.mark.slow
 def test_the_extension_can_be_switched_off(tmp_path):
     assert run_child(tmp_path, MINIDISP_FUSED="0")[0] == ["streamed", "streamed in PyTorch: MINIDISP_FUSED=0 is set"]
     with pytest.raises(subprocess.CalledProcessError):

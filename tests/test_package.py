@@ -56,6 +56,7 @@ def run(script: str, *arguments: object) -> str:
     return child.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_and_works_elsewhere(tree, tmp_path):
     unpacked = build("build_wheel", tree, tmp_path)
     expected = {path.relative_to(tree) for path in tree.glob("minidisp/**/*") if path.is_file()}

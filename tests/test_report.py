@@ -27,6 +27,11 @@ from tests.conftest import small_config, small_flags
 EVIL = "</script><img src=x onerror=\"document.title='hacked'\">&lt;$x_\u2028"
 
 
+@pytest.fixture(autouse=True)
+def no_figures():
+    """Overrides the one in conftest.py: runs draw their figures here."""
+
+
 def made_up_scores(name="a", n_layer=3, tokenizer="t"):
     """Scores such as eval.py makes them."""
     rng = np.random.default_rng(len(name))
@@ -127,6 +132,7 @@ def test_metrics_that_are_none(tmp_path, line):
 # Figures
 
 
+@pytest.mark.slow
 def test_figures_of_any_names(tmp_path, recwarn):
     scores = [made_up_scores("_$x^{"), made_up_scores(EVIL, n_layer=5)]
     paths = report.draw_comparison(scores, [made_up_metrics(), []], tmp_path)
@@ -143,6 +149,7 @@ def test_no_loss_figure_without_metrics(tmp_path):
     assert "loss_by_step.png" not in {path.name for path in paths}
 
 
+@pytest.mark.slow
 def test_the_environment_does_not_matter(tmp_path):
     """As in a notebook, without a home or display, with a matplotlibrc that asks for what is not there."""
     rc = tmp_path / "matplotlibrc"

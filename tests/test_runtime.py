@@ -32,11 +32,6 @@ from tests.conftest import small_config, small_flags
 ROOT = Path(train.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
-
-
 # --- a checkpoint that is called good ---------------------------------------------------------------------------------
 
 
@@ -155,6 +150,7 @@ def test_the_launcher_is_read_off_the_environment(monkeypatch, variables, expect
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_processes_without_torchrun_train_one_run(corpus, tmp_path):
     """As srun and mpirun start them: RANK, WORLD_SIZE, MASTER_ADDR and nothing of torchrun's."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
@@ -192,6 +188,7 @@ def test_compiling_without_a_compiler_is_one_line(corpus, tmp_path, monkeypatch,
     assert not device.compiles("off", torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line(corpus, tmp_path, monkeypatch):
     """The first step compiles, and what goes wrong there has pages of traceback."""
     environment = {**os.environ, "CXX": shutil.which("false"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -542,7 +539,7 @@ def test_damaged_metrics_of_a_run_that_is_replaced_do_not_matter(corpus, tmp_pat
 # --- signals, streams and what is printed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("trap", "stops"), [("trap '' INT;", False), ("", True)])
+@pytest.mark.parametrize(("trap", "stops"), [("trap '' INT;", False), pytest.param("", True, marks=pytest.mark.slow)])
 def test_a_signal_that_was_inherited_as_ignored_stays_ignored(corpus, tmp_path, trap, stops):
     """As shells start background jobs of scripts. SIGTERM stops such a training, with a checkpoint."""
     run = tmp_path / "run"
@@ -617,7 +614,11 @@ def test_an_interrupt_while_importing_is_one_line(program):
 
 @pytest.mark.parametrize(
     ("closed", "program"),
-    [("<&- >&- 2>&-", "train.py"), (">&-", "eval.py"), pytest.param("2>&-", "eval.py", marks=pytest.mark.slow)],
+    [
+        pytest.param("<&- >&- 2>&-", "train.py", marks=pytest.mark.slow),
+        (">&-", "eval.py"),
+        pytest.param("2>&-", "eval.py", marks=pytest.mark.slow),
+    ],
 )
 def test_closed_streams_are_no_error(corpus, run, tmp_path, closed, program):
     """pythonw and some services start programs so. Nothing that is printed may end up in a file of the run."""

@@ -45,12 +45,6 @@ def lines(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """They take longer than such a training; the fixture `run` has some."""
-    monkeypatch.setattr(report, "draw_run", lambda *_: [])
-
-
 def assert_same_state(a: Path, b: Path) -> None:
     """Weights, optimisers, random numbers: all that a run goes on from."""
     states = [checkpoint.read(run / checkpoint.LAST) for run in (a, b)]
