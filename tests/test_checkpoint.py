@@ -17,8 +17,9 @@ import torch
 
 import eval as eval_command
 import train
-from minidisp import InputError
+from minidisp import InputError, report
 from minidisp.optim import Muon
+from minidisp.report import figures
 from minidisp.runtime import checkpoint, files
 from minidisp.tokenizer import ByteTokenizer
 from tests.conftest import small_config, small_flags
@@ -407,7 +408,8 @@ def test_a_link_among_the_files_of_a_run_is_refused(corpus, run, tmp_path, capsy
     assert (folder / checkpoint.LAST).read_bytes() == (run / checkpoint.LAST).read_bytes()
 
 
-def test_links_beside_the_files_of_a_run_are_replaced(corpus, run, tmp_path):
+def test_links_beside_the_files_of_a_run_are_replaced(corpus, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_run", figures.draw_run)  # figures are among them
     folder, victim = tmp_path / "run", tmp_path / "victim"
     shutil.copytree(run, folder)
     victim.write_text("precious")
