@@ -39,7 +39,7 @@ from minidisp.runtime import checkpoint, files
 from minidisp.runtime.command import catch_signals, leave, run_command, stop
 from minidisp.runtime.device import compiles, describe_use, fetched, get_rng_state, set_rng_state, set_up, to_device
 from minidisp.runtime.guard import Diverged, Guard, Interval, first_bad_tensor, half_of, is_finite, refuse_too_large
-from minidisp.runtime.init_from import architecture_of, start_from
+from minidisp.runtime.init_from import start_from
 from minidisp.runtime.processes import ALONE, World, data_parallel, set_gradient_sync, shard
 from minidisp.runtime.run_folder import RunFolder, changed_dropout
 from minidisp.validation import Validation
@@ -391,7 +391,7 @@ class Trainer:
 def cli(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     # When a process dies, torchrun repeats the original command, so under torchrun --resume may also start a run.
-    return run_command(lambda world: main(parse(argv, "train.py", world.launched, architecture_of), world))
+    return run_command(lambda world: main(parse(argv, "train.py", world.launched), world))
 
 
 if __name__ == "__main__":

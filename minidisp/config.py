@@ -427,7 +427,7 @@ def parse(
 
     begin_if_missing: if there is no run to resume, start a new one.
     architecture_of: returns the architecture of the model given as --init-from, and whether the run may use a shorter
-    context. The run adopts this architecture; a flag that contradicts it is an error.
+    context; None: reads it. The run adopts this architecture; a flag that contradicts it is an error.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "init_from", "distill"} & given.keys():
@@ -460,7 +460,9 @@ def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPT
     """The Config of a new run: the saved settings `base`, if any, then preset, recipe and the given flags."""
     _refuse_another_recipe(base, given)
     start = given.get("init_from", base.get("init_from"))
-    source = architecture_of(start) if architecture_of and start else None
+    if start and architecture_of is None:
+        from minidisp.runtime.init_from import architecture_of  # late, as it imports this module
+    source = architecture_of(start) if start else None
     # A preset determines every field that any preset sets; the recipe is applied on top.
     preset = {**_UNSIZED, **PRESETS[given.get("preset", Config.preset)]} if "preset" in given or not base else {}
     typed_as = dict.fromkeys(preset if "preset" in given else (), "preset")

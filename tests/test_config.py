@@ -89,7 +89,7 @@ def test_wrong_settings_are_named(values, expected):
         ("dispersion-clamp", "0", "--dispersion-clamp is 0.0, but must be above 0 and below 1"),
         ("dispersion-tau", "1e-45", "--dispersion-tau is 1e-45, but must be at least 1e-06 and at most 1000000.0"),
         ("dropout", "1", "--dropout is 1.0, but must be at least 0 and below 1"),
-        ("n-layer", "0", "--n-layer is 0, but must be at least 1 and at most 10000"),
+        ("n-layer", "0", "--n-layer is 0, but must be at least 1 and at most 1000"),
         ("max-steps", "9" * 30, "--max-steps is an integer of more than 20 digits, but must be at most 2147483647"),
         ("seed", "4294967296", "--seed is 4294967296, but must be at least 0 and at most 4294967295"),
         ("min-lr", "-1", "--min-lr is -1.0, but must be at least 0"),
@@ -247,7 +247,8 @@ def test_the_folder_of_a_run_says_what_is_not_usual():
         "--init-from runs/base --dispersion 0.1": "pystdlib-tiny-d0.1-s0-init_from_base",
     }
     for line, name in names.items():
-        assert parse(line.split()).run_dir.as_posix() == f"runs/{name}"
+        config = parse(line.split(), architecture_of=lambda source: (from_dict(RECIPES["fast"]), False))
+        assert config.run_dir.as_posix() == f"runs/{name}"
     everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{n}=0.123456789" for n in ("beta1", "beta2", "momentum", "ema", "lr",
                         "weight-decay", "grad-clip", "embedding-lr", "dispersion-tau", "dispersion-clamp"))])  # fmt: skip
     other = dataclasses.replace(everything, grad_clip=0.2)
@@ -305,4 +306,4 @@ def test_the_default_learning_rate_of_a_fine_tuning_run():
 
     assert [started(line).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-4, 7.5e-5, 6e-5]
     assert [started(f"{name} --lr 0.002").lr for name in sources] == [0.002, 0.002]
-    assert started("fast").run_dir == parse(["--init-from", "fast"]).run_dir
+    assert started("fast").run_dir == from_dict({**RECIPES["fast"], "recipe": "fast", "init_from": "fast"}).run_dir

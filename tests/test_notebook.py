@@ -23,7 +23,7 @@ def cells(kind: str) -> list[str]:
 
 def test_it_is_stored_clean():
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    assert len(stored["cells"]) == 13
+    assert len(stored["cells"]) == 15
     for cell in stored["cells"]:
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
@@ -78,6 +78,7 @@ def test_it_runs(tmp_path, monkeypatch):
     assert summaries[0]["first"] == summaries[1]["first"]  # a pair: the same weights, the same text
     shown = "".join(output.get("text", "") for cell in code for output in cell.outputs)
     assert "warning" not in shown.lower()
+    assert "exact match" in shown  # of the fine-tuned answers
     assert re.search(r"^dispersed against plain: .* bits/byte, 95 % interval", shown, re.MULTILINE)
     assert "def read_" in shown
     assert re.search(r"^cross-entropy \d+\.\d+, objective \d+\.\d+$", shown, re.MULTILINE)
