@@ -131,10 +131,10 @@ def test_a_reader_of_its_own_reads_what_torch_saves(tmp_path):
         (lambda: torch.zeros(17).as_strided((3, 3), (0, 0), 8), "not contiguous"),
         (lambda: torch.zeros(3, 3).T, "not contiguous"),
         (lambda: torch.zeros(18)[::2], "not contiguous"),
-        (lambda: torch.zeros(1).expand(1 << 40), "larger than what is there"),
+        (lambda: torch.zeros(1).expand(1 << 40), "larger than its storage"),
         (lambda: [torch.zeros(9)] and list(torch.zeros(10).unfold(0, 9, 1).unbind()), "overlap"),
         (lambda: [t := torch.zeros(9), t.view(3, 3)], "overlap"),
-        (lambda: torch._neg_view(torch.ones(3)), "none that a checkpoint holds"),
+        (lambda: torch._neg_view(torch.ones(3)), "not in the form that torch.save writes"),
         (lambda: torch.nn.Parameter(torch.zeros(3)), "asks for torch._utils._rebuild_parameter"),
         (lambda: torch.zeros(3).to_sparse(), "asks for"),
         (lambda: np.float64(1), "asks for"),
@@ -154,14 +154,14 @@ def test_one_file_is_never_two(tmp_path):
     other = saved(tmp_path / "other.pt", step=2).read_bytes()
     for before in (legacy.getvalue(), b"#!/bin/sh\n", other, b"PK\3\4" + bytes(60)):
         path.write_bytes(before + content)
-        with pytest.raises(InputError, match=r"x\.pt is not .*begin"):
+        with pytest.raises(InputError, match=r"x\.pt is not .*start"):
             checkpoint.read(path)
     # One end record with the offset of the other directory: readers disagree which of the two it means.
     end = content.rindex(b"PK\5\6")
     first = content.index(b"PK\1\2")
     twice = content[:first] + content[first:end] * 2 + content[end:]
     path.write_bytes(twice)
-    with pytest.raises(InputError, match=r"x\.pt is not .*its first part is not at its beginning"):
+    with pytest.raises(InputError, match=r"x\.pt is not .*its first entry is not at the start"):
         checkpoint.read(path)
 
 

@@ -495,7 +495,7 @@ def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, f
         code = train.cli([*small_flags(), "--data", str(corpus), "--out", str(half_done), *flags])
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1)
-    assert f"{half_done} is in use by another training" in error
+    assert f"{half_done} is in use by another run" in error
     assert {path.name: path.read_bytes() for path in half_done.iterdir()} == before
     assert_it_goes_on(half_done)  # the lock is gone with its holder
 
@@ -509,7 +509,7 @@ def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):
     with files.open_log(tmp_path / "metrics.jsonl", said.append) as file:
         files.append_line(file, "{}")
     assert len(said) == 1
-    assert "do not train twice" in said[0]
+    assert "do not start a second run" in said[0]
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 

@@ -357,7 +357,7 @@ def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
     assert process.returncode != 0
     assert "it starts again at step 0" in printed
     assert "resumed at step" in printed
-    assert printed.count("another process was lost, so the run ends") == 2, printed
+    assert printed.count("lost another process, so the run stops") == 2, printed
     assert "by SIGTERM; continue with" in printed
     assert 'train.py", line' not in printed, printed  # no traceback of ours
     state = checkpoint.read(last)

@@ -545,9 +545,11 @@ def test_what_a_checkpoint_may_not_hold(small_run, tmp_path):
         program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         size = archive.getinfo(next(name for name in archive.namelist() if name.endswith("data/0"))).file_size
     refused = {
-        "is larger than|has not the size": {"data.pkl": program.replace(b"K\x08\x85", b"J\0\0\0\x7f\x85", 1)},
+        "is larger than|does not have the stated size": {
+            "data.pkl": program.replace(b"K\x08\x85", b"J\0\0\0\x7f\x85", 1)
+        },
         "asks for os.system": {"data.pkl": b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R."},
-        "has not the size": {"data/0": bytes(size + 4)},
+        "does not have the stated size": {"data/0": bytes(size + 4)},
     }
     for reason, changes in refused.items():
         zip_of(path, changes, source)

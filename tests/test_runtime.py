@@ -445,7 +445,7 @@ def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_pat
 
     monkeypatch.setattr(report, "introduction", gone)
     assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
-    assert "stdout was closed, so the run ends" in capsys.readouterr().err
+    assert "stdout was closed, so the run stops" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -459,7 +459,7 @@ def test_fewer_steps_than_were_taken_are_refused(corpus, run, tmp_path, capsys):
     before = (tmp_path / "run" / "config.json").read_text()
     flags = ["--resume", "--out", str(tmp_path / "run"), "--data", str(corpus), "--max-steps", "5"]
     assert train.cli(flags) == 2
-    assert "of step 12, which --max-steps 5 would not reach" in capsys.readouterr().err
+    assert "at step 12, which is beyond --max-steps 5" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
@@ -543,8 +543,8 @@ def test_resume_refuses_other_data_and_another_tokenizer_by_name(corpus, bpe_cor
     )
     for flags, expected in (
         (["--n-layer", "3"], "n_layer is 2"),
-        (["--data", str(bpe_corpus)], "another tokenizer"),
-        (["--data", str(other)], "other data"),
+        (["--data", str(bpe_corpus)], "a different tokenizer"),
+        (["--data", str(other)], "different data"),
         (["--seed", "5"], "seed is 0"),
         (["--init-from", str(run)], "--init-from"),
     ):
@@ -581,7 +581,7 @@ def test_settings_changed_on_resume_are_in_force_and_said(corpus, tmp_path, caps
     out = capsys.readouterr().out
     assert "resumed at step 6, from here on with" in out
     assert "weight_decay 0.7 instead of 0.1" in out
-    assert "max_steps 9 instead of 6 (its cosine schedule, too)" in out
+    assert "max_steps 9 instead of 6 (this also changes the cosine schedule)" in out
     groups = checkpoint.read(run / checkpoint.LAST)["optimizers"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
     assert [group["betas"] for group in groups] == [(0.9, 0.5)] * 2
@@ -657,7 +657,7 @@ def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, 
         3,
     ]
     out = capsys.readouterr().out
-    assert "up to step 4, a loss or gradient was NaN or Inf and the update skipped: 2 in all" in out
+    assert "up to step 4, loss or gradient was NaN or Inf and the update skipped: 2 in total" in out
     assert "3 updates skipped" in out
     monkeypatch.setattr(train, "GPT", GPT)
     skip = patched_steps(monkeypatch, steps)
@@ -826,7 +826,10 @@ def test_short_of_memory_it_takes_half_at_a_time(corpus, tmp_path, monkeypatch, 
     assert seen == [8, 4] + 6 * [2, 2, 2, 2]
     out = capsys.readouterr().out
     assert out.count("out of memory") == 2
-    assert "step 1: out of memory; again with 4 sequences at a time instead of 8, the same batch in all" in out
+    assert (
+        "step 1: out of memory; retrying with micro-batches of 4 sequences instead of 8, the same effective batch size"
+        in out
+    )
     small, run = (checkpoint.read(tmp_path / name / checkpoint.LAST) for name in ("small", "run"))
     for key in ("model", "optimizers", "rng"):
         assert_equal(small[key], run[key], key)

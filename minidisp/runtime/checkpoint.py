@@ -1,7 +1,7 @@
-"""Checkpoints: written atomically, and read without running anything that is in them.
+"""Checkpoints: written atomically, and read without executing any code in them.
 
-A run folder has one writer at a time, which holds the lock on its metrics.jsonl. A checkpoint is a zip file of torch.save:
-one pickle that describes the structure, and the numbers of every tensor as they are.
+A run folder has one writer at a time, which holds the lock on its metrics.jsonl. A checkpoint is a zip file written by
+torch.save: a pickle that describes the structure, and the raw data of every tensor.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NUMBERED = "ckpt_[0-9]*.pt"
 
 
 def save(run: Path, state: dict, step: int, keep: int) -> None:
-    """Write `state` to ckpt_last.pt; with keep > 0 also to ckpt_<step>.pt, of which the newest `keep` stay."""
+    """Write `state` to ckpt_last.pt; with keep > 0 also to ckpt_<step>.pt, keeping the newest `keep` of those."""
     write(run / LAST, state)
     if keep:
         write(run / f"ckpt_{step:08d}.pt", state)
@@ -41,7 +41,7 @@ def save(run: Path, state: dict, step: int, keep: int) -> None:
 
 
 def write(path: Path, state: dict) -> None:
-    """Write a checkpoint atomically. Raises InputError naming the key of a value that `read` would refuse."""
+    """Write a checkpoint atomically. Raises InputError with the key of a value that `read` would reject."""
     _refuse_unreadable(state, "the checkpoint's state")
     write_atomic(path, lambda file: torch.save(state, file))
 
@@ -57,19 +57,19 @@ def _refuse_unreadable(value: object, where: str) -> None:
             _refuse_unreadable(part, f"{where}[{index}]")
     elif kind is torch.Tensor:
         if value.dtype not in _STORAGES.values() or value.layout != torch.strided:
-            raise InputError(f"{where} is a tensor of {value.dtype}, {value.layout}, which no checkpoint can hold")
+            raise InputError(f"{where} is a tensor of {value.dtype}, {value.layout}, which a checkpoint cannot store")
     elif kind not in (str, int, float, bool, type(None)):
         raise InputError(
-            f"{where} is a {kind.__module__}.{kind.__qualname__}, which no checkpoint can hold: make it a number, a string, a "
-            "tensor, a list or a dict; nothing was written"
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot store: convert it to a "
+            "number, a string, a tensor, a list or a dict; nothing was written"
         )
 
 
 def gathered(value, keep: bool = True):
-    """What a checkpoint can hold of a value: a sharded tensor in one piece on the CPU, and every tensor contiguous with a
-    storage of its own size. Dictionaries and lists are walked through; other values stay as they are.
+    """A value as a checkpoint stores it: sharded tensors gathered on the CPU, and every tensor contiguous, with a
+    storage no larger than itself. Recurses into dictionaries and lists; other values are returned unchanged.
 
-    Every process must call it in the same order. With keep=False a process helps to gather and gets None.
+    Every process must call it in the same order. With keep=False, a process takes part in gathering and gets None.
     """
     return _gathered(value, keep, {})
 
@@ -97,7 +97,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The shard that this process has of a value, if the parameter is sharded; else a copy, as an optimiser changes it."""
+    """This process's shard of a value if the parameter is sharded; otherwise a copy, since optimisers work in place."""
     if not hasattr(parameter, "placements"):
         return value.clone()
     from torch.distributed.tensor import distribute_tensor
@@ -115,11 +115,11 @@ def numbered(run: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict:
-    """The dictionary that a checkpoint holds, on the CPU.
+    """The dictionary stored in a checkpoint, on the CPU.
 
-    Raises InputError naming the file if it is none of minidisp's, or damaged. Only tensors, numbers, strings, lists, tuples
-    and dictionaries are read: a file cannot run code. Checksums are compared, no tensor is larger than its bytes in the
-    file, and every tensor is contiguous.
+    Raises InputError naming the file if it is damaged or not a minidisp checkpoint. Only tensors, numbers, strings,
+    lists, tuples and dictionaries are read, so a file cannot execute code. Checksums are verified, no tensor is larger
+    than its bytes in the file, and every tensor is contiguous.
     """
     path = Path(path)
     try:
@@ -141,7 +141,7 @@ def read(path: Path) -> dict:
         raise InputError(f"{path} is not a minidisp checkpoint: it lacks {', '.join(required)} of the right types")
     for name, tensor in state["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise InputError(f"{path} is not a minidisp checkpoint: its model has an entry that is no array of numbers")
+            raise InputError(f"{path} is not a minidisp checkpoint: its model has an entry that is no float tensor")
     return state
 
 
@@ -153,40 +153,41 @@ def _has(values: object, required: dict[str, type]) -> bool:
 
 
 def _unpickled(file: BinaryIO) -> object:
-    """What a file of torch.save holds. Raises any exception if it is damaged or asks for what no checkpoint needs.
+    """The object in a torch.save file. Can raise any exception if the file is damaged or needs more than this reader.
 
-    torch.load is not asked: it may take another part of the file than the one that was inspected (a pickle with a zip file
-    behind it, two directories in one zip file), reads no checksums, trusts shapes and strides, and unpacks compressed entries.
+    torch.load is not used: it may load a different part of the file from the one that was inspected (a pickle with a
+    zip file appended, two directories in one zip file), verifies no checksums, trusts shapes and strides, and unpacks
+    compressed entries.
     """
     if file.read(4) != b"PK\3\4":
-        raise ValueError("it does not begin as a zip file")
+        raise ValueError("it does not start with a zip header")
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         if len(records) < len(archive.infolist()):
-            raise ValueError("a name occurs twice in it")
+            raise ValueError("it has two entries of the same name")
         if min((record.header_offset for record in records.values()), default=0):
-            raise ValueError("its first part is not at its beginning")
+            raise ValueError("its first entry is not at the start of the file")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
             raise ValueError("it is compressed")
         if sum(record.file_size for record in records.values()) > file.seek(0, io.SEEK_END):
-            raise ValueError("its parts are larger than the file")
+            raise ValueError("its entries are larger than the file")
         prefix = next(iter(records), "").split("/")[0]
         byteorder = f"{prefix}/byteorder"
         if byteorder in records and archive.read(byteorder) != sys.byteorder.encode():
-            raise ValueError("it was saved on a machine of another byte order")
+            raise ValueError("it was saved on a machine with a different byte order")
         return _Reader(archive, prefix).load()
 
 
 class _Storage:
-    """The numbers of one storage, and the tensors that are parts of it, by (offset, shape)."""
+    """The data of one storage, and the tensors that view it, by (offset, shape)."""
 
     def __init__(self, numbers: torch.Tensor):
         self.numbers, self.parts, self.left = numbers, {}, len(numbers)
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: that in C allocates gigabytes if the file asks for it
-    """Reads the pickle of a checkpoint: the opcodes that torch.save writes, dictionaries, and tensors made from the bytes
-    in the archive. Nothing else can be imported or called."""
+class _Reader(pickle._Unpickler):  # in Python: the one in C allocates gigabytes if the file says so
+    """Reads the pickle of a checkpoint: only opcodes that torch.save writes, and only dictionaries and tensors built
+    from the bytes in the archive. Nothing else can be imported or called."""
 
     def __init__(self, archive: zipfile.ZipFile, prefix: str):
         super().__init__(io.BytesIO(archive.read(f"{prefix}/data.pkl")))
@@ -207,14 +208,14 @@ class _Reader(pickle._Unpickler):  # the one in Python: that in C allocates giga
             self._storages[key] = _Storage(self._numbers(key, dtype, elements))
         storage = self._storages[key]
         if storage.numbers.dtype != dtype or len(storage.numbers) != elements:
-            raise ValueError("two tensors disagree about what they share")
+            raise ValueError("two tensors disagree about the storage that they share")
         return storage
 
     def _numbers(self, key: str, dtype: torch.dtype, elements: int) -> torch.Tensor:
-        """Reading an entry to its end compares its checksum."""
+        """The data of a storage. Reading an entry to its end verifies its checksum."""
         record = self._archive.getinfo(f"{self._prefix}/data/{key}")
         if record.file_size != dtype.itemsize * elements:
-            raise ValueError("a tensor has not the size that it should have")
+            raise ValueError("a storage does not have the stated size")
         stored = torch.uint8 if dtype == torch.bool else dtype
         numbers = torch.empty(elements, dtype=stored)
         content = memoryview(numbers.view(torch.uint8).numpy())
@@ -238,11 +239,11 @@ class _Reader(pickle._Unpickler):  # the one in Python: that in C allocates giga
 
     def _dictionary(self) -> dict:
         if type(self.stack[-1]) is not dict:
-            raise pickle.UnpicklingError("it has an item of what is no dictionary")
+            raise pickle.UnpicklingError("it sets an item of an object that is not a dictionary")
         return self.stack[-1]
 
     def load_build(self) -> None:
-        """What modules note down beside their weights (`_metadata`) is left out."""
+        """Ignore the attribute that modules attach to their state_dict (`_metadata`)."""
         self.stack.pop()
 
     def refuse(self) -> None:
@@ -251,23 +252,25 @@ class _Reader(pickle._Unpickler):  # the one in Python: that in C allocates giga
     dispatch = dict.fromkeys(range(256), refuse) | {
         ord(code): pickle._Unpickler.dispatch[ord(code)]
         for code in (
-            pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
-            pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT, pickle.BINUNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST,
-            pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS,
-            pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE,
+            pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT,
+            pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT, pickle.BINUNICODE,
+            pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+            pickle.TUPLE3, pickle.APPEND, pickle.APPENDS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT,
+            pickle.LONG_BINPUT, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE,
         )
-    } | {ord(pickle.SETITEM): load_setitem, ord(pickle.SETITEMS): load_setitems, ord(pickle.BUILD): load_build}  # fmt: skip
+    }  # fmt: skip
+    dispatch |= {ord(pickle.SETITEM): load_setitem, ord(pickle.SETITEMS): load_setitems, ord(pickle.BUILD): load_build}
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *more) -> torch.Tensor:
-    """In the place of torch._utils._rebuild_tensor_v2. Two names of one tensor, as of tied weights, give the same object;
-    all others must not overlap, so that what is read is never larger than the file. The arguments after stride are whether a
-    gradient is required and hooks, which mean nothing here, and metadata, which would change the numbers."""
+    """Replaces torch._utils._rebuild_tensor_v2. Two names of one tensor, as with tied weights, give the same object;
+    other tensors must not overlap, so that the result is never larger than the file. The arguments after stride are
+    requires_grad and hooks, which are ignored, and metadata, which is rejected because it changes the values."""
     if type(storage) is not _Storage or len(more) > 2 or any(type(n) is not int or n < 0 for n in (offset, *shape)):
-        raise ValueError("a tensor is none that a checkpoint holds")
+        raise ValueError("a tensor is not in the form that torch.save writes")
     count, expected = math.prod(shape), 1
     if offset + count > len(storage.numbers):
-        raise ValueError("a tensor is larger than what is there")
+        raise ValueError("a tensor is larger than its storage")
     for n, step in zip(reversed(shape), reversed(stride), strict=True):
         if count and n != 1 and step != expected:
             raise ValueError("a tensor is not contiguous")
@@ -281,17 +284,24 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, stride: tuple, *more) 
 
 
 _STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 def is_generator_state(value: object) -> bool:
-    """Whether torch.set_rng_state can be given this: a Mersenne Twister whose position is within its table of 624 numbers.
+    """Whether torch.set_rng_state can take this: a Mersenne Twister whose position is within its table of 624 numbers.
 
-    torch checks `left` and `next` one by one, and then reads behind the table if they do not belong together. The layout is
-    that of CPUGeneratorImplState (ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, table, normal samples, and whether
+    torch checks `left` and `next` separately, and reads beyond the table if they are inconsistent. The layout is that
+    of CPUGeneratorImplState (ATen/CPUGeneratorImpl.cpp): seed, left, seeded, next, table, normal samples, and whether
     there is one.
     """
     if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8:
@@ -310,8 +320,8 @@ _GENERATOR = struct.Struct(f"=QiiQ{624 * 8 + 4 * 8 + 4}xB3x")
 def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path] | None:
     """The newest intact checkpoint of a run that training can resume from, and its path; None if none was ever saved.
 
-    That is ckpt_last.pt, or, if it is damaged, the newest intact numbered one: training repeats itself exactly, so this costs
-    time only. Then `warn` is called. Raises InputError naming the damaged file if there is no other.
+    This is ckpt_last.pt. If that is damaged, `warn` is called, and the newest intact numbered checkpoint is used:
+    training repeats exactly, so only time is lost. Raises InputError naming the damaged file if there is no other.
     """
     damaged = None
     for path in (run / LAST, *reversed(numbered(run))):
@@ -322,13 +332,13 @@ def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path
             if not _has(state, _TO_RESUME):
                 raise InputError(f"{path} holds weights only: training cannot be resumed from it")
             if not 0 <= state["seconds"] < 1e10 or not state["best_val_loss"] >= 0:
-                raise InputError(f"{path} is damaged: its seconds or its best_val_loss")
+                raise InputError(f"{path} is damaged: invalid seconds or best_val_loss")
             others = state.get("rng_of_others", [])
             generators = [state["rng"], *others] if isinstance(others, list) else []
             if not generators or not all(
                 type(one) is dict and is_generator_state(one.get("cpu")) for one in generators
             ):
-                raise InputError(f"{path} is damaged: the state of its random number generators")
+                raise InputError(f"{path} is damaged: invalid state of a random number generator")
         except InputError as error:
             damaged = damaged or error
             continue
@@ -342,42 +352,48 @@ def read_to_resume(run: Path, warn: Callable[[str], object]) -> tuple[dict, Path
 
 
 _TO_RESUME = {
-    "optimizers": list, "scaler": dict, "data_hash": str, "tokenizer_hash": str, "seconds": float, "best_val_loss": float,
-    "rng": dict, "micro_batch": int, "skipped": dict,
-}  # fmt: skip
+    "optimizers": list,
+    "scaler": dict,
+    "data_hash": str,
+    "tokenizer_hash": str,
+    "seconds": float,
+    "best_val_loss": float,
+    "rng": dict,
+    "micro_batch": int,
+    "skipped": dict,
+}
 
 
 def load_tensors(tensors: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
-    """Copy tensors that a checkpoint holds into those of a run, each of the same shape; inside `reading`."""
+    """Copy a checkpoint's tensors into those of a run, which must have the same shapes. Call it inside `reading`."""
     for tensor, value in zip(tensors, saved, strict=True):
         if tensor.shape != value.shape:
-            raise ValueError("an average of other weights")
+            raise ValueError("the weight average does not fit the model")
         tensor.copy_(sharded_like(tensor, value))
 
 
 def load_scaler(scaler: torch.amp.GradScaler, saved: dict) -> None:
-    """Give a float16 run the gradient scale that a checkpoint holds, if it is of such a run; inside `reading`."""
-    fresh = scaler.state_dict()  # empty where no gradient is scaled
+    """Restore the gradient scale of a float16 run if the checkpoint has one. Call it inside `reading`."""
+    fresh = scaler.state_dict()  # empty if gradients are not scaled
     if not fresh or not saved:
         return
     scale, tracker = saved["scale"], saved["_growth_tracker"]
     if type(scale) is not float or not 0 < scale <= torch.finfo(torch.float32).max:
-        raise ValueError("its gradient scale")
+        raise ValueError("invalid gradient scale")
     if type(tracker) is not int or not 0 <= tracker <= fresh["growth_interval"]:
-        raise ValueError("its count of steps with this gradient scale")
+        raise ValueError("invalid count of steps with this gradient scale")
     scaler.load_state_dict({**fresh, "scale": scale, "_growth_tracker": tracker})
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around code that reads values of a checkpoint: a missing value or one of the wrong kind raises InputError naming the
-    file."""
+    """Wraps code that reads values of a checkpoint: missing values and wrong types raise InputError naming the file."""
     try:
         yield
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{path} is damaged, or was saved by other code: it lacks {error}") from None
+        raise InputError(f"{path} is damaged, or was saved by a different version: it lacks {error}") from None
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
@@ -385,15 +401,15 @@ def reading(path: Path) -> Iterator[None]:
 def load_optimizers(optimizers: list[torch.optim.Optimizer], saved: list, path: Path) -> None:
     """Load the states of a checkpoint into the optimisers of a run; see load_optimizer."""
     if len(saved) != len(optimizers):
-        raise InputError(f"{path} does not fit: it has the state of {len(saved)} optimizers")
+        raise InputError(f"{path} does not fit: it has the states of {len(saved)} optimizers, not {len(optimizers)}")
     for optimizer, state in zip(optimizers, saved, strict=True):
         load_optimizer(optimizer, state, path)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) -> None:
-    """Load the state of a checkpoint into an optimiser, as copies. Its settings stay those of the run.
+    """Load an optimiser state from a checkpoint, as copies. The optimiser's settings stay those of the run.
 
-    Raises InputError naming the file if the state is not that of such an optimiser on such parameters.
+    Raises InputError naming the file if the state is not that of this kind of optimiser on these parameters.
     """
     fresh = optimizer.state_dict()
     members = [group["params"] for group in fresh["param_groups"]]
@@ -402,7 +418,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
     try:
         state = saved["state"]
         groups = [group["params"] for group in saved["param_groups"]]
-        # Types first: to compare a tensor with a list is an error of its own.
+        # Types are checked first, since comparing a tensor with a list raises an error.
         fits = all(type(group) is list and all(type(index) is int for index in group) for group in groups)
         fits = fits and groups == members and all(type(index) is int for index in state)
         for index, values in state.items():
@@ -426,13 +442,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
     optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
 
 
-SMALL = (2, 3, 5, 7)  # sizes that stand for those of a real parameter
+SMALL = (2, 3, 5, 7)  # placeholders for the sizes of a real parameter
 
 
 def _kept_by(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """The tensors that an optimiser keeps for a parameter of so many dimensions, and their shapes, with sizes of SMALL.
+    """The tensors that an optimiser keeps for such a parameter, and their shapes, in terms of SMALL.
 
-    Found by a step of a copy of it on a small parameter, so that a new optimiser needs no description of its state.
+    Found by stepping a copy of the optimiser on a small parameter, so that a new optimiser needs no description.
     """
     small = torch.zeros(SMALL[: parameter.ndim], dtype=parameter.dtype, device=parameter.device, requires_grad=True)
     small.grad = torch.zeros_like(small)
@@ -457,10 +473,10 @@ def find(run: str | Path) -> Path:
 
 
 def refuse_misfit(state: dict, config: Config, path: Path) -> None:
-    """Raise InputError if the model that the config describes is larger than the weights in the checkpoint, before it takes
-    memory. One tensor with many names counts once; a tied output layer may also have been saved twice."""
+    """Raise InputError, before the model is allocated, if the config describes a model of another size than the
+    weights. A tensor with several names counts once; a tied output layer may have been saved twice."""
     tensors = {id(t): t for name, t in state["model"].items() if not (config.tied and name == "lm_head.weight")}
-    fits = config.n_layer <= len(tensors)  # looked at first, as the parameters of many layers take long to count
+    fits = config.n_layer <= len(tensors)  # checked first: counting the parameters of many layers takes long
     if not fits or sum(tensor.numel() for tensor in tensors.values()) != config.parameter_count:
         raise InputError(
             f"{path} does not fit the model that its config describes, {config.n_layer} layers"
@@ -478,7 +494,7 @@ def load_weights(model: GPT, state: dict, path: Path) -> None:
 
 
 def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, object, Config]:
-    """Model in eval mode, tokenizer and Config of a run folder or a checkpoint file in one.
+    """Model in eval mode, tokenizer and Config of a run folder, or of a checkpoint file in one.
 
     Raises InputError naming the file if something is missing or does not fit.
     """

@@ -1,4 +1,4 @@
-"""What all commands share: hints for misspelt flags, streams and messages that suit any terminal, exit codes, Ctrl-C."""
+"""Shared by all commands: hints for misspelt flags, output that is safe on any terminal, exit codes, Ctrl-C."""
 
 import argparse
 import difflib
@@ -16,9 +16,9 @@ NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf|-nan", re.IGN
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors of one line, with the nearest flag for a misspelt one.
+    """An argument parser that raises one-line InputErrors and suggests the closest flag for a misspelt one.
 
-    elsewhere: flags of other programs, in kebab-case without the dashes, and what they are called here.
+    elsewhere: flags of other programs, in kebab-case without the dashes -> the equivalent flag here.
     """
 
     def __init__(self, *args, elsewhere: dict[str, str] | None = None, **options):
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"minidisp {minidisp.__version__}")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """A word such as -1e-3 behind a flag is its value: before Python 3.14, argparse takes it for another flag."""
+        """Treats a word such as -1e-3 after a flag as its value; before Python 3.14, argparse takes it for a flag."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             if words and re.fullmatch(r"--[\w-]+", words[-1]) and NEGATIVE_NUMBER.fullmatch(word):
@@ -48,11 +48,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def take_over() -> None:
-    """What a command does first: signals act as usual again, and stdout and stderr take any text.
+    """The first call of every command: restores signal handling, and makes stdout and stderr accept any text.
 
-    What their encoding lacks is written as an escape, such as \\u2014: consoles on Windows, pipes and LANG=C know few
-    characters, and a sample or a file name may hold any. Streams that are closed (`>&-`, pythonw, some services) become
-    /dev/null, and so do their descriptors: the next file that is opened would get them, and whatever is printed with it.
+    Characters that their encoding lacks are written as escapes such as \\u2014: Windows consoles, pipes and LANG=C
+    support few characters, and a sample or a file name may contain any. Closed streams (`>&-`, pythonw, some services)
+    are replaced by /dev/null, and so are their descriptors: otherwise the next file to be opened would get the
+    descriptor, and everything that is printed.
     """
     if signal.getsignal(signal.SIGINT) is minidisp.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,8 +61,8 @@ def take_over() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest that is free: this one
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, for as long as the process lives
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open returns the lowest free one: this
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, open until the process ends
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -73,14 +74,14 @@ MOST_OF_A_MESSAGE = 1200  # characters
 
 
 def complain(prog: str, message: str) -> None:
-    """Print a message on stderr, as one line in which nothing can command a terminal."""
+    """Print a message on stderr as one line, without characters that could control the terminal."""
     print(f"{prog}: {printable(message, MOST_OF_A_MESSAGE)}", file=sys.stderr, flush=True)
 
 
 def exit_code(prog: str, command: Callable[[], object]) -> int:
-    """Run a command and return its exit code: 0; 2 for input that cannot be used; 130 when it is interrupted.
+    """Run a command and return its exit code: 0 on success, 2 for invalid input, 130 if interrupted.
 
-    What went wrong is one line on stderr, without a traceback.
+    Errors are reported as one line on stderr, without a traceback.
     """
     take_over()
     try:
@@ -95,10 +96,7 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        code, message = (
-            2,
-            "out of memory: take a smaller model or fewer tokens at a time, or a machine with more memory",
-        )
+        code, message = 2, "out of memory: use a smaller model, fewer tokens at a time, or a machine with more memory"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     else:
@@ -109,7 +107,7 @@ def exit_code(prog: str, command: Callable[[], object]) -> int:
 
 
 def flush_or_discard() -> None:
-    """Flush stdout; if that fails, send the rest nowhere, or Python would try again when it ends, and print a traceback."""
+    """Flush stdout. If that fails, discard the rest: otherwise Python would retry at exit and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -119,6 +117,6 @@ def flush_or_discard() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: CUDA and Python have types for it, torch on a CPU only words."""
+    """Whether an exception means out of memory: CUDA and Python have types for it, torch on a CPU only messages."""
     signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

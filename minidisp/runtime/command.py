@@ -1,4 +1,4 @@
-"""How train.py starts and ends: processes join, signals are caught, and any failure is one line and an exit code."""
+"""How train.py starts and ends: joins the processes, catches signals, and turns failures into one line and a code."""
 
 import errno
 import os
@@ -22,9 +22,10 @@ def warn(text: str) -> None:
 
 
 def run_command(command: Callable[[World], object]) -> int:
-    """Call the command in the world that the environment describes; returns the exit code.
+    """Call the command with the World that the environment describes; returns the exit code.
 
-    0 done; 2 bad usage or input; 3 diverged (NaN or Inf); 128 + the number of a signal; 1 another process was lost.
+    0: success. 1: lost the connection to another process. 2: invalid usage or input. 3: diverged (NaN or Inf).
+    128 + n: stopped by signal n.
     """
     take_over()
     with ExitStack() as at_exit:
@@ -34,18 +35,18 @@ def run_command(command: Callable[[World], object]) -> int:
             command(world)
             sys.stdout.flush()
             return 0
-        except SystemExit as end:  # every process has its own
+        except SystemExit as end:  # raised in every process
             return end.code
         except BaseException as error:
             code, message = explain(error, world)
         if world.first_to_speak():
             warn(message)
         if world.launched:
-            at_exit.pop_all()  # the others may be gone: leave without waiting for them
+            at_exit.pop_all()  # other processes may be gone: exit without waiting for them
         return code
 
 
-_ADVICE = {  # what to do where a file of the run cannot be written
+_ADVICE = {  # if a file of the run cannot be written
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free some space, or give another --out"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG), "; give another --out"
@@ -54,7 +55,7 @@ _ADVICE = {  # what to do where a file of the run cannot be written
 
 
 def explain(error: BaseException, world: World) -> tuple[int, str]:
-    """Exit code and message for what ended a training. An error in the code itself is raised again."""
+    """Exit code and message for the exception that ended a run. An error in the code itself is re-raised."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, Diverged):
@@ -65,11 +66,11 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
         return 2, "out of memory: lower --batch-size, --block-size or the size of the model"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = " ".join(str(error).split())[:300]
-        return 2, f"torch.compile failed: {reason}; --compile off trains without it"
+        return 2, f"torch.compile failed: {reason}; pass --compile off to train without it"
     if isinstance(error, BrokenPipeError):
-        return 2, "stdout was closed, so the run ends; --resume continues from the last checkpoint"
+        return 2, "stdout was closed, so the run stops; --resume continues from the last checkpoint"
     if world.size > 1 and is_lost(error):
-        return 1, "another process was lost, so the run ends; --resume continues from the last checkpoint"
+        return 1, "lost another process, so the run stops; --resume continues from the last checkpoint"
     if isinstance(error, OSError):
         advice = _ADVICE.get(error.errno, "") if error.filename else ""
         return 2, f"{error.filename or 'input/output'}: {error.strerror or error}{advice}"
@@ -77,7 +78,7 @@ def explain(error: BaseException, world: World) -> tuple[int, str]:
 
 
 def stop(number: int, run: Path, step: int, saved_step: int | None, world: World) -> NoReturn:
-    """End a run that a signal has stopped, and print how to continue it. Raises SystemExit with 128 + the signal's number."""
+    """End a run after a signal and print the command that resumes it. Raises SystemExit with 128 + signal number."""
     saved = "" if saved_step == step else f" (the last good checkpoint, of step {saved_step}, is kept)"
     if saved_step is None:
         saved = " (nothing was saved: its loss or weights are NaN or Inf)"
@@ -89,10 +90,10 @@ def stop(number: int, run: Path, step: int, saved_step: int | None, world: World
 
 
 def catch_signals(at_exit: ExitStack, world: World) -> list[signal.Signals]:
-    """A list that the first SIGINT or SIGTERM is put into, for the loop to see; a second one ends the process at once.
+    """A list to which the first SIGINT or SIGTERM is appended, for the loop to check; a second one ends the process.
 
-    A signal that the process was started to ignore stays ignored, as shells do with SIGINT for background jobs of scripts.
-    Only the main thread of a program may catch signals: in any other one, the list stays empty.
+    Signals that the process was started to ignore stay ignored: shells do this with SIGINT for background jobs of
+    scripts. Only the main thread can handle signals; in any other thread, the list stays empty.
     """
     caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -105,27 +106,27 @@ def catch_signals(at_exit: ExitStack, world: World) -> list[signal.Signals]:
         caught.append(signal.Signals(number))
         for other in before:
             signal.signal(other, at_once[other])
-        # Not print: the signal may have come in the middle of another one, which cannot be entered twice.
+        # os.write, since print is not reentrant and the signal may have interrupted one.
         if world.main:
             os.write(2, f"{caught[-1].name}: finishing this step, then saving; repeat it to stop at once\n".encode())
 
     for number, handler in before.items():
         signal.signal(number, handle)
-        if not world.launched:  # else torchrun's signal, when another process was lost, must not end this one unheard
+        if not world.launched:  # under torchrun, a signal after the loss of another process must not hide the message
             at_exit.callback(signal.signal, number, handler)
     return caught
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; if it is one of several, without the interpreter's clean-up.
+    """End the process; if it is one of several, without the interpreter's cleanup.
 
-    DistributedDataParallel and FSDP keep gloo's threads alive beyond destroy_process_group, and one that still has a tensor
-    to free when the interpreter is half gone aborts the process, after everything went well.
+    DistributedDataParallel and FSDP keep gloo's threads alive after destroy_process_group. A thread that frees a tensor
+    while the interpreter shuts down aborts the process, although the run has succeeded.
     """
     flush_or_discard()
     try:
         launched = is_launched()
-    except InputError:  # which has been reported
+    except InputError:  # already reported
         launched = False
     if launched:
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The device that a run computes on: which one, its dtype and memory, and the environment that config.json records."""
+"""The device that a run computes on, with its dtype and memory, and the environment recorded in config.json."""
 
 import contextlib
 import ctypes
@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def set_up(config: Config, world: World) -> tuple[torch.device, torch.dtype, torch.autocast | nullcontext]:
-    """What a run uses: the device, the compute dtype, and the context in which matrix products have it.
+    """Set up a run's device; returns it, the compute dtype, and the autocast context for that dtype.
 
-    The context can be entered again and again. Also sets torch's threads and precision. Raises InputError if the processes of
-    a run were started with different settings or code.
+    The context can be entered repeatedly. Also sets torch's thread count and matmul precision. Raises InputError if the
+    processes of a run were started with different settings or code.
     """
     if world.size > 1:
         settings = {f"--{kebab(name)}": value for name, value in to_dict(config).items()}
@@ -54,10 +54,10 @@ def set_up(config: Config, world: World) -> tuple[torch.device, torch.dtype, tor
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees for the next step.
+    """Tune malloc to keep the memory that a step frees for the next step.
 
-    glibc returns large blocks to the system, which then clears every page again: that took 5 to 15 % of a bfloat16 step on a
-    CPU. Other C libraries have no such setting and are left alone.
+    glibc returns large blocks to the system, which then clears every page again: that took 5 to 15 % of a bfloat16 step
+    on a CPU. Other C libraries lack this setting and are left unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -69,25 +69,25 @@ def keep_freed_memory() -> None:
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The torch device for "auto", "cpu", "cuda" or "mps". Raises InputError if this machine has no such device.
 
-    local_rank: the rank of this process on this machine, if several processes train together. Each uses its own GPU, which
-    becomes the current device.
+    local_rank: the rank of this process on this machine, if several processes train together. Each uses its own GPU,
+    which becomes the current device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    if not there[name]:
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here; leave the flag out")
+        name = next(kind for kind, found in available.items() if found)
+    if not available[name]:
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here; omit the flag")
     if local_rank is not None and name == "mps":
-        raise InputError("mps takes one process: start it without torchrun, or with --device cpu")
+        raise InputError("mps supports one process only: start it without torchrun, or pass --device cpu")
     if local_rank is not None and name == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):
-            raise InputError(f"torchrun started more processes than the {gpus} GPUs here: --nproc-per-node {gpus}")
+            raise InputError(f"torchrun started more processes than the {gpus} GPUs here: pass --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: the one that is named; for "auto" bfloat16 on CUDA (float16 on older GPUs), float32 elsewhere."""
+    """The compute dtype of that name; for "auto", bfloat16 on CUDA (float16 on older GPUs) and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cuda":
@@ -99,30 +99,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def compiles(wanted: str, device: torch.device) -> bool:
     """Whether to torch.compile the model: "on", "off", or "auto", which compiles on a GPU if a compiler is found.
 
-    Raises InputError for "on" without a compiler; "auto" then trains without compiling and says so on stderr.
+    Raises InputError for "on" without a compiler; "auto" then trains without compiling and reports it on stderr.
     """
     if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
         return False
     lacking = None
-    names = shlex.split(os.environ.get("CXX" if device.type == "cpu" else "CC", ""))[:1] or [
-        "c++",
-        "g++",
-        "clang++",
-        "gcc",
-        "cl",
-    ]
+    names = shlex.split(os.environ.get("CXX" if device.type == "cpu" else "CC", ""))[:1]
+    names = names or ["c++", "g++", "clang++", "gcc", "cl"]
     if not any(shutil.which(name) for name in names):
-        lacking = f"no C++ compiler ({names[0]}) is in the path"
+        lacking = f"no C++ compiler ({names[0]}) is in PATH"
     elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        lacking = "the package triton is not there"
+        lacking = "the package triton is not installed"
     if lacking and wanted == "on":
-        raise InputError(f"--compile on: {lacking}: install it, or leave the flag out")
+        raise InputError(f"--compile on: {lacking}: install it, or omit the flag")
     if lacking:
         print(f"not compiled: {lacking}", file=sys.stderr)
     return not lacking
 
 
-# From how many channels on a step on a CPU is faster in bfloat16 than in float32. With AMX it is 1.3 times as fast at 64,
+# The n_embd from which a step on a CPU is faster in bfloat16 than in float32. With AMX it is 1.3 times as fast at 64,
 # 1.8 at 128, 2.4 at 192; with AVX512-BF16 alone it was no faster at 128.
 BFLOAT16_PAYS = {"amx_bf16": 64, "avx512_bf16": 192}
 
@@ -130,16 +125,16 @@ BFLOAT16_PAYS = {"amx_bf16": 64, "avx512_bf16": 192}
 def bfloat16_pays(n_embd: int) -> bool:
     """Whether this processor (x86) has instructions for bfloat16, and the model is wide enough for them.
 
-    The trainer does not choose it by itself: a run shall have the same numbers on every CPU, except for rounding.
+    The trainer does not choose it automatically: a run should give the same numbers on every CPU, up to rounding.
     """
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot tell, none
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # none if torch cannot tell
     return any(has.get(name, False) and n_embd >= least for name, least in BFLOAT16_PAYS.items())
 
 
 def describe_use(
     config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, world: World, dataset: Dataset | Corpora
 ) -> str:
-    """The device, dtype, attention, compilation and processes of a run, as the first lines of a run print them."""
+    """The device, dtype, attention, compilation and processes of a run, as printed in its first lines."""
     words = f"{device_name(device)}, {str(dtype).removeprefix('torch.')}"
     if config.dtype == "auto" and device.type == "cpu" and bfloat16_pays(config.n_embd):
         words += " (faster here: --dtype bfloat16)"
@@ -175,8 +170,8 @@ def fetched(values: dict) -> dict:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """The memory in bytes that this process may use on the device, or None if unknown. On a CPU it is the machine's memory, or
-    less if a container (cgroup) or `ulimit -v` limits it."""
+    """The memory in bytes that this process may use on the device, or None if unknown. On a CPU, this is the machine's
+    memory, or less if a container (cgroup) or `ulimit -v` limits it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [*cgroup_limits(Path("/"))]
@@ -188,13 +183,14 @@ def memory_bytes(device: torch.device) -> int | None:
 
 
 def cgroup_limits(root: Path) -> Iterator[int]:
-    """The memory limits of the control groups that this process is in and of those above them, versions 1 and 2, in bytes.
+    """The memory limits in bytes of this process's control groups and their parents, cgroup versions 1 and 2.
 
-    root: of the file system. Inside a container, the group's path may be the host's: then the mount point is its own group.
+    root: root of the file system. Inside a container, the group's path may be the host's; the mount point is then the
+    container's own group.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, group = line.split(":", 2)
@@ -208,7 +204,7 @@ def cgroup_limits(root: Path) -> Iterator[int]:
         for depth in range(len(below) + 1):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max"
                 limit = int(top.joinpath(*below[:depth], name).read_text())
-                if limit < 1 << 60:  # version 1 writes a huge number for none
+                if limit < 1 << 60:  # version 1 writes a huge number for "no limit"
                     yield limit
 
 
@@ -231,7 +227,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 
 def describe_environment(dataset: Dataset, device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, commit, hardware, hashes of the data. Saved in config.json."""
+    """The environment of a run: versions, commit, hardware, hashes of the data. Saved in config.json."""
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     memory = memory_bytes(torch.device("cpu"))
     return {
@@ -260,7 +256,7 @@ def describe_environment(dataset: Dataset, device: torch.device, processes: int)
 
 
 def code_hash() -> str:
-    """sha256 of the sources that a run is made by."""
+    """sha256 of minidisp's Python sources."""
     digest = hashlib.sha256()
     for path in (ROOT / "train.py", *sorted(Path(minidisp.__file__).parent.rglob("*.py"))):
         if path.is_file():  # an installed minidisp has no train.py beside it
@@ -269,11 +265,11 @@ def code_hash() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says about the code, or None where there is no git, or no repository of minidisp's own: one that the code
-    was copied into, or installed in, knows nothing of it."""
+    """The output of a git command in minidisp's own repository, or None without git or such a repository. A repository
+    into which the code was copied or installed does not count."""
     if not shutil.which("git"):
         return None
-    # Set inside a hook, for example: they would name another repository.
+    # Set inside git hooks, for example, where they point to another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def run(*words: str) -> str | None:
@@ -292,12 +288,12 @@ def resident_peak_kib() -> int:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory so far, in MiB: of the allocator on CUDA, else of this process; None where it cannot be told."""
+    """Peak memory so far in MiB: of the allocator on CUDA, otherwise of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         return resident_peak_kib() / 2**10
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
 
 
@@ -305,6 +301,6 @@ def cpu_model() -> str | None:
     """The processor's name, or None if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return platform.processor() or None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

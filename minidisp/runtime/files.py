@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, and the log that one process at a time may write."""
+"""Atomic writing of files and folders, and the log that only one process at a time may write."""
 
 import contextlib
 import errno
@@ -22,10 +22,10 @@ except ImportError:  # Windows
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(temporary file), flush it to disk, then rename it: the file appears complete, or not at all.
+    """Write a file atomically: call write(temporary file), flush it to disk, then rename it to `path`.
 
-    A link in the place of the temporary file or of the file itself is replaced, and what it points to stays as it is.
-    Raises OSError naming `path` if the disk is full or cannot be written; then the file that was there before is intact.
+    A link at `path` or at the temporary file's path is replaced; its target stays unchanged. Raises OSError naming
+    `path` if the disk is full or not writable; a previous file then stays intact.
     """
     temporary = path.with_name(path.name + ".tmp")
     file = None
@@ -39,23 +39,23 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch.save turns what went wrong in write() into a RuntimeError about positions.
+        # torch.save turns an error in write() into a RuntimeError about file positions.
         failure = error if isinstance(error, OSError) else file and file.error
         if failure is None:
             raise
         raise OSError(failure.errno, failure.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is the error to report
+        with contextlib.suppress(OSError):  # the earlier error is the one to report
             temporary.unlink(missing_ok=True)
 
 
 def _open_new(name: str, flags: int) -> int:
-    """O_EXCL alone refuses a link; O_NOFOLLOW says so once more, for file systems that know only one of the two."""
+    """O_EXCL alone rejects a link; O_NOFOLLOW is added for file systems that support only one of the two."""
     return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class _Writer(io.RawIOBase):
-    """Passes everything on to a file and remembers the first error."""
+    """Forwards writes to a file and remembers the first error."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.error = file, None
@@ -71,13 +71,13 @@ class _Writer(io.RawIOBase):
             raise
 
 
-# What file systems answer that can flush files and not folders: CIFS, VirtualBox shares, some of FUSE.
+# Errors of file systems that can sync files but not folders: CIFS, VirtualBox shares, some FUSE ones.
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk: only then does a rename survive a power cut. Windows has no such call, nor have some file
-    systems; the file itself is on the disk by then."""
+    """Flush a folder to disk, so that a rename survives a power cut. Windows and some file systems cannot do this; the
+    file itself is on disk by then."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -90,27 +90,28 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# A folder is built beside its final place and then renamed, so that it appears at once. Where that is impossible (a mount
-# point, a link to a folder, a parent that is not writable), and in an empty folder that the user made, it is built inside.
+# A folder is built next to its final path and then renamed, so that it appears atomically. If that is impossible (a
+# mount point, a link to a folder, a parent that is not writable), or the user created an empty folder, it is built
+# inside.
 _BUILDING, _READY = ".building", ".ready"
 _UNIMPORTANT = {_BUILDING, _READY, ".lock", ".download", "lost+found"}  # the last is in the root of every ext4 volume
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing is at this path but an empty folder, or one that holds unfinished work of ours alone."""
+    """Whether the path does not exist, or is a folder that is empty or contains only our own unfinished files."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
     return all(path.name in _UNIMPORTANT for path in folder.iterdir())
 
 
 def build_folder(folder: Path) -> Path:
-    """The path of the folder in which the new content of `folder` is built until `put_in_place`: inside it or beside it."""
+    """The path of the folder, inside `folder` or next to it, where its new content is built until `put_in_place`."""
     beside, inside, old = folder.with_name(f".{folder.name}.building"), folder / _BUILDING, _old(folder)
     if not folder.exists():
         return beside
     if is_free(folder):
         return inside
-    try:  # the only sure way to know is to do it
+    try:  # the only reliable test is to rename it
         os.rename(folder, old)
         os.rename(old, folder)
     except OSError:
@@ -119,11 +120,11 @@ def build_folder(folder: Path) -> Path:
 
 
 def put_in_place(build: Path, folder: Path, last: str) -> None:
-    """Make what was built the content of `folder`.
+    """Make the files in `build` the content of `folder`.
 
-    last: the file by which a reader recognises a complete folder. Inside a folder that cannot be renamed, files replace
-    those of the same name one by one: `last` is removed first and arrives last. If the process is killed meanwhile,
-    `recover` completes it.
+    last: the file by which a reader recognises a complete folder. If the folder cannot be renamed, files of the same
+    name are replaced one by one: `last` is removed first and moved in last. If the process is killed meanwhile,
+    `recover` completes the move.
     """
     if build.parent == folder:
         (build / last).rename(build / f"{last}.last")
@@ -136,7 +137,7 @@ def put_in_place(build: Path, folder: Path, last: str) -> None:
             folder.rename(old)
         build.rename(folder)
     except BaseException:
-        if old.exists() and not folder.exists():  # between the two
+        if old.exists() and not folder.exists():  # failed between the two renames
             old.rename(folder)
         raise
     _sync_folder(folder.parent)
@@ -145,7 +146,7 @@ def put_in_place(build: Path, folder: Path, last: str) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Complete, or undo, a `put_in_place` in which the process was killed. No other process may be in it."""
+    """Complete or undo a `put_in_place` during which the process was killed. No other process may be running it."""
     old = _old(folder)
     if old.exists():
         shutil.rmtree(old) if folder.exists() else old.rename(folder)
@@ -159,7 +160,7 @@ def _old(folder: Path) -> Path:
 
 def _move_in(folder: Path) -> None:
     ready = folder / _READY
-    for path in ready.glob("*.last"):  # there until everything else has been moved
+    for path in ready.glob("*.last"):  # exists until everything else has been moved
         (folder / path.stem).unlink(missing_ok=True)
     for path in sorted(ready.iterdir(), key=lambda path: path.suffix == ".last"):
         os.replace(path, folder / path.name.removesuffix(".last"))
@@ -169,9 +170,10 @@ def _move_in(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write files to; when the block ends, they are those of `folder`, which must be free (`is_free`).
+    """A folder to write files to; at the end of the block, they become those of `folder`, which must be free
+    (`is_free`).
 
-    Checks first that files can be made there: OSError. If the block fails, nothing is left. last: see `put_in_place`.
+    Raises OSError at once if it cannot be created. If the block fails, nothing is left. last: see `put_in_place`.
     """
     build = build_folder(folder)
     shutil.rmtree(build, ignore_errors=True)  # of a process that was killed
@@ -180,15 +182,15 @@ def new_folder(folder: Path, last: str) -> Iterator[Path]:
         yield build
         put_in_place(build, folder, last)
     except BaseException:
-        shutil.rmtree(build, ignore_errors=True)  # what went wrong before is the error to report
+        shutil.rmtree(build, ignore_errors=True)  # the earlier error is the one to report
         raise
 
 
 def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
-    """metrics.jsonl, open for appending without a buffer, and locked until it is closed or the process is gone.
+    """Open metrics.jsonl for unbuffered appending, locked until it is closed or the process ends.
 
-    Raises InputError if another process holds the lock, or if the path is a link or no file. Where the file system has no
-    locks, `warn` is told.
+    Raises InputError if another process holds the lock, or if the path is a link or not a regular file. If the file
+    system does not support locks, `warn` is called.
     """
     file = open(path, "ab+", buffering=0, opener=_open_log)  # noqa: SIM115, outlives the call
     try:
@@ -202,16 +204,16 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if fcntl and not isinstance(error, BlockingIOError):
-            warn(f"cannot lock {path} ({error.strerror}): do not train twice into this folder at the same time")
+            warn(f"cannot lock {path} ({error.strerror}): do not start a second run in this folder at the same time")
             return file
         file.close()
         raise InputError(
-            f"{path.parent} is in use by another training: wait for it, stop it, or give another --out"
+            f"{path.parent} is in use by another run: wait for it, stop it, or give another --out"
         ) from None
     except BaseException:
         file.close()
         raise
-    if found.st_nlink > 1:  # it has a name elsewhere, too, as in backups by hard links: that one stays as it is
+    if found.st_nlink > 1:  # also linked elsewhere, as in hard-link backups, which must stay unchanged
         with file:
             content = path.read_bytes()
             write_atomic(path, lambda copy: copy.write(content))
@@ -220,7 +222,7 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
 
 
 def _open_log(name: str, flags: int) -> int:
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its other end
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
     try:
         return os.open(name, flags, 0o666)
     except OSError as error:
@@ -230,7 +232,7 @@ def _open_log(name: str, flags: int) -> int:
 
 
 def is_still(file: BinaryIO) -> bool:
-    """Whether an open file is still the one that its name leads to: neither removed nor replaced."""
+    """Whether an open file is still the one at its path, that is, neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
     except OSError:
@@ -248,7 +250,7 @@ def append_line(file: BinaryIO, text: str) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what a process that was killed has left half-written in a run folder; nobody else may be writing there.
+    """Remove half-written files of a killed process from a run folder. No other process may be writing there.
 
     config.json.tmp stays until config.json is written: it shows that the folder belongs to a run.
     """
@@ -264,7 +266,7 @@ def write_json(path: Path, values) -> None:
 
 
 def to_json(values, indent: int | None = None) -> str:
-    """The values as JSON, which knows no NaN and no infinity: they become null."""
+    """The values as JSON. NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(values), indent=indent, allow_nan=False)
 
 

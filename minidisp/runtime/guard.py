@@ -54,9 +54,8 @@ class Guard:
         self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
         if self.total > before:
             times = "" if self.total == before + 1 else f" {self.total - before} times"
-            tqdm.write(
-                f"up to step {step}, a loss or gradient was NaN or Inf and the update skipped{times}: {self.total} in all"
-            )
+            reason = "loss or gradient was NaN or Inf and the update skipped"
+            tqdm.write(f"up to step {step}, {reason}{times}: {self.total} in total")
 
     def hopeless(self, step: int) -> bool:
         """Whether too many of the first `step` updates were skipped to continue."""
@@ -67,13 +66,13 @@ class Guard:
 
     def load_state(self, state: dict[str, int]) -> None:
         if state.keys() != self.state().keys() or not all(type(n) is int and 0 <= n <= MOST for n in state.values()):
-            raise ValueError("its count of skipped steps")
+            raise ValueError("invalid counts of skipped steps")
         self._counts = torch.tensor([state[name] for name in self.state()], device=self._counts.device)
         self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
 
 
 class Interval:
-    """The mean loss and the largest gradient norm since the last line of metrics.jsonl, over the steps that were not skipped.
+    """The mean loss and the largest gradient norm since the last line of metrics.jsonl, without skipped steps.
 
     Kept on the device, which avoids synchronising. A loss spike between two lines shows in the largest norm.
     """
@@ -97,12 +96,9 @@ class Interval:
         return self._values.tolist()
 
     def load_state(self, state: list[float]) -> None:
-        if (
-            not isinstance(state, list)
-            or len(state) != 3
-            or not all(type(x) is float and 0 <= x < math.inf for x in state)
-        ):
-            raise ValueError("its losses since the last line of metrics.jsonl")
+        numbers = isinstance(state, list) and all(type(x) is float and 0 <= x < math.inf for x in state)
+        if not numbers or len(state) != 3:
+            raise ValueError("invalid losses since the last line of metrics.jsonl")
         self._values = torch.tensor(state, device=self._values.device)
 
 
@@ -124,11 +120,8 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
     for share, forward in forwards:
         for layer, z in enumerate(forward.hidden_states):
             if not is_finite(z):
-                return (
-                    f"the hidden state of layer {layer} became NaN or Inf first"
-                    if layer
-                    else "the embeddings became NaN or Inf first"
-                )
+                name = f"hidden state of layer {layer}" if layer else "embeddings"
+                return f"the {name} became NaN or Inf first"
         with torch.no_grad():  # one sequence at a time, as logits are large
             if not all(is_finite(model.logits(sequence)) for sequence in forward.hidden_states[-1]):
                 return "the logits became NaN or Inf first"
@@ -141,12 +134,11 @@ def first_bad_tensor(model: GPT, objective: Objective, forwards: Iterator[tuple[
     for name, p in reversed(list(model.named_parameters())):  # in the order of the backward pass
         if p.grad is not None and not is_finite(p.grad):
             return f"the gradient of {name} became NaN or Inf first"
-    return "no tensor is NaN or Inf when the step is repeated, as the weights have changed since"
+    return "no tensor is NaN or Inf when the step is repeated, since the weights have changed"
 
 
 def half_of(batch: int, error: BaseException, where: str, world: World, dropout: float = 0.0) -> int:
-    """Half the number of sequences per micro-batch, rounded up, after an out-of-memory error; other errors are
-    re-raised.
+    """Half the micro-batch size, rounded up, after an out-of-memory error; other errors are re-raised.
 
     dropout: the model's dropout probability, for the message. Raises InputError if there was only one sequence, or if
     other processes are waiting in the middle of their step.
@@ -156,8 +148,7 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
     if world.size > 1 and batch > 1:
         raise InputError(
             f"{where}: process {world.rank} is out of memory: lower --batch-size and raise --grad-accum by the same "
-            "factor, "
-            "which keeps the effective batch size, or use --shard"
+            "factor, which keeps the effective batch size, or use --shard"
         ) from None
     if batch == 1:
         raise InputError(
@@ -167,7 +158,8 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
     half = (batch + 1) // 2
     remark = ", but other random numbers for dropout" if dropout else ""
     tqdm.write(
-        f"{where}: out of memory; again with {half} sequences at a time instead of {batch}, the same batch in all{remark}"
+        f"{where}: out of memory; retrying with micro-batches of {half} sequences instead of {batch}, "
+        f"the same effective batch size{remark}"
     )
     return half
 
@@ -176,9 +168,9 @@ def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
     """Raise InputError if weights, gradients and optimiser state cannot fit in memory, before allocating them."""
     count = config.parameter_count
     needed = 16 * count / shards  # weights, gradients, two moments, in float32
-    there = memory_bytes(device)
-    if there and needed > there:
+    available = memory_bytes(device)
+    if available and needed > available:
         raise InputError(
             f"out of memory: {count:,} parameters need {needed / 2**30:,.0f} GiB with gradients and optimiser "
-            f"state, and {device.type} has {there / 2**30:,.0f} GiB: lower --n-layer or --n-embd"
+            f"state, but {device.type} has {available / 2**30:,.0f} GiB: lower --n-layer or --n-embd"
         )

@@ -10,7 +10,7 @@ from minidisp.runtime import checkpoint
 
 
 def architecture_of(source: str) -> tuple[GPTConfig, bool]:
-    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, read without its weights where
+    """The config of the model in a run folder, a checkpoint file or a Hugging Face folder, read without its weights if
     possible, and whether a run may start from it with a shorter context."""
     if hf.is_folder(source):
         return hf.read_config(hf.find_folder(source))[1], True
@@ -28,17 +28,17 @@ def architecture_of(source: str) -> tuple[GPTConfig, bool]:
 def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
     """The model named by --init-from, and the config with its architecture; the data must use its tokenizer.
 
-    Dropout comes from the config, and so does the context of a Hugging Face model if it is shorter. Raises InputError if the
-    config asks for another architecture; a field at its default asks for none.
+    Dropout is taken from the config, and so is the context of a Hugging Face model if it is shorter. Raises InputError
+    if the config sets another architecture; a field at its default does not count as set.
     """
     if hf.is_folder(config.init_from):
         source, vocabulary = hf.load(config.init_from, block_size=config.block_size)
         saved, how = source.config, f"prepare the data with --tokenizer hf:{config.init_from}"
     else:
         source, vocabulary, saved = checkpoint.load_run(config.init_from)
-        how = "prepare the data with it: --tokenizer-from"
+        how = "prepare the data with its tokenizer, --tokenizer-from"
     if vocabulary.hash != dataset.tokenizer.hash:
-        raise InputError(f"--init-from {config.init_from} has another tokenizer than {dataset.folder}: {how}")
+        raise InputError(f"--init-from {config.init_from} and {dataset.folder} have different tokenizers: {how}")
     asked, there = to_dict(config), to_dict(saved)
     # A field that a resumed run may change, such as dropout, is not part of the architecture.
     architecture = [
@@ -49,6 +49,6 @@ def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
         if asked[name] not in (field.default, there[name]) and getattr(config, name) != getattr(saved, name):
             raise InputError(
                 f"--init-from {config.init_from} has {name} {getattr(saved, name)}, not "
-                f"{getattr(config, name)}: give the same model flags"
+                f"{getattr(config, name)}: pass the same model flags"
             )
     return source, from_dict({**asked, **{field.name: there[field.name] for field in architecture}})

@@ -14,20 +14,20 @@ _CURVES = dict.fromkeys(("tokens", "seconds", "lr", "grad_norm", "tokens_per_sec
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, in order. Raises InputError naming the file and the line that is damaged.
 
-    An incomplete last line is left out: it is being written, or its writer was killed.
+    An incomplete last line is skipped: it is being written, or its writer was killed.
     """
     return [line for line, _ in metrics_lines(read_bytes(path), path)]
 
 
 def metrics_lines(content: bytes, path: Path) -> Iterator[tuple[dict, int]]:
-    """Every whole line of a metrics.jsonl with the number of bytes up to its end; see read_metrics."""
+    """Every complete line of a metrics.jsonl with the number of bytes up to its end; see read_metrics."""
     end, last_step = 0, 0
     for number, text in enumerate(content.split(b"\n")[:-1], start=1):
         end += len(text) + 1
         line = parse_json(text, f"{path}, line {number},")
         step = line.get("step") if isinstance(line, dict) else None
         if type(step) is not int or not last_step <= step < 1 << 31:
-            raise InputError(f"{path}, line {number}, is damaged: it has no step, or one smaller than the line before")
+            raise InputError(f"{path}, line {number}, is damaged: its step is missing, or below the previous one")
         if wrong := _wrong_value(line):
             raise InputError(f"{path}, line {number}, is damaged: {wrong} is missing or of the wrong type")
         last_step = step
@@ -44,14 +44,14 @@ def _wrong_value(line: dict) -> str | None:
     required = {"loss": ("loss", "ce"), "val_loss": depths.keys() - {"loss", "ce", *_CURVES}}
     needed = {name for key, names in required.items() if key in line for name in names}
     for name, depth in depths.items():
-        # Axes overflow near the end of float64; a perplexity, which no figure draws, gets there at a loss of 691 nats.
+        # Plot axes overflow near the float64 maximum; perplexity, which is not drawn, gets there at a loss of 691 nats.
         largest = sys.float_info.max if name == "perplexity" else 1e300
         if name in line and not _is_numbers(line[name], depth, largest):
             return name
         if name in needed and name not in line:
             return name
     if "val_loss" in line:
-        if line["val_loss"] is None:  # such an evaluation ends the run
+        if line["val_loss"] is None:  # a run ends at such an evaluation, without logging it
             return "val_loss"
         cosines, histogram = line["mean_cosine_by_layer"], line["histogram_by_layer"]
         if len(cosines) < 2:
@@ -62,7 +62,7 @@ def _wrong_value(line: dict) -> str | None:
 
 
 def _is_numbers(value, depth: int, largest: float) -> bool:
-    """Whether this is a number up to `largest`, or None for one that is not finite; with depth > 0, a list of such."""
+    """Whether this is a number up to `largest`, or None (NaN or Inf); with depth > 0, a nested list of those."""
     if depth:
         return isinstance(value, list) and all(_is_numbers(item, depth - 1, largest) for item in value)
     return value is None or (type(value) in (int, float) and abs(value) <= largest)

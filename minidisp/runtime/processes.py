@@ -1,4 +1,4 @@
-"""Several processes that train one run: how they meet, what they must agree on, and how gradients and weights are shared."""
+"""Several processes that train one run: rendezvous, agreement on settings, and sharing of gradients and weights."""
 
 import os
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from minidisp import InputError, printable
 from minidisp.model import GPT
 
-PATIENCE = timedelta(minutes=10)  # how long a process waits for another one that does not answer
+PATIENCE = timedelta(minutes=10)  # how long a process waits for one that does not respond
 
-# Variables that other launchers set: (number of processes, rank, rank on this machine). The address is missing among them.
+# Variables that other launchers set: (number of processes, rank, rank on this machine). They do not set an address.
 OTHER_LAUNCHERS = {
     "srun": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -26,7 +26,7 @@ OTHER_LAUNCHERS = {
 def is_launched() -> bool:
     """Whether this process was started as one of several, by torchrun or by a launcher that sets the same variables.
 
-    Raises InputError if only some of the variables are set, or only those of another launcher.
+    Raises InputError if only some of these variables are set, or only those of another launcher.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
@@ -34,11 +34,11 @@ def is_launched() -> bool:
         for name in ("RANK", "WORLD_SIZE"):
             if not os.environ.get(name, "").isdecimal():
                 raise InputError(
-                    f"{name} is {os.environ.get(name, 'not set')}, but several processes need RANK, WORLD_SIZE and MASTER_ADDR "
-                    "(and LOCAL_RANK with several GPUs): set them all, or use torchrun"
+                    f"{name} is {os.environ.get(name, 'not set')}, but several processes need RANK, WORLD_SIZE and "
+                    "MASTER_ADDR (and LOCAL_RANK with several GPUs): set them all, or use torchrun"
                 )
         if int(os.environ["WORLD_SIZE"]) > 1 and not os.environ.get("MASTER_ADDR"):
-            raise InputError("WORLD_SIZE is set and MASTER_ADDR is not: name the host of the process with RANK 0")
+            raise InputError("WORLD_SIZE is set, but MASTER_ADDR is not: set it to the host of the process with RANK 0")
         for name in ("LOCAL_RANK", "MASTER_PORT"):
             if not os.environ.get(name, "0").isdecimal():
                 raise InputError(f"{name} is {os.environ[name] or 'empty'}, but must be a number, or not set")
@@ -48,18 +48,18 @@ def is_launched() -> bool:
     for launcher, (size, rank, local_rank) in OTHER_LAUNCHERS.items():
         if rank in os.environ and os.environ.get(size, "1") not in ("", "1"):
             raise InputError(
-                f"{launcher} started {os.environ[size]} processes, and each would train alone: {launcher} bash -c 'RANK=${rank} "
-                f"WORLD_SIZE=${size} LOCAL_RANK=${local_rank} python train.py ...', with MASTER_ADDR set to the first host, lets them "
-                f"train together, and so does torchrun; for one alone, unset {size}"
+                f"{launcher} started {os.environ[size]} processes, but each would train on its own: use torchrun, or "
+                f"set MASTER_ADDR to the first host and run {launcher} bash -c 'RANK=${rank} WORLD_SIZE=${size} "
+                f"LOCAL_RANK=${local_rank} python train.py ...'; to train in one process, unset {size}"
             )
     return False
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and which one this is; by default, one that is alone.
+    """The processes that train together, and the rank of this one; by default, a single process.
 
-    Every process must come to the same calls of mean, sum, max, barrier, gather and main_first, in the same order.
+    Every process must make the same calls of mean, sum, max, barrier, gather and main_first, in the same order.
     """
 
     rank: int = 0
@@ -75,7 +75,7 @@ class World:
         import torch.distributed as dist
 
         os.environ.setdefault("MASTER_PORT", "29500")
-        # NCCL for tensors on GPUs, gloo for what the processes agree on through the CPU.
+        # NCCL for tensors on GPUs, gloo for values on the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
@@ -108,13 +108,13 @@ class World:
         """How many of a step's sequences this process takes. Raises InputError if they cannot be shared evenly."""
         if sequences % self.size:
             raise InputError(
-                f"batch_size x grad_accum is {sequences} sequences per step, which {self.size} processes cannot share evenly: "
-                "change one of them"
+                f"batch_size x grad_accum is {sequences} sequences per step, which {self.size} processes cannot share "
+                "evenly: change one of them"
             )
         return sequences // self.size
 
     def mean(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The means over the processes of those values that are tensors (scalars): all others are the same everywhere."""
+        """Average the scalar tensors among the values over the processes; the other values are equal in all of them."""
         if self.size == 1:
             return values
         import torch.distributed as dist
@@ -135,7 +135,7 @@ class World:
         return total
 
     def max(self, number: int) -> int:
-        """The maximum over the processes, found through the CPU without synchronising with a device."""
+        """The maximum over the processes, exchanged on the CPU, without synchronising with a GPU."""
         if self.size == 1:
             return number
         import torch.distributed as dist
@@ -172,11 +172,12 @@ class World:
                 if main.get(name) != other.get(name):
                     raise InputError(
                         f"the processes differ in {name}: {printable(repr(main.get(name)), 80)} in process 0, "
-                        f"{printable(repr(other.get(name)), 80)} in process {rank}; start all with the same command, code and files"
+                        f"{printable(repr(other.get(name)), 80)} in process {rank}; start all with the same "
+                        "command, code and files"
                     )
 
     def main_first(self, what: str, work: Callable[[], Any]) -> Any:
-        """Call work() in the main process, then in the others, which find its results on the disk; it may take days."""
+        """Call work() in the main process, then in the others, which find its results on disk. It may take days."""
         if not self.launched:
             return work()
         if not self.main:
@@ -192,7 +193,7 @@ class World:
 
         try:
             return not self.launched or self.store.add("messages", 1) == 1
-        except dist.DistError:  # the process that kept the store has ended, with a message
+        except dist.DistError:  # the process that hosts the store has ended, and has printed its error
             return False
 
 
@@ -202,9 +203,9 @@ ALONE = World()
 def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World, compiled: bool) -> None:
     """Split weights, gradients and optimiser states over the processes (FSDP2): each block, then the rest.
 
-    dtype: the compute dtype. compiled: whether to compile the blocks. A graph of the whole model would break before and after
-    each block, where FSDP gathers its weights; all blocks share one graph. Raises InputError for float16, whose gradient
-    scale is not sharded.
+    dtype: the compute dtype. compiled: whether to compile the blocks, which share one graph; a graph of the whole model
+    would break before and after each block, where FSDP gathers its weights. Raises InputError for float16, whose
+    gradient scale is not sharded.
     """
     if dtype == torch.float16:
         raise InputError("--shard --dtype float16: the gradient scale is not sharded; use bfloat16 or float32")
@@ -220,14 +221,14 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World, co
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model with the same weights in all processes, those of the main one, and gradients averaged over them (DDP)."""
+    """Wrap the model in DDP: all processes start with the weights of the main one and average their gradients."""
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    wrapped.require_forward_param_sync = False  # of buffers, which never change
+    wrapped.require_forward_param_sync = False  # only for buffers, which never change
     return wrapped
 
 
 def set_gradient_sync(trained: nn.Module, model: GPT, on: bool) -> None:
-    """Set whether the next backward pass averages the gradients over the processes, or only accumulates its own."""
+    """Set whether the next backward pass averages gradients over the processes, or only accumulates them locally."""
     if isinstance(trained, nn.parallel.DistributedDataParallel):
         trained.require_backward_grad_sync = on
     else:
@@ -235,7 +236,7 @@ def set_gradient_sync(trained: nn.Module, model: GPT, on: bool) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a process failed because it could not reach another one. NCCL raises DistError, gloo only has messages."""
+    """Whether a process failed because it could not reach another one: DistError with NCCL, only words with gloo."""
     import torch.distributed as dist
 
     signs = (

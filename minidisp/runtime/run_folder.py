@@ -1,7 +1,7 @@
 """The folder of a run: who may write to it, what a run starts or resumes from, and what is written there.
 
-config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt, ckpt_ema.pt (with
---ema), tokenizer.model, summary.json, figures/. One process writes; of several that train together, the main one.
+It holds config.json, metrics.jsonl (one JSON object per logged step and per evaluation), ckpt_last.pt, ckpt_best.pt,
+ckpt_ema.pt (with --ema), tokenizer.model, summary.json and figures/. Only the main process writes to it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from minidisp.runtime.metrics_log import metrics_lines, read_metrics
 from minidisp.runtime.processes import World
 from minidisp.template import FILE as TEMPLATE
 
-# The files of a run folder beside config.json and checkpoints.
+# The files of a run folder in addition to config.json and checkpoints.
 FIGURES = tuple(f"figures/{name}.png" for name in ("loss", "cosine", "heatmap"))
 OWN_FILES = ("metrics.jsonl", "summary.json", "tokenizer.model", TEMPLATE, *FIGURES)
 OWN_FOLDERS = ("figures", "tensorboard", "wandb")
@@ -34,7 +34,7 @@ REPLACED = "config.json.tmp"  # where config.json is while a run is replaced; wr
 class RunFolder:
     """The folder of one run, from the check that it may be used to the last file. Raises InputError if it may not.
 
-    loggers: what else is told each line of metrics.jsonl; see report.loggers.
+    loggers: also receive each line of metrics.jsonl; see report.loggers.
     """
 
     def __init__(self, config: Config, world: World, at_exit: ExitStack, loggers: Sequence = ()):
@@ -42,7 +42,7 @@ class RunFolder:
         self._say = warn if world.main else lambda text: None
         self._metrics: BinaryIO | None = None
         self._logged = -1  # step of the last line of metrics.jsonl
-        self._later_best = False  # ckpt_best.pt is of a step that --resume takes again
+        self._later_best = False  # ckpt_best.pt is from a step that --resume repeats
         self._loggers = loggers if world.main else ()
         if world.main:
             refuse_occupied(self.path, config)
@@ -50,10 +50,11 @@ class RunFolder:
     def read_checkpoint(
         self, config: Config, dataset: Dataset, teacher_hash: str | None
     ) -> tuple[dict, Path, list[str]] | None:
-        """What --resume continues from: the state, its file, and in words what is changed on purpose; None if there is none yet.
+        """The checkpoint that --resume continues from: its state, its path, and the settings that changed, in words;
+        None if there is none yet.
 
-        Locks the folder. Raises InputError if the run was another one, if its checkpoints are gone or damaged, or if the
-        processes do not have the same data.
+        Locks the folder. Raises InputError if the run does not match, if its checkpoints are missing or damaged, or if
+        the processes do not have the same data.
         """
         self._world.agree({"--data": dataset.hash, "tokenizer": dataset.tokenizer.hash, "--distill": teacher_hash})
         if not config.resume:
@@ -73,8 +74,9 @@ class RunFolder:
             before = state.get("logged", 0)  # flushed to disk before the checkpoint was written; not in old checkpoints
             if type(before) is not int or last < before:
                 raise InputError(
-                    f"--resume: {path} was saved after step {before!a:.20} was logged, but {self.path / 'metrics.jsonl'} ends at "
-                    f"step {last}: they are not of one run, or lines are lost; restore it, or start again with --overwrite"
+                    f"--resume: {path} was saved after step {before!a:.20} was logged, but "
+                    f"{self.path / 'metrics.jsonl'} ends at step {last}: they are from different runs, or lines are "
+                    "missing; restore the file, or start over with --overwrite"
                 )
             if self._best_is_later(state["step"], logged):
                 self._later_best, state["best_val_loss"] = True, math.inf
@@ -82,31 +84,32 @@ class RunFolder:
         saved = read_json(self.path / "config.json")
         if last > saved.get("save_every", config.save_every):
             raise InputError(
-                f"--resume: {self.path} got to step {last}, but its checkpoints are gone, or none was good; --overwrite starts it again"
+                f"--resume: {self.path} reached step {last}, but has no usable checkpoint; start over with --overwrite"
             )
         self._say(f"{self.path} was stopped before its first checkpoint: it starts again at step 0")
         return None
 
     def _check_shards(self, dataset: Dataset) -> None:
-        """Read the corpus if its files have been written to since the run began. InputError if a shard has changed."""
+        """Verify the corpus if its files were modified after the run's start. Raises InputError if a shard differs."""
         saved = self.path / "config.json"
         environment = read_json(saved).get("environment") if saved.exists() else None
         known = environment.get("data_files") if isinstance(environment, dict) else None
         if known != dataset.files_state:
-            self._say(f"checking the shards of {dataset.folder}: their times are not those of this run's start")
+            self._say(f"checking the shards of {dataset.folder}: their times have changed since this run started")
             dataset.verify()
 
     def _best_is_later(self, step: int, logged: list[dict]) -> bool:
-        """Whether ckpt_best.pt is of an evaluation after that step, which will be repeated and may come out otherwise."""
+        """Whether ckpt_best.pt is from an evaluation after that step, which will be repeated and may give another
+        loss."""
         if not any("val_loss" in line and line["step"] > step for line in logged):
             return False
         try:
             return checkpoint.read(self.path / checkpoint.BEST)["step"] > step
-        except InputError:  # there is none that could be used
+        except InputError:  # missing or damaged
             return False
 
     def begin(self, config: Config, dataset: Dataset, device: torch.device, saved_step: int | None) -> int | None:
-        """Write the first files of a run, or cut off what was logged after its checkpoint, at saved_step.
+        """Write the first files of a run, or remove what was logged after its checkpoint, at saved_step.
 
         Returns the step of the last evaluation that is kept, if any; the same in all processes.
         """
@@ -119,9 +122,8 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._open_metrics()
                 refuse_occupied(self.path, config)  # again, now that the folder is locked
-            self._open_loggers(
-                config, saved_step, outside=True
-            )  # this may fail, so it comes before anything is removed
+            # These may fail, so they are opened before anything is removed.
+            self._open_loggers(config, saved_step, outside=True)
             files.remove_unfinished(self.path)
             if config.resume:
                 self._logged, last_eval = rewind_metrics(self._metrics, -1 if saved_step is None else saved_step)
@@ -147,7 +149,7 @@ class RunFolder:
         self._metrics = self._at_exit.enter_context(files.open_log(self.path / "metrics.jsonl", warn))
 
     def log(self, line: dict) -> None:
-        """Append a line to metrics.jsonl and hand it to the other loggers."""
+        """Append a line to metrics.jsonl and pass it to the other loggers."""
         if self._world.main:
             self._refuse_replaced()
             files.append_line(self._metrics, files.to_json(line))
@@ -156,11 +158,12 @@ class RunFolder:
                 logger.log(line)
 
     def save(self, state: dict) -> None:
-        """Write ckpt_last.pt, and with --keep a numbered one. Every process calls it, since each has a share of the state."""
+        """Write ckpt_last.pt, and with --keep a numbered checkpoint. Every process calls it: each has part of the
+        state."""
         state = checkpoint.gathered(state, self._world.main)
         if self._world.main:
             self._refuse_replaced()
-            os.fsync(self._metrics.fileno())  # a checkpoint never knows of more steps than metrics.jsonl
+            os.fsync(self._metrics.fileno())  # metrics.jsonl must never be behind a checkpoint
             checkpoint.save(self.path, {**state, "logged": self._logged}, state["step"], self._config.keep)
 
     def save_weights(self, name: str, weights: dict, step: int, **scores: float) -> None:
@@ -172,11 +175,10 @@ class RunFolder:
             checkpoint.write(self.path / name, state)
 
     def _refuse_replaced(self) -> None:
-        """Raise InputError if the folder was removed or replaced while this process trained: it may be another run's by now."""
+        """Raise InputError if the folder was removed or replaced during training: it may belong to another run by
+        now."""
         if not files.is_still(self._metrics):
-            raise InputError(
-                f"{self.path} was removed or replaced while this process trained into it: nothing more is written there"
-            )
+            raise InputError(f"{self.path} was removed or replaced during training: nothing more is written to it")
 
     def close_loggers(self) -> None:
         for logger in self._loggers:
@@ -184,7 +186,7 @@ class RunFolder:
 
 
 def refuse_occupied(run: Path, config: Config) -> None:
-    """Raise InputError if the folder holds a run that would be lost, lacks one to resume, or leads elsewhere by links."""
+    """Raise InputError if the folder holds a run that would be lost, has none to resume, or contains links."""
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is not a folder: give another --out")
     if (run / "meta.json").exists() or any(run.glob("*.safetensors")):
@@ -193,13 +195,13 @@ def refuse_occupied(run: Path, config: Config) -> None:
         raise InputError(f"{link} is a link: a run writes only into folders of its own; remove the link")
     occupied = (run / "config.json").exists() or (run / REPLACED).exists() or any(run.glob("ckpt_*.pt"))
     if not occupied and (foreign := next((name for name in OWN_FILES if _has(run / name)), None)):
-        raise InputError(f"{run} is no run, but holds {foreign}, which would be lost: give another --out")
+        raise InputError(f"{run} is not a run folder, but has a {foreign}, which would be lost: give another --out")
     if config.resume and not occupied:
-        raise InputError(f"--resume: {run} holds no run; leave out --resume, or name the run's folder with --out")
+        raise InputError(f"--resume: {run} holds no run; omit --resume, or pass the run's folder with --out")
     if occupied and not config.overwrite and not (run / "config.json").exists():
         raise InputError(
             f"{run} has no config.json: it was being replaced when the process was stopped, or a file was removed; add "
-            "--overwrite to start the run again, or give another --out"
+            "--overwrite to start over, or give another --out"
         )
     if occupied and not config.resume and not config.overwrite:
         raise InputError(
@@ -208,17 +210,17 @@ def refuse_occupied(run: Path, config: Config) -> None:
 
 
 def _has(path: Path) -> bool:
-    """Whether there is something to lose."""
+    """Whether the file exists and is not empty."""
     return path.exists() and path.stat().st_size > 0
 
 
 def remove_run(run: Path, metrics: BinaryIO, but: str) -> None:
     """Remove the files of an earlier run, and nothing else that may be in the folder.
 
-    Its config.json goes first, so that --resume cannot continue a run that was being replaced. Under its other name it
-    shows, until the new one is written, that the folder belongs to a run, so that --overwrite can be repeated.
+    Its config.json is renamed first, so that --resume cannot continue a run that was being replaced. Until the new one
+    is written, the renamed file marks the folder as a run, so that --overwrite can be repeated.
 
-    metrics: the open metrics.jsonl. but: the name of a file that is new already.
+    metrics: the open metrics.jsonl. but: the name of a file that is already new, and stays.
     """
     if (run / "config.json").exists():
         os.replace(run / "config.json", run / REPLACED)
@@ -233,29 +235,29 @@ def remove_run(run: Path, metrics: BinaryIO, but: str) -> None:
 def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash: str | None, path: Path) -> list[str]:
     """The settings that differ from the checkpoint's and affect training, each in words.
 
-    Raises InputError naming the first one that must not differ: the architecture, the data, the tokenizer, the teacher, the
-    seed, the optimiser, and the sequences per step, which determine the position in the data.
+    Raises InputError naming the first one that must not differ: the architecture, the data, the tokenizer, the teacher,
+    the seed, the optimiser, and the sequences per step, which determine the position in the data.
     """
     try:
         saved = from_dict(state["config"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if state["tokenizer_hash"] != dataset.tokenizer.hash:
-        raise InputError(f"--resume: {path} was trained with another tokenizer than that of --data {dataset.folder}")
+        raise InputError(
+            f"--resume: {path} was trained with a different tokenizer from that of --data {dataset.folder}"
+        )
     if state["data_hash"] != dataset.hash:
-        raise InputError(f"--resume: {path} was trained on other data than --data {dataset.folder} holds now")
+        raise InputError(f"--resume: {path} was trained on different data from that now in --data {dataset.folder}")
     if saved.batch_size * saved.grad_accum != config.batch_size * config.grad_accum:
         raise InputError(
             f"--resume: batch_size x grad_accum is {saved.batch_size} x {saved.grad_accum} in {path}, but "
-            f"{config.batch_size} x {config.grad_accum} is asked for; keep the product, which determines the position in the data"
+            f"{config.batch_size} x {config.grad_accum} here; keep the product, which sets the position in the data"
         )
     if state["step"] > config.max_steps:
-        raise InputError(
-            f"--resume: {path} is of step {state['step']}, which --max-steps {config.max_steps} would not reach"
-        )
+        raise InputError(f"--resume: {path} is at step {state['step']}, which is beyond --max-steps {config.max_steps}")
     taught_by = state.get("teacher_hash")
     if not isinstance(taught_by, str | None) or taught_by != teacher_hash:
-        raise InputError(f"--resume: {path} was not trained with what is now in --distill {config.distill}")
+        raise InputError(f"--resume: {path} was not trained with the teacher that is now --distill {config.distill}")
     changed = []
     weights, saved_weights = ([weight for _, weight in each.corpora] for each in (config, saved))
     if weights != saved_weights:  # the corpora are the same, by their hashes
@@ -267,20 +269,18 @@ def changed_settings(state: dict, config: Config, dataset: Dataset, teacher_hash
         if before == now or may_change == "silent":
             continue
         if may_change == "refused":
-            raise InputError(
-                f"--resume: {field.name} is {before} in {path}, but {now} is asked for; leave it as it was"
-            )
+            raise InputError(f"--resume: {field.name} is {before} in {path}, but {now} here; keep the saved value")
         stretched = field.name == "max_steps" and config.schedule != "constant"
-        words = f" (its {config.schedule} schedule, too)" if stretched else ""
+        words = f" (this also changes the {config.schedule} schedule)" if stretched else ""
         changed.append(f"{field.name} {now} instead of {before}{words}")
     checkpoint.refuse_misfit(state, config, path)
     return changed
 
 
 def changed_dropout(state: dict, config: Config, micro_batch: int, processes: int) -> list[str]:
-    """What changes the random numbers of dropout, which depend on the sequences that go through the model together, in words.
+    """The changes that affect dropout's random numbers, each in words. These depend on the sequences per forward pass.
 
-    state: of the checkpoint. micro_batch: sequences at a time from here on.
+    state: of the checkpoint. micro_batch: sequences per forward pass from here on.
     """
     if not config.dropout:
         return []
@@ -294,10 +294,10 @@ def changed_dropout(state: dict, config: Config, micro_batch: int, processes: in
 
 
 def rewind_metrics(file: BinaryIO, step: int) -> tuple[int, int | None]:
-    """Cut off the lines after `step`, which will be run again, and a torn one; returns the steps of the last line and of the
-    last evaluation that stay (-1 and None if there is none).
+    """Remove the lines after `step`, which will be repeated, and an incomplete last line; returns the steps of the last
+    line and of the last evaluation that remain (-1 and None if there is none).
 
-    In place: if the cut is interrupted, the next --resume repeats it.
+    The file is truncated in place: if this is interrupted, the next --resume repeats it.
     """
     path = Path(file.name)
     last, last_eval, keep = -1, None, 0
