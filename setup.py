@@ -1,8 +1,7 @@
-"""Builds the extension ahead: pip install --no-build-isolation -e ..
+"""Prebuilds the extension: pip install --no-build-isolation -e .
 
-Without torch, or without a compiler, only the Python part is installed; minidisp/ops/ then builds on first use, or
-streams.
-MINIDISP_BUILD=0 leaves the extension out, MINIDISP_BUILD=1 makes its failure an error.
+Without torch or a compiler, only the Python part is installed; minidisp/ops/ then builds the extension on first use, or
+uses the streamed implementation. MINIDISP_BUILD=0 skips the extension, MINIDISP_BUILD=1 makes a failed build an error.
 """
 
 import os
@@ -13,19 +12,18 @@ from pathlib import Path
 
 import setuptools
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # whose complaint about pyproject.toml would be a page long
+if int(setuptools.__version__.split(".")[0]) < 77:  # would fail with a page of errors about pyproject.toml
     sys.exit(
-        f"minidisp needs setuptools 77 or later to be installed, not {setuptools.__version__}: "
-        "leave out --no-build-isolation, or pip install -U setuptools torch first"
+        f"installing minidisp needs setuptools 77 or later, not {setuptools.__version__}: "
+        "omit --no-build-isolation, or run pip install -U setuptools torch first"
     )
 
 
 def compiler_environment(command: list[str], folder: Path) -> dict[str, str]:
-    """What makes torch compile with a command. Writes a script into folder.
+    """The environment that makes torch compile with `command`. Writes a script into folder.
 
-    torch takes CXX for the path of one program. A script in the path can be any command, and its name has no spaces.
-    Nothing is put before it that CXX does not say: torch would put ccache there. That it works is seen from what it
-    makes: torch would ask the first word for its version.
+    torch expects CXX to be the path of one program. A script in PATH can run any command, and its name has no spaces.
+    The other variables stop torch from prepending ccache, and from asking the first word of CXX for its version.
     """
     script = folder / "minidisp-c++"
     script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
@@ -35,7 +33,7 @@ def compiler_environment(command: list[str], folder: Path) -> dict[str, str]:
 
 
 def extension(tools: Path) -> dict:
-    """What setup() needs to build the extension. tools: an empty folder that is there while it does."""
+    """The arguments with which setup() builds the extension. tools: an empty folder that exists during the build."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -56,8 +54,8 @@ def extension(tools: Path) -> dict:
             "nvcc": list(build.NVCC_FLAGS),
         },
         extra_link_args=["-fopenmp", "-s"],
-        py_limited_api=True,  # nothing in it is Python's: a wheel serves every version
-        optional=os.environ.get("MINIDISP_BUILD") != "1",  # a failed build is a warning
+        py_limited_api=True,  # uses no Python API, so one wheel serves every version
+        optional=os.environ.get("MINIDISP_BUILD") != "1",  # a failed build is only a warning
     )
     return {
         "ext_modules": [module],

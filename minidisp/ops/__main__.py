@@ -1,8 +1,8 @@
-"""Which implementation of the dispersion loss runs here, why, and whether it computes what it should.
+"""Show which implementation of the dispersion loss runs here and why, and test that it computes the right values.
 
     python -m minidisp.ops
 
-Builds the extension, if need be. Exit code 0, or 1 if a self-test failed.
+Builds the extension if necessary. Exit code 0, or 1 if a self-test failed.
 """
 
 import itertools
@@ -21,32 +21,32 @@ from minidisp.ops import TRY_AGAIN, build, dispersion, registered
 from minidisp.ops.streamed import float32_precision
 from minidisp.runtime.cli import Parser, exit_code, take_over
 
-# The largest error that passes: of the loss, relative to 1 + |loss|, and of the gradient, relative to its norm.
+# Tolerances: of the loss, relative to 1 + |loss|, and of the gradient, relative to its norm.
 EXACT, TENSOR_CORES, STEEP = (1e-5, 1e-5), (1e-4, 2e-3), (1e-5, 3e-4)
-SMALL_TAU = 1e-3  # STEEP: an error of a cosine counts 1 / (pi tau) times
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # of the gradient, which comes in z's type
+SMALL_TAU = 1e-3  # uses STEEP, since 1 / (pi tau) multiplies the error of a cosine
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # of the gradient, which has z's dtype
 
 
 def self_test(impl: str, device: str) -> tuple[str, bool]:
-    """One line with the errors of fused or streamed per dtype, and whether they are small enough.
+    """One line with the errors of fused or streamed per dtype, and whether they are within the tolerances.
 
-    The truth is computed on the CPU in float64, by the reference, or by the streamed form where that would need too
-    much memory. Fused is held against it at both float32 matmul precisions: "highest", and "high", which allows tensor
-    cores and matrix tiles, and with which train.py trains on a GPU. Twice the same input must give the same bits. On a
-    GPU, fused means the operator of the output layer's loss, too.
+    The expected values are computed on the CPU in float64, by the reference, or by the streamed implementation where
+    the reference would need too much memory. Fused is tested at two float32 matmul precisions: "highest", and "high",
+    which allows tensor cores and AMX tiles, and which train.py uses on a GPU. Running twice on the same input must give
+    the same bits. On a GPU, fused includes the cross-entropy operator.
     """
     fused_on_gpu = impl == "fused" and torch.device(device).type == "cuda"
-    # Several tiles and groups of features; features that can be read in pieces of 16 bytes, and that cannot.
+    # Several tiles and groups of features; with features that can and cannot be read 16 bytes at a time.
     cases = [(shape, tau) for shape in ((1, 150, 200), (2, 270, 33)) for tau in (1.0, SMALL_TAU)]
     if fused_on_gpu:
-        cases.append(((1, 4200, 96), 1.0))  # in strips
-    shares = dict.fromkeys(ROUNDING, 0.0)  # the largest errors, as shares of what passes
+        cases.append(((1, 4200, 96), 1.0))  # computed blockwise
+    shares = dict.fromkeys(ROUNDING, 0.0)  # the largest errors, relative to the tolerance
     repeats = True
     for shape, tau in cases:
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # numbers that all dtypes hold
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # exact in all dtypes
         for variant in dispersion.FUSED_VARIANTS if impl == "fused" else dispersion.STREAMED_VARIANTS:
             if tau < 1 and variant not in ("angular_spread", "l2_repel"):
-                continue  # has no tau, or at this one no gradient
+                continue  # has no tau, or a zero gradient at this one
             exact = z.double().requires_grad_()
             truth = dispersion_loss(exact, variant, tau, impl="reference" if shape[1] < 1000 else "streamed")
             (gradient,) = torch.autograd.grad(truth, exact)
@@ -70,15 +70,15 @@ def self_test(impl: str, device: str) -> tuple[str, bool]:
             shares[dtype] = max(shares[dtype], share)
     passed = repeats and max(shares.values()) < 1
     found = ", ".join(f"{str(dtype).removeprefix('torch.')} {share:.0%}" for dtype, share in shares.items())
-    text = f"self-test of {impl}: errors, of what passes, {found}"
-    text += "" if repeats else "; the same input gives different numbers"
+    text = f"self-test of {impl}: largest error relative to the tolerance, {found}"
+    text += "" if repeats else "; the same input gives different results"
     return f"{text}: {'passed' if passed else 'FAILED'}", passed
 
 
 def cross_entropy_errors(device: str) -> dict[torch.dtype, float]:
-    """Per dtype the error of the operator of the output layer's loss, as a share of what passes."""
+    """The error of the cross-entropy operator per dtype, relative to the tolerance."""
     shares = {}
-    for dtype, columns in itertools.product(ROUNDING, (5000, 4999)):  # rows in pieces of 16 bytes, with a rest and not
+    for dtype, columns in itertools.product(ROUNDING, (5000, 4999)):  # rows of whole 16-byte units, or not
         logits = 3 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
         targets = torch.arange(-1, 39) * 101 % columns
         targets[3] = -1
@@ -96,16 +96,16 @@ def cross_entropy_errors(device: str) -> dict[torch.dtype, float]:
 
 
 def _loss_and_gradient(impl: str, z: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
-    """On the CPU, in float64."""
+    """Both on the CPU, in float64."""
     z.requires_grad_()
     loss = dispersion.run(impl, z, variant, tau, 0.25, 1e-2)
-    scale = 2**16 * tau  # or float16 would underflow
+    scale = 2**16 * tau  # otherwise float16 would underflow
     (grad,) = torch.autograd.grad(scale * loss, z)
     return loss.detach().cpu().double(), grad.cpu().double() / scale
 
 
 def diagnosis() -> tuple[str, bool]:
-    """What python -m minidisp.ops prints, and whether the self-tests passed. Builds the extension, if need be."""
+    """The output of python -m minidisp.ops, and whether the self-tests passed. Builds the extension if necessary."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU visible"
     lines = [
         f"torch     {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
@@ -131,7 +131,7 @@ def diagnosis() -> tuple[str, bool]:
 
 
 def check(device: str) -> int:
-    """Self-test the CUDA kernels; returns the exit code, TRY_AGAIN if card or memory was not to be had."""
+    """Self-test the CUDA kernels; returns the exit code, TRY_AGAIN if the GPU is in use or out of memory."""
     try:
         torch.cuda.set_device(device)
         build.find()
@@ -150,7 +150,7 @@ def check(device: str) -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["check"]:  # in a process of its own, which ops.check_cuda starts
+    if sys.argv[1:2] == ["check"]:  # in the child process of ops.check_cuda
         take_over()
         return check(sys.argv[2])
     good = True

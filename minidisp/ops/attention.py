@@ -1,13 +1,14 @@
-"""Causal self-attention, and the one place that chooses what computes it.
+"""Causal self-attention, and the choice of its implementation.
 
-    minidisp::causal_attention           fused: C++ in csrc/, on a CPU, float32 and bfloat16, heads of up to 256 channels
+    minidisp::causal_attention           fused: C++ in csrc/, on a CPU, float32 and bfloat16, head dimension up to 256
     minidisp::causal_attention_backward  its gradient
     torch                                scaled_dot_product_attention: everything else
 
-The operator reads queries, keys and values from one tensor, as a linear layer makes it, and its gradient is written there
-as one tensor too. Scores are scaled by 1 / sqrt(D). Under autocast it computes in autocast's dtype, like torch's.
-choose() says what would run, and why not the operator. MINIDISP_CPU=baseline|avx2|avx512|amx names the best instructions
-that the operator may use; the results of float32 differ in rounding only.
+The operator reads queries, keys and values from a single tensor, the output of one linear layer, and returns their
+gradient as one tensor too. Scores are scaled by 1 / sqrt(D). Under autocast it computes in autocast's dtype, like
+torch. choose() returns the implementation that would run, and why it is not the operator.
+MINIDISP_CPU=baseline|avx2|avx512|amx sets the highest instruction set that the operator may use; float32 results differ
+only in rounding.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from minidisp.ops import registered
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 FUSED_MOST_WIDTH = 256  # channels of a head
 
-# How a cache takes part: what adds keys and values, (B, n_kv_head, T, D) each, to those kept before and returns all; and
-# which of all a token sees, (B, 1, T, T) bool, or None: all before it.
+# A KV cache: a function that appends keys and values, (B, n_kv_head, T, D) each, to the cached ones and returns all;
+# and a mask of those that a token attends to, (B, 1, T, T) bool, or None for all up to the token.
 Kept = tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor | None]
 
 
@@ -38,24 +39,24 @@ def _fake_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: 
 
 def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or backward is handed zeros for its gradient
+    ctx.set_materialize_grads(False)  # otherwise backward would allocate zeros for the gradient of lse
     ctx.save_for_backward(inputs[0], *output)
     ctx.heads = inputs[1:]
 
 
 def _backward(ctx, grad: Tensor | None, _):
-    if grad is None:  # what uses the output has no gradient
+    if grad is None:  # no gradient flows into the output
         return None, None, None
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
-            "the attention operator has no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start"
+            "the attention operator has no second derivative: for create_graph=True, start with MINIDISP_FUSED=0"
         )
     return torch.ops.minidisp.causal_attention_backward(grad, *ctx.saved_tensors, *ctx.heads), None, None
 
 
 # qkv (B, T, (n_head + 2 n_kv_head) D): per token the queries, the keys and the values, float32 or bfloat16, rows at any
-# stride. Returns the output (B, T, n_head D) and the log-sum-exp of the scaled scores, float32 (B, n_head, T), from which
-# backward computes the gradient of qkv.
+# stride. Returns the output (B, T, n_head D) and, for backward, the log-sum-exp of the scaled scores, float32
+# (B, n_head, T).
 torch.library.define("minidisp::causal_attention", "(Tensor qkv, int n_head, int n_kv_head) -> (Tensor, Tensor)")
 torch.library.define(
     "minidisp::causal_attention_backward",
@@ -69,7 +70,7 @@ torch.library.define("minidisp::instruction_set", "() -> str")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x have: autocast's where it is on, or its own."""
+    """The dtype in which matrix products of x are computed: autocast's if enabled, otherwise that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
@@ -77,23 +78,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def choose(
     dtype: torch.dtype, device_type: str, width: int, dropout: float = 0.0, cached: bool = False
 ) -> tuple[str, str]:
-    """What computes attention, "fused" or "torch", and why not the former. Nothing is looked for or built.
+    """The implementation of attention, "fused" or "torch", and why it is not fused. Does not look for the extension.
 
-    dtype: in which it is computed, autocast's where autocast is on. width: channels of a head, D.
+    dtype: the compute dtype, autocast's if enabled. width: channels of a head, D.
     """
     if device_type != "cpu":
         return "torch", f"the operator does not run on {device_type}"
     if cached or dropout > 0:
-        return "torch", "the operator has no " + ("cache" if cached else "dropout")
+        return "torch", "the operator does not support " + ("a cache" if cached else "dropout")
     if dtype not in FUSED_DTYPES:
-        return "torch", f"the operator does not compute in {str(dtype).removeprefix('torch.')}"
+        return "torch", f"the operator does not support {str(dtype).removeprefix('torch.')}"
     if width > FUSED_MOST_WIDTH:
-        return "torch", f"the operator has no heads of more than {FUSED_MOST_WIDTH} channels"
+        return "torch", f"the operator does not support heads of more than {FUSED_MOST_WIDTH} channels"
     return "fused", ""
 
 
 def has_tiles() -> bool:
-    """Whether the operators, which must have been found, use matrix tiles (AMX)."""
+    """Whether the operators use AMX tiles. The extension must have been found."""
     return torch.ops.minidisp.instruction_set() == "amx"
 
 
@@ -101,12 +102,11 @@ has_tiles._dynamo_marked_constant = True
 
 
 def torch_is_faster(dtype: torch.dtype, tokens: int, gradient: bool) -> bool:
-    """Whether torch's form is the faster one where the operator, which must have been found, could compute, too.
+    """Whether torch is faster than the operator, whose extension must have been found.
 
-    It is in bfloat16 without matrix tiles (AMX), for a forward pass that no backward one follows, from 512 tokens on
-    (docs/speed.md).
+    It is in bfloat16 without AMX, in a forward pass without a backward pass, from 512 tokens on (docs/speed.md).
     """
-    # The tokens come last: torch.compile need not look at their number, and compile anew for others, where it does not matter.
+    # tokens is tested last: otherwise torch.compile would recompile for other lengths even where they are irrelevant.
     return dtype == torch.bfloat16 and not gradient and not has_tiles() and tokens >= 512
 
 
@@ -116,8 +116,8 @@ def causal_attention(
     """softmax(Q K^T / sqrt(D) + causal mask) V of every head: (B, T, (n_head + 2 n_kv_head) D) -> (B, T, n_head D).
 
     qkv: per token the queries of all heads, then the keys, then the values. n_kv_head: a divisor of n_head; query heads
-    share keys and values in groups. dropout: probability, of the weights. kept: of a cache; without a mask, T must be 1
-    or the cache empty.
+    share keys and values in groups. dropout: probability, of the attention weights. kept: a KV cache; without a mask,
+    T must be 1 or the cache empty.
     """
     dtype, tokens, width = compute_dtype(qkv), qkv.shape[1], qkv.shape[2] // (n_head + 2 * n_kv_head)
     gradient = torch.is_grad_enabled() and qkv.requires_grad
@@ -142,7 +142,7 @@ def torch_attention(qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0
         v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None and T > 1,  # a single new token sees everything that was kept
+        is_causal=mask is None and T > 1,  # a single new token attends to the whole cache
         enable_gqa=n_kv_head != n_head,
     )
     return y.transpose(1, 2).reshape(B, T, n_head * (width // heads))

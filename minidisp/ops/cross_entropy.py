@@ -8,13 +8,13 @@ from torch import Tensor
 
 from minidisp.ops import registered
 
-# logits (N, V), float32, bfloat16 or float16, rows at any stride; targets (N,) int64. Returns the losses, float32 (N,), 0
-# where the target is ignored. With need_grad, the gradient of their sum overwrites the logits.
+# logits (N, V), float32, bfloat16 or float16, rows at any stride; targets (N,) int64. Returns the losses, float32 (N,),
+# 0 for ignored targets. With need_grad, the gradient of their sum overwrites the logits.
 torch.library.define(
     "minidisp::cross_entropy_", "(Tensor(a!) logits, Tensor targets, int ignored, bool need_grad) -> Tensor"
 )
 
 
 def fuses(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the operator computes the loss of logits of that dtype beside x. Finds the extension, or builds it."""
+    """Whether the operator computes the loss of logits of that dtype on x's device. Finds or builds the extension."""
     return x.is_cuda and dtype != torch.float64 and not registered("cuda")

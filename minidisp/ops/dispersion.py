@@ -1,19 +1,19 @@
-"""The dispersion loss as two operators, each of which returns the loss and its gradient, and the choice between them.
+"""Two operators that each return the dispersion loss and its gradient, and the choice between them.
 
     minidisp::dispersion           fused: C++ in csrc/, angular_spread, orthogonalization, l2_repel, decorrelation
     minidisp::dispersion_streamed  streamed: plain PyTorch (streamed.py), on any device; those and perplexity_entropy
 
 Both take (z, variant, tau, clamp, eps, need_grad) and return (loss, gradient, ...). The loss is a scalar, so one pass
-over the pairs of tokens computes it together with its gradient, which backward only multiplies by a number. No T x T
+over the pairs of tokens computes it together with its gradient, and backward only multiplies by a scalar. No T x T
 matrix is kept. z (B, T, C); float64 is computed in float64 (streamed only), all other dtypes in float32. Loss and
-gradient are returned in the dtype they were computed in. On CUDA, the fused operator leaves the last step to
-minidisp::dispersion_backward.
+gradient are returned in the dtype they were computed in. On CUDA, the fused operator leaves the last step of the
+gradient to minidisp::dispersion_backward.
 
 Unless torch.get_float32_matmul_precision() is "highest", the fused operator may round products: to float16 on the
 tensor cores of a GPU (docs/gpu.md), to bfloat16 on AMX tiles (docs/fused_loss.md), there also under autocast.
 
-choose() returns what would run and builds nothing; select() also finds or builds the extension if the choice depends on
-it.
+choose() returns the implementation that would run, and builds nothing; select() also finds or builds the extension if
+it would be used.
 """
 
 from collections.abc import Callable
@@ -46,13 +46,13 @@ def _save(ctx, inputs, output) -> None:
     z, ctx.variant = inputs[:2]
     ctx.dtype = z.dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or backward is handed zeros for the gradients of these, as large as z
+    ctx.set_materialize_grads(False)  # otherwise backward would allocate zeros as large as z for their gradients
     finished = len(output) == 2 or z.device.type != "cuda"
     ctx.save_for_backward(*([output[1]] if finished else [*output[1:], z]))
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_):
-    if grad_loss is None:  # what uses the loss has no gradient
+    if grad_loss is None:  # no gradient flows into the loss
         return (None,) * 6
     if torch.is_grad_enabled():  # only under create_graph=True
         raise RuntimeError(
@@ -63,7 +63,7 @@ def _backward(ctx, grad_loss: Tensor | None, *_):
     if rest:
         state, z = rest
         return (torch.ops.minidisp.dispersion_backward(grad_loss, z, grad, state, ctx.variant), *[None] * 5)
-    # Multiplied in float32 and then rounded, so that float16 profits from the scale of a gradient scaler.
+    # Multiplied in float32 and then rounded, so that the gradient scale prevents underflow in float16.
     return ((grad * grad_loss).to(ctx.dtype), *[None] * 5)
 
 
@@ -79,9 +79,9 @@ def _define(name: str, results: str, fake: Callable) -> None:
 _define("minidisp::dispersion_streamed", "(Tensor, Tensor)", _fake)
 torch.library.impl("minidisp::dispersion_streamed", "CompositeExplicitAutograd")(streamed.dispersion)
 
-# z: float32, bfloat16 or float16, any strides. Returns the loss, a float32 scalar, and what backward needs; empty unless
-# need_grad. On the CPU: the gradient, float32 (B, T, C), and an empty tensor. On CUDA: a product of that shape, from which
-# dispersion_backward computes the gradient, and the state that this takes, float32.
+# z: float32, bfloat16 or float16, any strides. Returns the loss, a float32 scalar, and two tensors for backward, empty
+# unless need_grad. On the CPU: the gradient, float32 (B, T, C), and an empty tensor. On CUDA: a product of that shape
+# and a float32 state, from which dispersion_backward computes the gradient.
 _define("minidisp::dispersion", "(Tensor, Tensor, Tensor)", _fused_fake)
 # CUDA only: the gradient times upstream, a float32 scalar, in the shape and dtype of z.
 torch.library.define(
@@ -92,19 +92,19 @@ torch.library.register_fake("minidisp::dispersion_backward", lambda upstream, z,
 
 
 def run(chosen: str, z: Tensor, variant: str, tau: float, clamp: float, eps: float) -> Tensor:
-    """The loss by one of the operators: "streamed", or "fused", whose extension must have been found."""
+    """The loss by one of the operators: "streamed", or "fused", for which the extension must have been found."""
     operator = torch.ops.minidisp.dispersion if chosen == "fused" else torch.ops.minidisp.dispersion_streamed
     need_grad = torch.is_grad_enabled() and z.requires_grad
     loss = operator(z, variant, tau, clamp, eps, need_grad)[0]
     if not torch.compiler.is_compiling() and need_grad and z.grad_fn is not None:
-        # Autograd runs what was computed last first, which would be the losses of all layers. Each had better wait until
-        # the gradient of its z has come from the layers above: then it is added while that is in the caches, and the
-        # scaled gradients of the layers are not all there at once.
+        # Autograd runs the most recently created nodes first, which are the losses of all layers. Each should instead
+        # run when the gradient of its z arrives from the layer above: the two are then added while in the cache, and
+        # the scaled gradients of all layers are never in memory at once.
         loss.grad_fn._set_sequence_nr(z.grad_fn._sequence_nr())
     return loss
 
 
-# Which implementation
+# Choice of the implementation
 
 
 def check_name(impl: str) -> None:
@@ -113,31 +113,31 @@ def check_name(impl: str) -> None:
 
 
 def choose(impl: str, variant: str, dtype: torch.dtype, device_type: str, missing: str = "") -> tuple[str, str]:
-    """What computes a loss, "fused", "streamed" or "reference", and why not a faster one; "" if it was asked for.
+    """The implementation, "fused", "streamed" or "reference", and why it is not a faster one; "" if it was requested.
 
-    Nothing is looked for or built. impl: a name in IMPLEMENTATIONS. dtype, device_type: of z.
-    missing: why the extension is not there; "" if it is.
+    Does not look for the extension. impl: a name in IMPLEMENTATIONS. dtype, device_type: of z.
+    missing: why the extension is not available; "" if it is.
     """
     check_name(impl)
     if impl == "reference":
         return "reference", ""
     if variant not in STREAMED_VARIANTS:
-        return "reference", f"{variant} has no other form"
+        return "reference", f"{variant} has no other implementation"
     if impl == "streamed":
         return "streamed", ""
     if variant not in FUSED_VARIANTS:
-        return "streamed", f"the extension has no {variant}"
+        return "streamed", f"the extension does not support {variant}"
     if dtype == torch.float64:
-        return "streamed", "the extension has no float64"
+        return "streamed", "the extension does not support float64"
     if device_type not in FUSED_DEVICES:
         return "streamed", f"the extension does not run on {device_type}"
     return ("streamed", missing) if missing else ("fused", "")
 
 
 def select(impl: str, variant: str, dtype: torch.dtype, device_type: str) -> tuple[str, str]:
-    """As choose, of what is there: finds the extension, or builds it, if and only if it would be used.
+    """Like choose, but finds or builds the extension if it would be used, and falls back if it is not available.
 
-    Raises InputError if impl is fused and the extension is not to be had.
+    Raises InputError if impl is fused and the extension is not available.
     """
     chosen, why = choose(impl, variant, dtype, device_type)
     if chosen == "fused" and (missing := registered(device_type)):
@@ -148,9 +148,9 @@ def select(impl: str, variant: str, dtype: torch.dtype, device_type: str) -> tup
 
 
 def describe(impl: str, variant: str, dtype: torch.dtype, device_type: str) -> str:
-    """As select, in words: "fused", "streamed in PyTorch: no C++ compiler was found", ...
+    """The result of select in words: "fused", "streamed in PyTorch: no C++ compiler was found", ...
 
-    The path of the extension is part of them if this process has built it.
+    Includes the path of the extension if this process has built it.
     """
     chosen, why = select(impl, variant, dtype, device_type)
     if chosen == "fused":

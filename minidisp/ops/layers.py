@@ -1,10 +1,10 @@
-"""What a block of the model computes beside attention, and the one place that chooses what computes it.
+"""The layers of a block other than attention, and the choice of their implementation.
 
     linear, layer_norm, rms_norm, rotate_heads, gelu, squared_relu
 
-fused: operators in csrc/layers_*, on a CPU: each goes over its memory once, forward and backward, and hands on the dtype
-that the next product takes, so that nothing is cast in between. torch: the same in PyTorch's own calls, everywhere else,
-and where torch.compile fuses by itself. fuses() says which. Both round differently, and only there they differ.
+fused: operators in csrc/cpu/layers*, on a CPU: each makes one pass over memory, forward and backward, and returns the
+dtype that the next matrix product takes, so that no casts are needed. torch: PyTorch's own functions, everywhere else,
+and under torch.compile, which fuses them. fuses() chooses between the two, which differ only in rounding.
 """
 
 import functools
@@ -42,11 +42,13 @@ def _fake_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
 
 
 EITHER = (torch.float32, torch.bfloat16)
-# Float32 and bfloat16, computed in float32. Backward returns the gradient of the input, and those of the weights as the rows
-# of one float32 tensor (2, width). The gradients are registered in C++ (csrc/cpu/layers_autograd.cpp).
+# Float32 and bfloat16, computed in float32. Backward returns the gradient of the input, and those of the weights as the
+# rows of one float32 tensor (2, width). Autograd is registered in C++.
 OPERATORS = {
     # LayerNorm (centred) or RMSNorm over the last dimension, the output in dtype
-    "norm": ("(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> Tensor", _fake_norm),
+    "norm": (
+        "(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred, ScalarType dtype) -> Tensor", _fake_norm
+    ),
     "norm_backward": (
         "(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred) -> (Tensor, Tensor)", _fake_norm_backward
     ),
@@ -61,12 +63,14 @@ OPERATORS = {
     ),
     "squared_relu": ("(Tensor x) -> Tensor", _fake_like),
     "squared_relu_backward": ("(Tensor grad_out, Tensor x) -> Tensor", _fake_like),
-    # any function of one bfloat16 number: values (65536) in bfloat16 and slopes (65536) in float32, by the bits of x
+    # any function of a bfloat16 number, from tables of its values (bfloat16) and derivatives (float32) by the bits of x
     "lookup": ("(Tensor x, Tensor values, Tensor slopes) -> Tensor", _fake_like),
     "lookup_backward": ("(Tensor grad_out, Tensor x, Tensor slopes) -> Tensor", _fake_like),
     # x weight^T + bias in bfloat16; backward returns the gradients of x and weight, and that of bias in float32
     "linear": ("(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake_linear),
-    "linear_backward": ("(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)", _fake_linear_backward),
+    "linear_backward": (
+        "(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)", _fake_linear_backward
+    ),
 }  # fmt: skip
 for _name, (_schema, _fake) in OPERATORS.items():
     torch.library.define(f"minidisp::{_name}", _schema)
@@ -74,10 +78,10 @@ for _name, (_schema, _fake) in OPERATORS.items():
 
 
 def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
-    """Whether the operators compute on x: on a CPU, where products are in one of the dtypes, and not under torch.compile.
+    """Whether to use the operators for x: on a CPU, if its compute dtype is in dtypes, and not under torch.compile.
 
-    Finds the extension or builds it if that is all that is missing. Norms with centring, GELU and linear layers stay with
-    torch in float32, where torch's forms are as fast.
+    Finds or builds the extension only if the other conditions hold. LayerNorm, GELU and linear layers use torch in
+    float32, where it is as fast.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or compute_dtype(x) not in dtypes:
         return False
@@ -86,7 +90,7 @@ def fuses(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> boo
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias; x (..., in), weight (out, in), bias (out,)."""
-    # Without a gradient, autocast keeps the weights that it has cast; with one, they change before they are used again.
+    # Without gradients, F.linear is better, since autocast caches the weights that it casts; in training they change.
     if not torch.is_grad_enabled() or not fuses(x):
         return F.linear(x, weight, bias)
     dtype = compute_dtype(x)
@@ -94,14 +98,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """LayerNorm over the last dimension, fused in dtype or, left out, that of the matrix products that read it."""
+    """LayerNorm over the last dimension. dtype: of the fused operator's output; default: the compute dtype."""
     if fuses(x):
         return torch.ops.minidisp.norm(x, weight, bias, eps, True, dtype or compute_dtype(x))
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """RMSNorm over the last dimension, fused in dtype or, left out, that of the matrix products that read it."""
+    """RMSNorm over the last dimension. dtype: of the fused operator's output; default: the compute dtype."""
     if fuses(x, EITHER):
         return torch.ops.minidisp.norm(x, weight, None, eps, False, dtype or compute_dtype(x))
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -110,10 +114,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 def rotate_heads(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, eps: float
 ) -> Tensor:
-    """RMSNorm, and then rotary positions (arXiv 2104.09864), of every query and key head in qkv; values as they are.
+    """RMSNorm, then rotary positions (arXiv 2104.09864), of every query and key head in qkv; values are unchanged.
 
     qkv: (B, T, (n_head + 2 n_kv_head) D). Channel i of a head is paired with channel i + D/2. weights: (D,). cos, sin:
-    (T, D), or (B, 1, T, D) with positions of each sequence; float32, or the operator is left out. Computed in float32,
+    (T, D), or (B, 1, T, D) with positions per sequence; the operator needs the former in float32. Computed in float32,
     returned in the dtype of qkv.
     """
     if cos.ndim == 2 and cos.dtype == torch.float32 and fuses(qkv, EITHER):
@@ -131,7 +135,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    """GELU, exact with approximate="none", or its approximation "tanh"; in bfloat16 from a table of torch's own values."""
+    """GELU, exact with approximate="none", or its approximation "tanh"; fused from a table of torch's own values."""
     if x.dtype == torch.bfloat16 and fuses(x):
         return torch.ops.minidisp.lookup(x, *gelu_tables(approximate))
     return F.gelu(x, approximate=approximate)
@@ -139,8 +143,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 @functools.cache
 def gelu_tables(approximate: str) -> tuple[Tensor, Tensor]:
-    """Of all bfloat16 numbers, by their bits: GELU in bfloat16, and its derivative in float32."""
-    with torch.inference_mode(False), torch.no_grad():  # as they are kept, whatever they are first used in
+    """GELU (bfloat16) and its derivative (float32) of all bfloat16 numbers, indexed by their bits."""
+    with torch.inference_mode(False), torch.no_grad():  # the cached tables must not be inference tensors
         x = torch.arange(1 << 16, device="cpu").to(torch.int16).view(torch.bfloat16)
         slopes = torch.ops.aten.gelu_backward(
             torch.ones_like(x, dtype=torch.float32), x.float(), approximate=approximate

@@ -1,9 +1,9 @@
-"""The dispersion loss and its gradient in plain PyTorch, on strips of rows: no T x T matrix is kept, on any device.
+"""The dispersion loss and its gradient in plain PyTorch, computed blockwise: no T x T matrix is kept, on any device.
 
-Only half of the pairs is visited: a strip holds the rows start <= i < stop with all j >= start, and stands for its
-mirror image as well. The formulas are in minidisp/dispersion.py; float64 z is computed in float64, all other dtypes in
-float32, exactly so whatever torch.set_float32_matmul_precision says: TF32 would be off by up to 7 % of the gradient's
-norm where tokens are nearly parallel, and bfloat16 by more than all of it.
+Only half of the pairs are visited: a strip holds the rows start <= i < stop with all j >= start, and also represents
+its mirror image. The formulas are in minidisp/dispersion.py. float64 z is computed in float64, all other dtypes in
+float32, with full precision regardless of torch.set_float32_matmul_precision: with nearly parallel tokens, the error of
+TF32 is up to 7 % of the gradient's norm, and that of bfloat16 more than 100 %.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-STRIP_ELEMENTS = {"cpu": 2**19}  # of float32; what a strip of cosines may hold, to stay in the cache
+STRIP_ELEMENTS = {"cpu": 2**19}  # largest strip of float32 cosines that stays in the cache
 STRIP_ELEMENTS_ELSEWHERE = 2**24  # 64 MB: fewer, larger kernels
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
 @contextlib.contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Have torch.set_float32_matmul_precision(precision) in force; where torch's newer settings are in use, those."""
+    """Set torch.set_float32_matmul_precision(precision) temporarily, or torch's newer settings if those are in use."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it refuses to say, once a newer one has been set
+    except RuntimeError:  # raised once a newer setting has been used
         newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         kept = [setting.fp32_precision for setting in newer]
         for setting in newer:
@@ -50,7 +50,7 @@ def dispersion(z: Tensor, variant: str, tau: float, clamp: float, eps: float, ne
         B, T, _ = z.shape
         budget = STRIP_ELEMENTS.get(z.device.type, STRIP_ELEMENTS_ELSEWHERE)
         group = min(B, max(1, budget // T**2))  # short sequences share a strip
-        rows = min(T, max(1, budget // (T * group)), max(32, -(-T // 4)))  # a quarter: the lower triangle is left out
+        rows = min(T, max(1, budget // (T * group)), max(32, -(-T // 4)))  # a quarter: skips much of the lower triangle
         loss = z.new_zeros((), dtype=_wide(z))
         grad = torch.empty_like(z, memory_format=torch.contiguous_format) if need_grad else z.new_empty(0)
         for start in range(0, B, group):
@@ -77,19 +77,19 @@ def _strips(u: Tensor, rows: int, buffer: Tensor) -> Iterator[tuple[int, int, Te
 
 
 def _sum_both(strip: Tensor) -> Tensor:
-    """Sum per sequence of a strip and its mirror image; the square at its beginning counts once."""
+    """Sum per sequence of a strip and its mirror image; the square at its start counts once."""
     rows, wide = strip.shape[1], _wide(strip)
-    # Along a row in strip's dtype: torch adds in pieces there, so errors stay small. Over the rows, and the strips, in float64.
+    # Rows are summed in the strip's dtype, since torch sums in blocks with small errors; the rest in float64.
     return strip.sum(dim=2).sum(dim=1, dtype=wide) * 2 - strip[:, :, :rows].sum(dim=2).sum(dim=1, dtype=wide)
 
 
 def _wide(z: Tensor) -> torch.dtype:
-    """float64, where the device has it."""
+    """float64 if the device supports it."""
     return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def _apply_both(out: Tensor, start: int, stop: int, strip: Tensor, u: Tensor) -> None:
-    """out += W u for the symmetric W of which the strip holds the rows start to stop, from the diagonal on."""
+    """out += W u for a symmetric W; the strip holds its rows start to stop, from the diagonal on."""
     out[:, start:stop].baddbmm_(strip, u[:, start:])
     if stop < u.shape[1]:
         out[:, stop:].baddbmm_(strip[:, :, stop - start :].mT, u[:, start:stop])
@@ -98,12 +98,12 @@ def _apply_both(out: Tensor, start: int, stop: int, strip: Tensor, u: Tensor) ->
 def _cosine_pairs(
     z: Tensor, variant: str, tau: float, clamp: float, eps: float, rows: int, grad: Tensor | None
 ) -> Tensor:
-    """Sum of the losses of the sequences z (G, T, C); grad, if any, is overwritten with its gradient."""
+    """Sum of the losses of the sequences z (G, T, C); grad, unless None, is overwritten with its gradient."""
     G, T, _ = z.shape
     if variant == "decorrelation":
         rounding = 4 * torch.finfo(z.dtype).eps * z.abs().amax(dim=-1, keepdim=True)
         z = z - z.mean(dim=-1, keepdim=True)
-        z.masked_fill_(z.abs().amax(dim=-1, keepdim=True) <= rounding, 0.0)  # constant: what is left is no direction
+        z.masked_fill_(z.abs().amax(dim=-1, keepdim=True) <= rounding, 0.0)  # constant: only rounding errors are left
         eps = 0.0
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     length = norm + eps
@@ -115,7 +115,7 @@ def _cosine_pairs(
     smallest = math.acos(1 - clamp)  # angle, in radians
     if variant == "angular_spread":
         shift = z.new_full((G, 1, 1), smallest)
-        if (math.pi - 2 * smallest) / (math.pi * tau) > LARGEST_EXPONENT:  # then the smallest angle that occurs
+        if (math.pi - 2 * smallest) / (math.pi * tau) > LARGEST_EXPONENT:  # then use the smallest angle in the sequence
             largest = z.new_full((G,), -2.0)
             for _, _, strip in _strips(u, rows, buffer):
                 strip.diagonal(dim1=1, dim2=2).fill_(-2.0)
@@ -168,7 +168,7 @@ def _cosine_pairs(
 def _distance_pairs(
     z: Tensor, variant: str, tau: float, clamp: float, eps: float, rows: int, grad: Tensor | None
 ) -> Tensor:
-    """As _cosine_pairs. Like the reference in float64, where the device has it, with the mean token at the origin."""
+    """Like _cosine_pairs. In float64 if supported, with the mean token at the origin, like the reference."""
     G, T, _ = z.shape
     wide = z.to(_wide(z))
     wide = wide - wide.mean(dim=1, keepdim=True)
