@@ -74,7 +74,7 @@ def test_they_are_named_at_the_start_and_in_the_config(corpus, run, tmp_path, ca
     train.main(small_config(corpus, tmp_path / "run", **ALL, distill=str(run), dispersion=0.1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
     for part in ("cross-entropy + 0.1 x angular_spread", f"0.5 x distillation from {run}", "temperature 3", "5 / sqrt(T C)",
-                 "which are the output layer, too, reset every 4 steps"):  # fmt: skip
+                 "tied to the output layer, reset every 4 steps"):  # fmt: skip
         assert part in line
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {**ALL, "distill": str(run)}.items() <= saved.items()

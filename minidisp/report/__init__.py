@@ -1,7 +1,7 @@
-"""What a user sees of runs: tables, figures (matplotlib), one HTML page, progress, and loggers of other tools.
+"""Output for users: tables, figures (matplotlib), an HTML page, progress, and TensorBoard and wandb loggers.
 
-`scores` is always what eval.py writes with --json, one dictionary per model; `metrics` the lines of a metrics.jsonl.
-Names load on first use: `python -m minidisp.report` draws curves without importing torch.
+`scores` is always the output of eval.py --json, one dictionary per model; `metrics` the lines of a metrics.jsonl.
+Names are loaded on first use, so `python -m minidisp.report` draws curves without importing torch.
 """
 
 import importlib
@@ -11,8 +11,9 @@ _HOME = {
     "page": ("html_page",),
     "progress": ("Progress",),
     "summary": ("introduction", "next_command", "summarise", "summary_table"),
-    "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "corpora_table", "further_table",
-               "layer_table", "number", "pairs_table", "score_table", "seeds_table", "settings_table", "table", "writing_table"),
+    "tables": ("FURTHER", "Table", "choices_table", "completions_tables", "condensation_table", "corpora_table",
+               "further_table", "layer_table", "number", "pairs_table", "score_table", "seeds_table", "settings_table",
+               "table", "writing_table"),
     "trackers": ("loggers",),
 }  # fmt: skip
 _MODULES = {name: f"minidisp.report.{module}" for module, names in _HOME.items() for name in names}

@@ -27,18 +27,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="-m minidisp.report", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog="-m minidisp.report",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a metrics.jsonl")
     add("--x", choices=tuple(X), default="steps", help="horizontal axis (default steps)")
-    add("--log", action="store_true", help="logarithmic loss axis over the whole run; default: linear, scaled to what "
-        "follows the warm-up")  # fmt: skip
-    add("--smooth", type=int, metavar="N", help="average the training loss over N logged steps (default: a twentieth)")
-    add("--out", type=Path, default=Path("curves.png"), metavar="FILE", help="the figure: .png, .pdf or .svg "
-        "(default curves.png)")  # fmt: skip
-    add("--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="check for new lines every SECONDS "
-        "(default 10) and redraw")  # fmt: skip
+    words = "logarithmic loss axis over the whole run; default: linear, scaled to the loss after the warm-up"
+    add("--log", action="store_true", help=words)
+    words = "moving average of the training loss over N logged steps (default: a twentieth of them)"
+    add("--smooth", type=int, metavar="N", help=words)
+    words = "the figure: .png, .pdf or .svg (default curves.png)"
+    add("--out", type=Path, default=Path("curves.png"), metavar="FILE", help=words)
+    words = "check for new lines every SECONDS (default 10) and redraw"
+    add("--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help=words)
     args = parser.parse_args(argv)
     if args.smooth is not None and args.smooth < 1:
         raise InputError(f"--smooth is {args.smooth}, but must be at least 1")
@@ -65,14 +70,14 @@ def command(args: argparse.Namespace) -> None:
 
 
 def names(runs: list[Path]) -> dict[str, Path]:
-    """A name for each run: that of its folder, or its whole path where two folders share one."""
+    """A name for each run: that of its folder, or its full path if several folders have the same name."""
     runs = list(dict.fromkeys(runs))
     folders = [Path(os.path.realpath(run.parent if run.suffix == ".jsonl" else run)).name for run in runs]
     return {printable(name if folders.count(name) == 1 else run): run for name, run in zip(folders, runs, strict=True)}
 
 
 def draw(files: dict[str, Path], args: argparse.Namespace) -> None:
-    """Draw what the runs have logged so far, and print where each of them is."""
+    """Draw the curves logged so far, and print the progress of each run."""
     runs = {name: read_metrics(path) for name, path in files.items()}
     for name, lines in runs.items():
         if not any(X[args.x] in line for line in lines):
@@ -80,8 +85,8 @@ def draw(files: dict[str, Path], args: argparse.Namespace) -> None:
     figures.draw_curves(runs, args.out, X[args.x], args.log, args.smooth)
     for name, lines in runs.items():
         last = {key: line[key] for line in lines for key in ("ce", "val_loss") if line.get(key) is not None}
-        losses = ", ".join(f"{word} loss {last[key]:.3f}" for key, word in (("ce", "training"), ("val_loss", "validation"))
-                           if key in last)  # fmt: skip
+        words = {"ce": "training", "val_loss": "validation"}
+        losses = ", ".join(f"{word} loss {last[key]:.3f}" for key, word in words.items() if key in last)
         print(f"{name}: step {lines[-1]['step']:,}, {losses}")
     print(f"figure  {args.out}", flush=True)
 

@@ -31,9 +31,15 @@ DASHES = [
 ]
 MARKERS = "osv^D<>Xp*"
 X_AXES = {"step": "step", "tokens": "training tokens", "seconds": "training time (s)"}  # keys of metrics.jsonl
-VISIBLE = 0.02  # densities below are left white in heat maps
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150, "pdf.fonttype": 42,
-         "text.parse_math": False}  # fmt: skip
+VISIBLE = 0.02  # lower densities stay white in heat maps
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 150,
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+}
 
 
 def cannot_draw() -> str | None:
@@ -46,8 +52,8 @@ def cannot_draw() -> str | None:
 def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
     """Decorator: the function draws with our style, independent of the environment, and never raises.
 
-    It returns the paths of its figures. If drawing fails it returns none and prints the reason as one line on stderr: a
-    finished run matters more than its figures. Where cannot_draw has a reason, commands print it before they start.
+    It returns the paths of its figures. If drawing fails, it returns none and prints the reason as one line on stderr:
+    a finished run matters more than its figures. If cannot_draw returns a reason, commands print it before they start.
     """
 
     @functools.wraps(draw)
@@ -69,9 +75,9 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
 def _our_style() -> Iterator[None]:
     """Import matplotlib late, since that takes half a second, and use its default settings plus STYLE.
 
-    MPLBACKEND names a way to show windows; Jupyter sets it for all commands. Figures here are only written to files, so
-    no backend is chosen, but importing matplotlib fails if the named one is not installed. The user's matplotlibrc is
-    ignored as well: it may ask for LaTeX, for example.
+    MPLBACKEND names the backend for showing windows; Jupyter sets it for all commands. Figures are only written to
+    files here, so it is not needed, but importing matplotlib fails if the named backend is not installed. The user's
+    matplotlibrc is ignored as well: it may enable LaTeX, for example.
     """
     log = logging.getLogger("matplotlib")  # silences the notice that fonts are cached elsewhere if HOME is read-only
     level, backend = log.level, os.environ.pop("MPLBACKEND", None)
@@ -92,7 +98,7 @@ def _our_style() -> Iterator[None]:
 
 
 def new_figure(size: tuple[float, float]):
-    """An empty figure of this size in inches, without pyplot, which would keep it and look for a display."""
+    """An empty figure of this size in inches, without pyplot, which would keep it in memory and look for a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
@@ -164,9 +170,9 @@ def draw_curves(
 def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smooth: int | None = None):
     """A figure with the loss of every run and, below it, gradient norm, learning rate and throughput where logged.
 
-    runs: name -> lines of metrics.jsonl. x: a key of X_AXES. log: logarithmic loss axis over the whole range; without it
-    the axis is scaled to what follows the warm-up. smooth: logged steps in the moving average of the training loss (default:
-    about a twentieth of those there are); with one run the raw values are drawn faintly behind it.
+    runs: name -> lines of metrics.jsonl. x: a key of X_AXES. log: logarithmic loss axis over the whole range; without
+    it, the axis is scaled to the loss after the warm-up. smooth: logged steps in the moving average of the training
+    loss (default: about a twentieth of all); with one run, the raw values are drawn faintly behind it.
     """
     alone = len(runs) == 1
     panels = {
@@ -182,7 +188,7 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
     times = [line["seconds"] for lines in runs.values() for line in lines if line.get("seconds") is not None]
     scale, label = (60, "training time (minutes)") if x == "seconds" and times and max(times) > 300 else (1, X_AXES[x])
 
-    heights = []  # of the loss, from where its axis is scaled on
+    heights = []  # the losses to which the axis is scaled
     for (name, lines), style in zip(runs.items(), line_styles(len(runs)), strict=True):
         start = 0 if log else _after_warm_up(lines, x)
         train, val = _points(lines, x, "ce"), _points(lines, x, "val_loss")
@@ -193,14 +199,11 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
         over = f" (moving average over {window} logged steps)" if window > 1 else ""
         colour = GREY if alone else style["color"]
         last = f" (last {val[1][-1]:.3f})" if len(val[1]) else ""
-        axes["loss"].plot(
-            smoothed[0] / scale, smoothed[1], color=colour, lw=1.2, alpha=1 if alone else 0.45,
-            label=f"training{over}" if alone else None,
-        )  # fmt: skip
-        axes["loss"].plot(
-            val[0] / scale, val[1], label=f"validation{last}" if alone else _label(name), ms=3.5, color=style["color"],
-            marker=style["marker"], ls=style["ls"], lw=1.6, markevery=max(1, len(val[0]) // 20),
-        )  # fmt: skip
+        alpha, label_of = (1, f"training{over}") if alone else (0.45, None)
+        axes["loss"].plot(smoothed[0] / scale, smoothed[1], color=colour, lw=1.2, alpha=alpha, label=label_of)
+        label_of = f"validation{last}" if alone else _label(name)
+        look = {**style, "ms": 3.5, "markevery": max(1, len(val[0]) // 20)}
+        axes["loss"].plot(val[0] / scale, val[1], label=label_of, **look)
         heights += [y[at >= start] for at, y in (smoothed, val)]
         for key in shown:
             at, y = _points(lines, x, key)
@@ -236,7 +239,7 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
 
 
 def _log_scale(axes) -> None:
-    """A logarithmic y axis with plain numbers, also where it spans less than a decade; as it is where nothing is above 0."""
+    """A logarithmic y axis with plain numbers, even if it spans less than a decade; unchanged if no value is above 0."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
@@ -258,7 +261,7 @@ def _points(lines: list[dict], x: str, key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _after_warm_up(lines: list[dict], x: str) -> float:
-    """The x from which the loss axis is scaled: the peak of the learning rate, at least 5 % and at most half of the run."""
+    """The x after which the loss axis is scaled: the peak of the learning rate, within 5 % and 50 % of the run."""
     at, lr = _points(lines, x, "lr")
     if len(at) < 2:
         return 0.0
@@ -267,7 +270,7 @@ def _after_warm_up(lines: list[dict], x: str) -> float:
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and its neighbours, `window` in all, of fewer at either end: (N,) -> (N,)."""
+    """Centred moving average over `window` values, fewer at both ends: (N,) -> (N,)."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     here = np.arange(len(values))
     starts, ends = np.maximum(0, here - (window - 1) // 2), np.minimum(len(values), here + window // 2 + 1)
@@ -279,8 +282,8 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
     """Draw evaluated models side by side into `folder`; returns the paths. Each figure is a PNG and, for papers, a PDF.
 
     heatmap: a row per model, the paper's averaged matrices on the left and the individual pairs on the right.
-    cosine_by_layer: mean cosine against layer fraction. loss_by_step: the training curves of the models with metrics (a
-    list each, which may be empty), if there are any. Scores without condensation give the last one alone.
+    cosine_by_layer: mean cosine against layer fraction. loss_by_step: the training curves of the models with metrics
+    (one list per model, possibly empty), if any. Scores without condensation give only the last figure.
     """
     paths = []
 
@@ -291,9 +294,13 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
         measured = [s["condensation"] for s in scores]
         kinds = (
             ("average over sequences, i = j included", "histogram_by_layer", "mean_cosine_by_layer", 10),
-            ("pairs i != j of single sequences", "pair_histogram_by_layer", "off_diagonal_mean_by_layer",
-             pair_density([m["pair_histogram_by_layer"] for m in measured])),
-        )  # fmt: skip
+            (
+                "pairs i != j of single sequences",
+                "pair_histogram_by_layer",
+                "off_diagonal_mean_by_layer",
+                pair_density([m["pair_histogram_by_layer"] for m in measured]),
+            ),
+        )
         figure, rows = subplots(len(scores), 2, size=(9, 1.6 + 2.6 * len(scores)), sharey="col", squeeze=False)
         for column, (title, histogram, mean, density) in zip(rows.T, kinds, strict=True):
             cosines = _cosine_range([m[histogram] for m in measured])
@@ -327,7 +334,7 @@ def draw_comparison(scores: list[dict], metrics: list[list[dict]], folder: Path)
 
 
 def _unique(names: list[str]) -> list[str]:
-    """The names, those that occur again with a number."""
+    """The names, with a number added to repeated ones."""
     return [name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
 
 
@@ -349,10 +356,10 @@ def _label(name: str) -> str:
 
 
 def _cosine_range(histograms: list[list[list[float]]]) -> tuple[float, float]:
-    """The cosines between which heat maps have anything to show, with some room; within -1 to 1.
+    """The range of cosines with a visible density in any of the heat maps, plus a margin, within -1 to 1.
 
     histograms: of each heat map, per layer, densities over equal bins from -1 to 1. The last bin, which holds the pairs
-    i = j of averaged matrices, does not count.
+    i = j of averaged matrices, is ignored.
     """
     low, high = 1.0, -1.0
     for histogram in histograms:
@@ -365,9 +372,9 @@ def _cosine_range(histograms: list[list[list[float]]]) -> tuple[float, float]:
 
 
 def pair_density(histograms: list[list[list[float]]]) -> float:
-    """Top of the colour scale for individual pairs, whose histograms are wider than the paper's: their maximum, up to 10.
+    """Top of the colour scale for individual pairs, whose histograms are wider than the paper's: at most 10.
 
-    Rounded up to a half. The last bin does not count: equal tokens fill it.
+    Rounded up to a multiple of 0.5. The last bin, which equal tokens fill, is ignored.
     """
     tops = (np.nan_to_num(np.array(histogram, dtype=float))[:, :-1].max() for histogram in histograms)
     top = max([0.5, *tops])
@@ -381,17 +388,23 @@ def draw_heatmap(
     cosines: tuple[float, float] = (-1, 1),
     density: float = 10,
 ):
-    """The paper's heat map on matplotlib axes: a column per layer, cosine upwards, density as colour (its: 0..10).
+    """The paper's heat map on matplotlib axes: a column per layer, cosine upwards, density as colour (paper: 0..10).
 
-    A line shows the mean cosine; cells that are next to empty stay white. cosines: the range to show. Returns the image, for a
+    A line shows the mean cosine; nearly empty cells stay white. cosines: the range to show. Returns the image, for a
     colour bar.
     """
     layers = len(mean_cosine_by_layer)
     histogram = np.array(histogram_by_layer, dtype=float).T
     image = axes.imshow(
-        np.ma.masked_where(~(histogram > VISIBLE), histogram), origin="lower", aspect="auto", interpolation="nearest",
-        extent=(-0.5, layers - 0.5, -1, 1), cmap="Blues", vmin=0, vmax=density,
-    )  # fmt: skip
+        np.ma.masked_where(~(histogram > VISIBLE), histogram),
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-0.5, layers - 0.5, -1, 1),
+        cmap="Blues",
+        vmin=0,
+        vmax=density,
+    )
     axes.plot(range(layers), mean_cosine_by_layer, color=ORANGE, marker="o", ms=4, lw=1.4, label="mean")
     axes.set(ylim=cosines, xlim=(-0.5, layers - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -402,8 +415,8 @@ def draw_heatmap(
 def draw_study(evaluations: dict[str, list[list[dict]]], title: str, path: Path) -> list[Path]:
     """Draw the conditions of a study over seeds into one PNG: cosine by layer, cosine and loss during training.
 
-    evaluations: condition -> for each seed the evaluations of its run in metrics.jsonl. Lines are means over the seeds, bands
-    reach from the lowest seed to the highest.
+    evaluations: condition -> for each seed, the evaluations in its run's metrics.jsonl. Lines are means over the seeds;
+    bands reach from the lowest seed to the highest.
     """
     figure, (by_layer, while_training, loss) = subplots(1, 3, size=(14, 4.4))
 
@@ -418,23 +431,15 @@ def draw_study(evaluations: dict[str, list[list[dict]]], title: str, path: Path)
         line(by_layer, np.linspace(0, 1, len(final[0])), final, condition, marker)
         line(while_training, steps, [[e["last_half_mean"] for e in run] for run in runs], condition, marker)
         after = range(1 if len(steps) > 2 else 0, len(steps))  # step 0 would take most of the axis
-        line(
-            loss,
-            [steps[k] for k in after],
-            [[run[k]["bits_per_byte"] for k in after] for run in runs],
-            condition,
-            marker,
-        )
+        bits = [[run[k]["bits_per_byte"] for k in after] for run in runs]
+        line(loss, [steps[k] for k in after], bits, condition, marker)
     by_layer.set(
         xlabel="layer / n_layer (0 = embeddings)",
         ylabel="mean pairwise cosine similarity",
         title="Mean cosine by layer, after training",
     )
-    while_training.set(
-        xlabel="step",
-        ylabel="mean cosine, last half of the layers",
-        title="Mean cosine during training",
-    )
+    title_of = "Mean cosine during training"
+    while_training.set(xlabel="step", ylabel="mean cosine, last half of the layers", title=title_of)
     loss.set(xlabel="step", ylabel="validation bits per byte", title="Validation bits per byte")
     loss.legend(frameon=False)
     seeds = len(next(iter(evaluations.values())))
@@ -446,10 +451,11 @@ def draw_study(evaluations: dict[str, list[list[dict]]], title: str, path: Path)
 def draw_differences(
     compared: dict[str, dict[str, dict]], measures: dict[str, tuple[str, tuple[str, str]]], title: str, path: Path
 ) -> list[Path]:
-    """Draw paired differences to a baseline with their intervals into one PNG: a panel per measure, a row per condition.
+    """Draw paired differences to a baseline with intervals into one PNG: a panel per measure, a row per condition.
 
-    compared: measure -> condition -> difference, low, high; the first condition is the baseline. measures: those to draw ->
-    label and the words for less and for more of it. An interval that excludes 0 has the colour of its side, others are grey.
+    compared: measure -> condition -> difference, low, high; the first condition is the baseline. measures: those to
+    draw -> label and the words for a lower and a higher value. Intervals that exclude 0 have the colour of their side,
+    others are grey.
     """
     base, *conditions = next(iter(compared.values()))
     size = 4.8 * len(measures) + 0.09 * max(map(len, conditions), default=0), 2.0 + 0.32 * len(conditions)
@@ -463,12 +469,20 @@ def draw_differences(
             axes.plot(c["difference"], y, "o", color=colour, ms=6)
         axes.axvline(0, color="black", lw=1)
         axes.set(xlabel=f"{label}:\ndifference to {base}, 95 % interval")
-        axes.locator_params(axis="x", nbins=6)  # more of them would touch
+        axes.locator_params(axis="x", nbins=6)  # the labels of more would overlap
         for word, colour, side, text in zip(
             words, colours, (0, 1), ("\N{LEFTWARDS ARROW} {}", "{} \N{RIGHTWARDS ARROW}"), strict=True
         ):
-            axes.annotate(text.format(word), (side, 1), xytext=(0, 4), xycoords="axes fraction", color=colour,
-                          textcoords="offset points", ha=("left", "right")[side], weight="bold")  # fmt: skip
+            axes.annotate(
+                text.format(word),
+                (side, 1),
+                xytext=(0, 4),
+                xycoords="axes fraction",
+                color=colour,
+                textcoords="offset points",
+                ha=("left", "right")[side],
+                weight="bold",
+            )
     panels[0][0].set_yticks(range(len(conditions)), conditions)
     panels[0][0].set_ylim(max(len(conditions), 1) - 0.5, -0.5)
     figure.suptitle(f"{title} (grey: not significant)")

@@ -21,11 +21,11 @@ def html_page(
     scores: list[dict],
     metrics: list[list[dict]],
 ) -> str:
-    """The text of one HTML page that needs nothing but itself: comparison, tables, curves, heat maps and samples.
+    """The text of a self-contained HTML page: comparison, tables, curves, heat maps and samples.
 
-    scores: those of runs that were not measured on a text have no "condensation", and no heat maps then. details: tables
-    to fold away. metrics: a list of lines for every model, empty where there are none. All text is
-    escaped, and the page's security policy forbids it to load anything.
+    scores: of each run; without "condensation" (no held-out text), a run has no heat maps. details: tables that are
+    collapsed at first. metrics: one list of lines per run, possibly empty. All text is escaped, and the page's content
+    security policy forbids loading anything.
     """
     runs = []
     styles = line_styles(len(scores))
@@ -33,24 +33,32 @@ def html_page(
         measured = s.get("condensation")
         evaluations = [line for line in lines if "val_loss" in line]
         training = _thin([line for line in lines if "ce" in line], 10 * PAGE_POINTS)
-        runs.append({
-            "name": s["name"],
-            "color": style["color"],
-            "dash": "" if style["ls"] == "-" else " ".join(str(length * 2) for length in style["ls"][1]),
-            "by_layer": measured and {key: measured[f"{key}_by_layer"] for key in _LAYER_METRICS},
-            "histogram": measured and _coarse(measured["histogram_by_layer"]),
-            "pair_histogram": measured and _coarse(measured["pair_histogram_by_layer"]),
-            "training": {key: [line.get(key) for line in training] for key in _TRAINING},
-            "evaluations": [
-                {**{key: line.get(key) for key in ("step", "tokens", "seconds", *_STEP_METRICS, "mean_cosine_by_layer")},
-                 "histogram": _coarse(line["histogram_by_layer"]) if "histogram_by_layer" in line else None}
-                for line in _thin(evaluations, PAGE_POINTS)
-            ],
-            "samples": [
-                {"order": order, "seed": sample["seed"], **{key: printable(sample[key], keep="\n\t") for key in ("prompt", "continuation")}}
-                for order, sample in enumerate(s.get("samples", []))
-            ],
-        })  # fmt: skip
+        runs.append(
+            {
+                "name": s["name"],
+                "color": style["color"],
+                "dash": "" if style["ls"] == "-" else " ".join(str(length * 2) for length in style["ls"][1]),
+                "by_layer": measured and {key: measured[f"{key}_by_layer"] for key in _LAYER_METRICS},
+                "histogram": measured and _coarse(measured["histogram_by_layer"]),
+                "pair_histogram": measured and _coarse(measured["pair_histogram_by_layer"]),
+                "training": {key: [line.get(key) for line in training] for key in _TRAINING},
+                "evaluations": [
+                    {
+                        **{key: line.get(key) for key in _EVALUATION},
+                        "histogram": _coarse(line["histogram_by_layer"]) if "histogram_by_layer" in line else None,
+                    }
+                    for line in _thin(evaluations, PAGE_POINTS)
+                ],
+                "samples": [
+                    {
+                        "order": order,
+                        "seed": sample["seed"],
+                        **{key: printable(sample[key], keep="\n\t") for key in ("prompt", "continuation")},
+                    }
+                    for order, sample in enumerate(s.get("samples", []))
+                ],
+            }
+        )
     data = {
         "runs": runs,
         "configurations": _configurations(scores),
@@ -69,7 +77,7 @@ def html_page(
     }
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     for name, text in parts.items():
-        before, after = page.split(f"<!--{name}-->")  # escaped text holds no such mark
+        before, after = page.split(f"<!--{name}-->")  # escaped text cannot contain this marker
         page = before + text + after
     return page
 
@@ -82,12 +90,14 @@ _STEP_METRICS = {
     "spearman": "Spearman, mean cosine against depth",
     "kendall": "Kendall, mean cosine against depth",
 }
+_EVALUATION = ("step", "tokens", "seconds", *_STEP_METRICS, "mean_cosine_by_layer")
 
 
 def _configurations(scores: list[dict]) -> list[dict]:
-    """The configurations that were compared in bits per byte, the first one first, and which of them won.
+    """The configurations compared in bits per byte, the baseline first, and which of them won.
 
-    One wins if it is better than the first and none is ahead of it, or if it is the first and all others are worse.
+    A configuration wins if it has the lowest mean and is better than the first, or if it is the first and all others
+    are worse.
     """
     groups = []
     for s in scores:
@@ -97,10 +107,17 @@ def _configurations(scores: list[dict]) -> list[dict]:
     found = []
     for group in groups:
         versus = group.get("versus_first", {})
-        found.append({
-            "name": group["name"], "runs": group["runs"], "mean": group["mean"], "winner": False, "reason": "",
-            "difference": versus.get("mean"), **{key: versus.get(key) for key in ("low", "high", "pairs", "verdict")},
-        })  # fmt: skip
+        found.append(
+            {
+                "name": group["name"],
+                "runs": group["runs"],
+                "mean": group["mean"],
+                "winner": False,
+                "reason": "",
+                "difference": versus.get("mean"),
+                **{key: versus.get(key) for key in ("low", "high", "pairs", "verdict")},
+            }
+        )
     if len(found) > 1:
         first, *others = found
         best = min(others, key=lambda c: c["mean"])
@@ -123,5 +140,5 @@ def _thin(items: list, most: int) -> list:
 
 
 def _coarse(histograms: list[list[float]]) -> list[list[float]]:
-    """Rounded to two digits: enough for a colour, and most are 0."""
+    """Densities rounded to two digits, which is enough for colours and makes most of them 0."""
     return [[round(density or 0, 2) or 0 for density in histogram] for histogram in histograms]

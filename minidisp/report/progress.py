@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar, or lines where there is no terminal, and a row per evaluation."""
+"""The output of a training run: a progress bar, or lines without a terminal, and a row per evaluation."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 5  # at least, without a terminal
 
 
 def watched(items: Sequence, what: str, hidden: bool) -> Iterator:
-    """The items, with a bar where they take long, or lines where there is no terminal. hidden: print nothing."""
+    """Iterate over items with a progress bar if it takes long, or lines without a terminal. hidden: print nothing."""
     bar = tqdm(
         items, desc=what, leave=False, delay=SECONDS_BETWEEN_LINES, dynamic_ncols=True, disable=True if hidden else None
     )
@@ -29,23 +29,23 @@ def watched(items: Sequence, what: str, hidden: bool) -> Iterator:
 
 
 class Progress:
-    """The bar, the rows, and the clock of a training: time in which it does something else is left out.
+    """The progress bar, the rows of evaluations, and a clock that counts training time only.
 
-    steps: how many there will be. step, seconds: where the run stands. hidden: print nothing (all but the main process).
+    steps: total number. step, seconds: of the run so far. hidden: print nothing (in all but the main process).
     """
 
     def __init__(self, steps: int, step: int, seconds: float, hidden: bool):
         self.step, self.seconds = step, seconds  # of training
         self._steps, self._hidden = steps, hidden
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=True if hidden else None)
-        self._since = time.perf_counter()  # the clock goes from here
+        self._since = time.perf_counter()  # start of the time not yet counted
         self._logged_seconds, self._logged_step, self._printed = seconds, step, self._since
         self._first_row = True
-        self._estimate_from: tuple[int, float] | None = None  # step and seconds behind the first step, which is slower
+        self._estimate_from: tuple[int, float] | None = None  # step and seconds after the first step, which is slower
         self._estimated = False
 
     def advance(self) -> None:
-        """Another step is done."""
+        """Count a finished step."""
         self.step += 1
         self._bar.update()
 
@@ -58,7 +58,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is no training time."""
+        """Time inside this context does not count as training time."""
         self.stop_clock()
         try:
             yield
@@ -66,16 +66,16 @@ class Progress:
             self._since = time.perf_counter()
 
     def steps_per_second(self) -> float:
-        """The speed since this was last asked for."""
+        """Steps per second since the last call."""
         seconds = self.stop_clock()
         speed = (self.step - self._logged_step) / (seconds - self._logged_seconds)
         self._logged_seconds, self._logged_step = seconds, self.step
         return speed
 
     def estimate(self, device: torch.device) -> None:
-        """Once, some steps after the first: the time that the other steps take, and the peak memory so far.
+        """Print, once, the estimated remaining time and the peak memory, some steps after the first.
 
-        To be called when the device has done all steps so far.
+        Call it when the device has finished all steps so far.
         """
         if self._estimated or self._hidden:
             return
@@ -88,10 +88,10 @@ class Progress:
             left = tqdm.format_interval((self._steps - self.step) * step_seconds)
             peak = peak_memory_mib(device)
             memory = "" if peak is None else f", peak memory {peak:,.0f} MiB so far"
-            tqdm.write(f"time    {1000 * step_seconds:,.0f} ms a step, about {left} left without evaluations{memory}")
+            tqdm.write(f"time    {1000 * step_seconds:,.0f} ms per step, about {left} left without evaluations{memory}")
 
     def show(self, loss: float, tokens_per_second: float, skipped: int) -> None:
-        """The loss (cross-entropy, nats per token) and the speed, beside the bar or as a line."""
+        """Show the loss (cross-entropy, nats per token) and the speed, next to the bar or as a line."""
         words = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s" + (f", {skipped} skipped" if skipped else "")
         self._bar.set_postfix_str(words, refresh=False)
         now = time.perf_counter()
@@ -102,15 +102,23 @@ class Progress:
         print(f"step {self.step:,} of {self._steps:,}: {words}, {tqdm.format_interval(left)} left", flush=True)
 
     def show_evaluation(self, scores: dict) -> None:
-        """A row of the table of evaluations."""
+        """Print a row of the table of evaluations."""
         if self._first_row:
             tqdm.write(
                 "  step  val loss  perplexity  bits/byte  | mean cosine: embedding  last half  last layer | spearman"
             )
         self._first_row = False
         cosines = scores["mean_cosine_by_layer"]
-        row = (self.step, scores["val_loss"], scores["perplexity"], scores["bits_per_byte"], cosines[0],
-               scores["last_half_mean"], cosines[-1], scores["spearman"])  # fmt: skip
+        row = (
+            self.step,
+            scores["val_loss"],
+            scores["perplexity"],
+            scores["bits_per_byte"],
+            cosines[0],
+            scores["last_half_mean"],
+            cosines[-1],
+            scores["spearman"],
+        )
         tqdm.write("{:6d}  {:8.4f}  {:10.2f}  {:9.4f}  | {:22.3f}  {:9.3f}  {:10.3f} | {:8.2f}".format(*row))
         sys.stdout.flush()
 

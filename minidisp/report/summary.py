@@ -1,4 +1,4 @@
-"""The first and the last lines of a training: what is in use, and the run in a dozen numbers (summary.json)."""
+"""The first and last lines of a training run: its settings, and its results in a dozen numbers (summary.json)."""
 
 import shlex
 from collections.abc import Sequence
@@ -25,9 +25,12 @@ SCORES = (
     "last_half_mean",
 )
 ROWS = {
-    "validation loss (nats/token)": "val_loss", "perplexity": "perplexity", "bits per byte": "bits_per_byte",
-    "mean cosine, last half of layers": "last_half_mean", "Spearman, cosine against depth": "spearman",
-}  # fmt: skip
+    "validation loss (nats/token)": "val_loss",
+    "perplexity": "perplexity",
+    "bits per byte": "bits_per_byte",
+    "mean cosine, last half of layers": "last_half_mean",
+    "Spearman, cosine against depth": "spearman",
+}
 
 
 def introduction(
@@ -35,8 +38,8 @@ def introduction(
 ) -> str:
     """The first lines of a run.
 
-    terms: those of the objective. where: the device and how it is used. step, changed: where a resumed run continues, and
-    what is different from there on, in words.
+    terms: of the objective. where: the device and how it is used. step, changed: where a resumed run continues, and the
+    settings that have changed, in words.
     """
     data, epochs = _data(config, dataset)
     seen = config.max_steps * config.tokens_per_step
@@ -52,12 +55,13 @@ def introduction(
     if config.noisy_embedding:
         objective += f"; noise of up to {config.noisy_embedding:g} / sqrt(T C) on the token embeddings"
     if config.active_forgetting:
-        tied = ", which are the output layer, too," if config.tied else ""
+        tied = ", tied to the output layer," if config.tied else ""
         objective += f"; token embeddings{tied} reset every {config.active_forgetting:,} steps"
     lines = [
         f"minidisp {minidisp.__version__}  {config.run_dir}",
         *data,
-        f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: {parameters:,} parameters",
+        f"model   {config.arch} {config.n_layer} layers x {config.n_embd}, context {config.block_size}: "
+        f"{parameters:,} parameters",
         f"steps   {steps}",
         f"loss    {objective}",
         f"device  {where}",
@@ -65,19 +69,19 @@ def introduction(
     if max(epochs) > MANY_EPOCHS:
         enough = max(1, int(config.max_steps * MANY_EPOCHS / max(epochs)))
         lines.append(
-            f"warning: {max(epochs):,.0f} epochs of the same text overfit it: give a larger corpus with --data, or --max-steps {enough}"
+            f"warning: {max(epochs):,.0f} epochs of the same text, so the model will overfit: pass a larger corpus "
+            f"with --data, or --max-steps {enough}"
         )
     if reason := cannot_draw():
         lines.append(reason)
     if config.resume:
-        return "\n".join(
-            [*lines, "", f"resumed at step {step}" + ", from here on with " * bool(changed) + ", ".join(changed)]
-        )
+        lines += ["", f"resumed at step {step}" + ", from here on with " * bool(changed) + ", ".join(changed)]
+        return "\n".join(lines)
     return "\n".join(lines) + "\n"
 
 
 def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[float]]:
-    """For each corpus, a line with what it has and its share in a mixture, and the epochs that the run takes of it."""
+    """For each corpus, a line with its size and its share of a mixture, and the number of epochs in this run."""
     lines, epochs, total = [], [], sum(dataset.weights)
     sequences = config.max_steps * config.batch_size * config.grad_accum
     for part, weight in zip(dataset.parts, dataset.weights, strict=True):
@@ -90,7 +94,7 @@ def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[f
             line += f"; {counted:,} of them counted, in {split.documents:,} examples in {examples.n:,} windows"
             windows = examples.n
             if examples.cut:
-                line += f"; {examples.cut:,} examples are longer than the context and keep their end"
+                line += f"; {examples.cut:,} examples are longer than the context and lose their start"
         if total > weight:
             line += f"; {weight} of {total} sequences"
         lines.append(f"data    {line}")
@@ -99,7 +103,7 @@ def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[f
 
 
 def next_command(run: Path, text: str) -> str:
-    """What to type next: a command that samples at once, from the beginning of a line of the text."""
+    """The command to try next: generates text from the start of a line of the corpus."""
     lines = text.splitlines()
     words = next((line.split() for line in lines[1:] or lines if line.strip()), ["The"])
     prompt = " ".join(words[:3])[:40]
@@ -107,7 +111,7 @@ def next_command(run: Path, text: str) -> str:
 
 
 def summarise(run: Path, parameters: int, tokens: int, seconds: float, skipped: int) -> dict:
-    """Where the run began, where it ended, and what it cost; the scores of the first, the best and the last evaluation."""
+    """The cost of the run, and the scores of its first, best and last evaluation."""
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line]
     chosen = (lines[0], min(lines, key=lambda line: line["val_loss"]), lines[-1])
     return {
@@ -122,7 +126,7 @@ def summarise(run: Path, parameters: int, tokens: int, seconds: float, skipped: 
 
 
 def summary_table(summary: dict) -> str:
-    """What `summarise` returns, for a person."""
+    """The result of `summarise` as text."""
     rows = [[label, *(number(summary[when][key]) for when in MOMENTS)] for label, key in ROWS.items()]
     headers = ["", *(f"{when} (step {summary[when]['step']:,})" for when in MOMENTS)]
     speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""

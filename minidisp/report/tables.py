@@ -1,4 +1,4 @@
-"""Tables, as text and as HTML. `scores` is always what eval.py writes with --json, one dictionary per model."""
+"""Tables, as text and as HTML. `scores` is always the output of eval.py --json, one dictionary per model."""
 
 import html
 import math
@@ -11,7 +11,7 @@ from minidisp import printable
 from minidisp.comparison import LOGGING
 from minidisp.dispersion import select_layers
 
-# Scores per layer that answer what a mean cosine hides: name in the JSON, what it is, decimals.
+# Metrics by layer that show what a mean cosine hides: key in the JSON without "_by_layer", label, decimals.
 FURTHER = [
     ("off_diagonal_mean", "mean cosine, i != j", 3),
     ("centred_mean", "mean cosine, i != j, centred", 3),
@@ -26,7 +26,7 @@ FURTHER = [
 
 
 class Table(NamedTuple):
-    """Text cells, to be printed or put on a page; the first column names the rows."""
+    """Text cells, to be printed or shown on a page; the first column names the rows."""
 
     caption: str
     headers: list[str]
@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 
 def escaped(text: str) -> str:
-    """A text for a page: markup and what would change the order or the look of its neighbours are shown as they are written."""
+    """A text escaped for HTML; characters that could reorder or hide other text are made visible."""
     return html.escape(printable(text, keep="\n\t"))
 
 
@@ -68,7 +68,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int = 4, sign: str = "") -> str:
-    """A number for a table, "-" for one that is undefined (None or NaN), and powers of ten from a billion on.
+    """A number for a table: "-" if it is undefined (None or NaN), in scientific notation from 1e9 on.
 
     sign: "+" writes a plus before positive numbers.
     """
@@ -78,7 +78,7 @@ def number(value: float | None, digits: int = 4, sign: str = "") -> str:
 
 
 def score_table(scores: list[dict]) -> Table:
-    """Loss and what follows from it, one column per run."""
+    """Loss and the scores computed from it, one column per run."""
     mark = " *" if len({s["tokenizer"] for s in scores}) > 1 else ""
     rows = [["tokens", *(f"{s['tokens']:,}" for s in scores)]]
     measures = [
@@ -105,7 +105,7 @@ def corpora_table(scores: list[dict]) -> Table:
 
 
 def condensation_table(scores: list[dict]) -> Table:
-    """Mean cosine per layer, one column per run, and its scores below."""
+    """Mean cosine by layer, one column per run, followed by its summary statistics."""
     measured = [s["condensation"] for s in scores]
     by_layer = [m["mean_cosine_by_layer"] for m in measured]
     rows = []
@@ -123,7 +123,7 @@ def condensation_table(scores: list[dict]) -> Table:
 
 
 def _protocol(measured: list[dict]) -> str:
-    """What was measured, and how far that is from the paper's protocol."""
+    """The number of sequences and tokens, and those of the paper if they differ."""
     sizes = list(dict.fromkeys((m["sequences"], m["tokens_per_sequence"]) for m in measured))
     text = "over " + " and ".join(f"{sequences} sequences of {tokens} tokens" for sequences, tokens in sizes)
     return text if sizes == [(100, 512)] else text + " (the paper: 100 of 512)"
@@ -174,7 +174,7 @@ def pairs_table(scores: list[dict]) -> Table:
     names = [s["name"] for s in scores]
     headers = ["", "pairs", *names, *(f"{name} - {names[0]}" for name in names[1:])]
     return Table(
-        "minimal pairs", headers, rows, "% of the pairs whose good sentence is likelier (95 % interval); guessing: 50"
+        "minimal pairs", headers, rows, "% of the pairs whose good sentence is more likely (95 % interval); chance: 50"
     )
 
 
@@ -201,7 +201,7 @@ def choices_table(scores: list[dict]) -> Table:
 
 
 def completions_tables(scores: list[dict]) -> list[Table]:
-    """Completions that were scored, and prompts that were answered: a table for each of the two that there is."""
+    """A table of scored completions and one of generated answers, whichever were measured."""
     measured = [s["completions"] for s in scores]
     single = len(measured[0]) == 2
     kinds = [
@@ -250,7 +250,7 @@ def _with_differences(parts: list[dict], key: str, share: bool) -> list[str]:
 
 
 def seeds_table(scores: list[dict]) -> Table | None:
-    """Mean and standard deviation over seeds, a row per score and configuration; None if no configuration has two seeds."""
+    """Mean and standard deviation over seeds, a row per score and configuration; None if none has two seeds."""
     rows, several = [], False
     for measure in scores[0].get("over_seeds", {}):
         groups = []
@@ -267,13 +267,13 @@ def seeds_table(scores: list[dict]) -> Table | None:
             rows.append([label, *cells, difference, interval, versus.get("verdict", "")])
     if not several:
         return None
-    note = "of the pairs of seeds; with one pair, the interval is over the sampled text alone"
+    note = "over the pairs of seeds; with one pair, the interval covers the evaluation text only"
     headers = ["", "seeds", "mean", "sd", "difference to the first", "95 % interval", "verdict"]
     return Table("over seeds", headers, rows, f"difference and interval: {note}")
 
 
 def writing_table(scores: list[dict]) -> Table:
-    """How often continuations repeat themselves, a row per run and way; how the texts go on comes first."""
+    """Repetition in generated continuations, a row per run and decoding; the true continuations come first."""
     keys = ["rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2"]
     same_tokenizer = len({s["tokenizer"] for s in scores}) == 1
     rows = []
@@ -284,15 +284,14 @@ def writing_table(scores: list[dict]) -> Table:
             name = "the text itself" if way == "true" and same_tokenizer else f"{s['name']}, {way}"
             rows.append([name, *(number(s["writing"][way][key], 3) for key in keys)])
     measured = scores[0]["writing"]
-    note = f"continuations of {measured['texts']} {measured['of']}; rep: share of n-grams that were there before"
+    note = f"continuations of {measured['texts']} {measured['of']}; rep: share of repeated n-grams"
     if not same_tokenizer:
         note += "; not comparable across runs, since the tokenizers differ"
-    return Table("how it writes", ["", "rep-2", "rep-3", "rep-4", "distinct-1", "distinct-2"], rows, note)
+    return Table("text generation", ["", "rep-2", "rep-3", "rep-4", "distinct-1", "distinct-2"], rows, note)
 
 
 def settings_table(names: list[str], configs: list[dict | None], differing: bool = True) -> Table:
-    """The settings of the runs, one column each, "-" where one has none; only those that differ unless told
-    otherwise."""
+    """The settings of the runs, one column each, "-" for unset ones. differing: only those that differ."""
     rows = []
     for field in dict.fromkeys(field for config in configs if config for field in config):
         cells = ["-" if not config or config.get(field) in (None, "") else str(config[field]) for config in configs]

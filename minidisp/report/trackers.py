@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: each logs what metrics.jsonl holds, and continues when a run is resumed."""
+"""TensorBoard and Weights & Biases: both log the lines of metrics.jsonl, and continue when a run is resumed."""
 
 import importlib
 import re
@@ -21,7 +21,7 @@ def _import(module: str, package: str, extra: str, need: str):
 
 
 def loggers(tensorboard: bool, wandb: bool) -> list:
-    """The loggers that were requested, used as open(run, config, step), log(line of metrics.jsonl) ..., close().
+    """The requested loggers, used as open(run, config, step), log(line of metrics.jsonl) ..., close().
 
     Raises InputError if a package is missing, so that no run starts without them.
     """
@@ -37,7 +37,7 @@ class TensorBoardLogger:
         self._module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard", "--tensorboard")
 
     def open(self, run: Path, config: dict, step: int) -> None:
-        """Hide what an earlier session logged after the last line of metrics.jsonl: those steps are repeated."""
+        """Discard what was logged earlier after the last line of metrics.jsonl, since those steps are repeated."""
         lines = read_metrics(run / "metrics.jsonl") if config["resume"] else []
         self._writer = self._module.SummaryWriter(run / "tensorboard", purge_step=lines[-1]["step"] + 1 if lines else 0)
 
@@ -53,8 +53,8 @@ class TensorBoardLogger:
 class WandbLogger:
     """Logs to the project minidisp under the run folder's name; wandb's own files go into the run folder.
 
-    The wandb id is saved in the run folder, and --resume continues under it. wandb ignores steps that were logged before;
-    a resumed run repeats them exactly, so nothing is lost.
+    The wandb id is saved in the run folder, and --resume continues under it. wandb ignores steps that were logged
+    before; a resumed run repeats them exactly, so nothing is lost.
     """
 
     outside = True
@@ -75,7 +75,7 @@ class WandbLogger:
 
     @staticmethod
     def _id(path: Path) -> str:
-        """The id that an earlier session saved."""
+        """The id saved by an earlier session."""
         name = read_bytes(path).decode("ascii", errors="replace").strip()
         if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
             raise InputError(f"{path} does not hold a wandb run id: remove it to start a new wandb run")
