@@ -1,13 +1,14 @@
-"""How fast causal attention is on the CPU: minidisp's operator against torch's scaled_dot_product_attention.
+"""Speed of causal attention on the CPU: minidisp's operator against torch's scaled_dot_product_attention.
 
     python bench/attention.py [--threads 1] [--shapes 12x4x64x32,...] [--dtypes float32,bfloat16] [--seconds 4]
 
-Shapes are B x H x T x D. Before anything is timed, both forms are verified against float64, output and gradient. Then they
-are timed in turn, round after round in one process, since machines are shared and clocks move; both start from one tensor
-(B, T, 3 H D) and end with its gradient, as in a model. A ratio above 1 says how many times as fast the operator is as
-torch's; it is that of medians. GFLOP/s count T (T + 1) D multiply-adds per head forward, and 2.5 times as many backward.
-The peak memory is what a step needs beyond input, output and gradients, and comes from a child process.
-"instructions" are those the operator used: MINIDISP_CPU=baseline|avx2|avx512|amx lowers them. A table, then one JSON line.
+Shapes are B x H x T x D. Both implementations are first verified against float64, output and gradient. Their timings
+are interleaved, round by round in one process, since machines are shared and clock rates vary; both start from one
+tensor (B, T, 3 H D) and end with its gradient, as in a model. The speedup of the operator is the ratio of the median
+times. GFLOP/s count T (T + 1) D multiply-adds per head in the forward pass, and 2.5 times as many in the backward pass.
+The peak memory is what a step needs beyond input, output and gradients, measured in a child process. "instructions" is
+the instruction set that the operator used; MINIDISP_CPU=baseline|avx2|avx512|amx limits it. Prints a table, then one
+JSON line.
 """
 
 import os
@@ -49,7 +50,7 @@ def compute(form: str, qkv: Tensor, H: int) -> Tensor:
 
 
 def verify(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, list[float]]:
-    """Errors of output and gradient of each form; ends the program if one is wrong."""
+    """Errors of output and gradient of each implementation; exits if one is too large."""
     H = shape[1]
     qkv, grad = inputs(shape, dtype)
     exact = qkv.detach().double().requires_grad_()
@@ -63,7 +64,7 @@ def verify(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, li
         pairs = ((out, truth), (qkv.grad, exact.grad))
         errors[form] = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
         if not max(errors[form]) < MOST_ERROR[dtype]:
-            raise SystemExit(f"{form} is wrong at {shape} in {dtype}: it is off by {max(errors[form]):.1e}")
+            raise SystemExit(f"{form} is wrong at {shape} in {dtype}: relative error {max(errors[form]):.1e}")
     return errors
 
 
@@ -74,7 +75,7 @@ def peak_mem_mib(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 
 
 def print_peak(form: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """In a child process: the growth of the peak of the resident memory over one step."""
+    """In a child process: the growth of the peak resident memory in one step."""
     registered("cpu")
     small, grad = inputs((1, 1, 8, 8), dtype)
     compute(form, small, 1).backward(grad)
@@ -100,7 +101,7 @@ def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, seconds: float
             times_ms[form].append((1000 * (middle - start), 1000 * (time.perf_counter() - middle)))
     median_ms = {}
     for form, times in times_ms.items():
-        parts = [*zip(*times[2:], strict=True), [sum(pair) for pair in times[2:]]]  # the first two warm up
+        parts = [*zip(*times[2:], strict=True), [sum(pair) for pair in times[2:]]]  # the first two are warm-up
         median_ms[form] = dict(zip(("forward", "backward", "both"), map(statistics.median, parts), strict=True))
     ours = median_ms["operator"]
     return {
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", default=SHAPES, help="B x H x T x D, such as 8x6x256x32, separated by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per shape and dtype")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timing per shape and dtype")
     parser.add_argument("--peak-of", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -132,13 +133,13 @@ def main() -> None:
         print_peak(args.peak_of, shapes[0], dtypes[0])
         return
     if missing := registered("cpu"):
-        raise SystemExit(f"there is no operator to time: {missing}")
+        raise SystemExit(f"the operator is not available: {missing}")
 
     instructions = torch.ops.minidisp.instruction_set()
     where = f"{cpu_model()}, {args.threads} threads"
     print(f"causal attention on {where}, torch {torch.__version__}; instructions: {instructions}")
-    print("ms of torch -> of the operator, and in brackets how many times as fast that is\n")
-    print("| (B, H, T, D) | dtype | forward | backward | both | GFLOP/s | error, torch's | MiB, torch's | taken |")
+    print("ms with torch -> with the operator (speedup)\n")
+    print("| (B, H, T, D) | dtype | forward | backward | both | GFLOP/s | error, torch's | MiB, torch's | used |")
     print("|---|---|---|---|---|---|---|---|---|")
     results = []
     for shape in shapes:

@@ -1,11 +1,11 @@
-"""How long the extension takes to compile, file by file; and from the first command in a fresh clone to its first step.
+"""Compile time of the extension, file by file, and the time from the first command in a fresh clone to its first step.
 
     python bench/compile.py [--instructions avx2|all|...] [--cuda] [--first-step]
 
-Each file is compiled alone, one after the other: wall and CPU seconds. Then all of it as on first use, on as many processors
-as MAX_JOBS or the machine gives. --cuda compiles the CUDA files too (nvcc, no card needed), to objects alone. --first-step
-clones this checkout into a temporary folder and runs `train.py --dispersion 0.1` there with empty caches, up to the line of
-step 0. A table, then one JSON line.
+Compiles each file separately, one after the other, and reports wall and CPU seconds; then everything as on first use,
+on as many processors as MAX_JOBS or the machine allows. --cuda also compiles the CUDA files to object files (nvcc, no
+GPU needed). --first-step clones this checkout into a temporary folder and runs `train.py --dispersion 0.1` there with
+empty caches, up to the log line of step 0. Prints a table, then one JSON line.
 """
 
 import os
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cpu_seconds() -> float:
-    """Of all child processes so far."""
+    """CPU seconds of all child processes so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -41,12 +41,12 @@ def timed(command: list[str]) -> tuple[float, float]:
     wall, cpu = time.monotonic(), cpu_seconds()
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise InputError(f"{command[0]} fails: {(result.stdout + result.stderr).strip().splitlines()[-1]}")
+        raise InputError(f"{command[0]} failed: {(result.stdout + result.stderr).strip().splitlines()[-1]}")
     return time.monotonic() - wall, cpu_seconds() - cpu
 
 
 def first_step(folder: Path) -> float:
-    """Seconds from the first command in a fresh clone to its first step, which is when metrics.jsonl has its loss."""
+    """Seconds from the first command in a fresh clone to its first step, when metrics.jsonl has the first loss."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "clone")], check=True)
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
     environment.pop("MINIDISP_CPU", None)
@@ -68,10 +68,12 @@ def first_step(folder: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench/compile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--instructions", choices=["all", *build.INSTRUCTION_SETS], default=build.wanted_instruction_set(),
-        help="what to compile for; the default is what first use compiles here",
-    )  # fmt: skip
-    parser.add_argument("--cuda", action="store_true", help="the CUDA files too, to objects alone")
+        "--instructions",
+        choices=["all", *build.INSTRUCTION_SETS],
+        default=build.wanted_instruction_set(),
+        help="instruction set to compile for (default: the one that first use compiles for here)",
+    )
+    parser.add_argument("--cuda", action="store_true", help="also compile the CUDA files, to object files")
     parser.add_argument("--first-step", action="store_true", help="time the first command of a fresh clone")
     args = parser.parse_args(argv)
     if missing := build.missing_tool():

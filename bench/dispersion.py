@@ -1,18 +1,19 @@
-"""How fast the dispersion loss is, forward and backward: plain, compiled by torch.compile, streamed and fused.
+"""Speed of the dispersion loss, forward and backward: plain, compiled by torch.compile, streamed and fused.
 
     python bench/dispersion.py --threads 1
     python bench/dispersion.py --variant l2_repel --shapes 16x128x256,4x1024x768 --device cuda --no-compile
-    python bench/dispersion.py --precision high                       # as under autocast: matrix tiles, where there is AMX
-    python bench/dispersion.py --device cuda --precision highest      # without tensor cores; "high", as trained, is usual
+    python bench/dispersion.py --precision high                       # as under autocast: uses AMX tiles if available
+    python bench/dispersion.py --device cuda --precision highest      # without tensor cores; default: "high", as
+    trained
 
-Before anything is timed, every form is verified against float64. Then all are timed in turn, round after round in one
-process, since machines are shared and clocks move; ratios are those of medians.
-GFLOP/s count 3 T^2 C per sequence (the products over half of the pairs, forward and backward), whatever a form really
-computes, and are compared with a product of square matrices timed in the same rounds. "block" is forward and backward of a
-GPT-2 style block at the same shape: the share is what the fused loss on the block's output adds to it. "2 threads" says
-how many times as fast two threads are as one, timed in the same rounds (--threads 1 only). The peak memory is what each
-form needs beyond z and its gradient, and comes from a child process (CPU) or the allocator (CUDA). A table, then one JSON
-line.
+Every implementation is first verified against float64. Timings are interleaved, round by round in one process, since
+machines are shared and clock rates vary; ratios are those of medians.
+GFLOP/s count 3 T^2 C per sequence (the products over half of the pairs, forward and backward), regardless of what an
+implementation computes, and are compared with a product of square matrices timed in the same rounds. "block" is forward
+and backward of a GPT-2 style block of the same shape: the share is what the fused loss on the block's output adds to
+it. "2 threads" is the speedup of two threads over one, timed in the same rounds (--threads 1 only). The peak memory is
+what an implementation needs beyond z and its gradient, measured in a child process (CPU) or by the allocator (CUDA).
+Prints a table, then one JSON line.
 """
 
 import os
@@ -71,13 +72,13 @@ def timed(function, synchronize) -> float:
 
 
 def forms(variant: str, with_compile: bool, device: str) -> dict:
-    """The ways of computing the loss: name -> function of z."""
+    """The implementations of the loss: name -> function of z."""
     chosen = {
         "eager": lambda z: dispersion_loss(z, variant, impl="reference"),
         "streamed": lambda z: dispersion_loss(z, variant, impl="streamed"),
     }
     if with_compile:
-        # The clamp and arccos in one kernel between two products is what the compiler does best.
+        # The reference form suits the compiler best: clamp and arccos become one kernel between two products.
         chosen["compiled"] = torch.compile(chosen["eager"], dynamic=False)
     if variant in FUSED_VARIANTS and not registered(device):
         chosen["fused"] = lambda z: dispersion_loss(z, variant, impl="fused")
@@ -100,11 +101,11 @@ def verify(chosen: dict, z: Tensor, variant: str) -> None:
         error = ((small.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
         exact_products = torch.get_float32_matmul_precision() == "highest"
         if not error < (1e-5 if z.dtype == torch.float32 and exact_products else 1e-2):
-            raise SystemExit(f"{name} is wrong at {tuple(z.shape)}: the gradient is off by {error:.1e}")
+            raise SystemExit(f"{name} is wrong at {tuple(z.shape)}: relative error of the gradient {error:.1e}")
 
 
 def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
-    """What a step of a form needs beyond z and its gradient."""
+    """The memory that a step of an implementation needs beyond z and its gradient."""
     if device == "cuda":
         z = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
         torch.cuda.reset_peak_memory_stats()
@@ -118,7 +119,7 @@ def peak_mem_mib(name: str, variant: str, shape: tuple[int, int, int], device: s
 
 
 def print_peak(name: str, variant: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """In a child process: the growth of the peak of the resident memory over one step."""
+    """In a child process: the growth of the peak resident memory in one step."""
     function = forms(variant, False, "cpu")[name]
     step(function, torch.randn(1, 33, 8, dtype=dtype, requires_grad=True))
     z = torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -157,7 +158,7 @@ def measure(shape: tuple[int, int, int], args) -> dict:
         for name, run in runs.items():
             if name == "2 threads":
                 torch.set_num_threads(2)
-                run()  # wakes the second one up
+                run()  # wakes up the second thread
             times_ms[name].append(timed(run, synchronize))
             torch.set_num_threads(args.threads)
     median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
@@ -187,7 +188,7 @@ def read_shapes(text: str) -> list[tuple[int, int, int]]:
     except ValueError:
         shapes = []
     if not shapes or not all(len(shape) == 3 and min(shape) >= 1 and min(shape[1:]) >= 2 for shape in shapes):
-        raise argparse.ArgumentTypeError(f"{text!r} are no shapes (B, T, C) such as 16x128x256,4x1024x768")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shapes (B, T, C) such as 16x128x256,4x1024x768")
     return shapes
 
 
@@ -202,8 +203,9 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of z")
-    parser.add_argument("--precision", choices=("highest", "high"), help="of float32 products; on CUDA high is usual")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing per shape")
+    words = "float32 matmul precision (default: high on CUDA, highest on a CPU)"
+    parser.add_argument("--precision", choices=("highest", "high"), help=words)
+    parser.add_argument("--seconds", type=float, default=6.0, help="timing per shape")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -221,9 +223,9 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
     print(f"{args.variant} on {where}, torch {torch.__version__}; {DispersionLoss(args.variant).prepare(args.device)}")
-    print("forward and backward in ms; in brackets, the speedup of fused (of streamed where fused is not available)\n")
-    columns = ("(B, T, C)", "eager", "torch.compile", "streamed", "fused", "2 threads", "GFLOP/s",
-               "of the matrix product", "of a block", "MiB")  # fmt: skip
+    print("forward and backward in ms (speedup of fused, or of streamed if fused is not available)\n")
+    columns = ("(B, T, C)", "eager", "torch.compile", "streamed", "fused", "2 threads", "GFLOP/s")
+    columns += ("of the matrix product", "of a block", "MiB")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     results = []
     for shape in args.shapes:

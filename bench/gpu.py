@@ -1,4 +1,4 @@
-"""The steps of bench/gpu.sh that are its own: the build, checks against float64, timing by graph replay, and the page.
+"""The Python steps of bench/gpu.sh: the build, checks against float64, timing by graph replay, and the report.
 
 python bench/gpu.py build | check | small | strips | time | profile | page DIR     [--dry: judge no number]
 """
@@ -29,8 +29,8 @@ from minidisp.ops.__main__ import diagnosis
 from minidisp.ops.dispersion import FUSED_VARIANTS, select
 from minidisp.ops.streamed import float32_precision
 
-L2_BYTES = 128 << 20  # more than any card's: inputs that take turns come from memory
-WAYS = {  # name -> (impl, dtype, float32 matmul precision, whether torch.compile does it)
+L2_BYTES = 128 << 20  # more than any GPU has, so alternating inputs are read from memory
+WAYS = {  # name -> (impl, dtype, float32 matmul precision, whether to use torch.compile)
     "fused, as trained": ("fused", torch.float32, "high", False),
     "fused, bfloat16": ("fused", torch.bfloat16, "high", False),
     "fused, exact": ("fused", torch.float32, "highest", False),
@@ -38,7 +38,7 @@ WAYS = {  # name -> (impl, dtype, float32 matmul precision, whether torch.compil
     "torch.compile": ("reference", torch.float32, "high", True),
     "eager": ("reference", torch.float32, "high", False),
 }
-BARS = {"eager": 5.0, "torch.compile": 2.0}  # times as long as "fused, as trained" at the first shape, at least
+BARS = {"eager": 5.0, "torch.compile": 2.0}  # required speedup of "fused, as trained" at the first shape
 
 
 def loss_and_gradient(z: Tensor, impl: str = "fused", variant: str = "angular_spread", tau: float = 1.0):
@@ -48,10 +48,10 @@ def loss_and_gradient(z: Tensor, impl: str = "fused", variant: str = "angular_sp
 
 
 def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """function() as a CUDA graph, and what it returned there: what each replay fills anew."""
+    """function() as a CUDA graph, and its result, which each replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # whatever is done once is done before
+    with torch.cuda.stream(stream):  # warm-up: one-time work must not be captured
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
@@ -62,7 +62,7 @@ def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
 
 
 def build_it() -> bool:
-    """Build the extension for CUDA, or find it, and say which."""
+    """Find the extension for CUDA, or build it, and print which."""
     missing = registered("cuda")
     found = build.find_or_build("cuda")
     print(f"{found.about}: {found.path}{found.note}")
@@ -71,14 +71,14 @@ def build_it() -> bool:
 
 
 def diagnose(dry: bool) -> bool:
-    """As python -m minidisp.ops."""
+    """Like python -m minidisp.ops."""
     text, passed = diagnosis()
     print(text)
     return passed or dry
 
 
 def check(dry: bool) -> bool:
-    """Errors against float64 on the CPU; then the same bits again, on another stream, and from a graph."""
+    """Errors against float64 on the CPU; then bit-exact repetition, also on another stream and from a graph."""
     good = True
     print("| T | C | variant | tau | precision, dtype | loss | gradient |\n|---|---|---|---|---|---|---|")
     cases = [(T, C, "angular_spread", 1.0) for T, C in itertools.product((129, 1000, 1024), (768, 770))]
@@ -127,24 +127,24 @@ def check(dry: bool) -> bool:
             for name, result in results.items():
                 if not all(torch.equal(a, b) for a, b in zip(once, result, strict=True)):
                     good = dry
-                    print(f"FAILED: {variant}, {precision}: other bits {name}")
-    print("the same bits again, on another stream and from a graph, but for what is said above")
+                    print(f"FAILED: {variant}, {precision}: different bits {name}")
+    print("compared bit for bit: repeated, on another stream and from a graph; differences are reported above")
     return good
 
 
 def cross_entropy_errors(N: int, V: int, dtype: torch.dtype) -> list[float]:
-    """Of the chunked loss, its gradients by x and by the weight, whose products are in dtype, against float64."""
+    """Relative errors of the chunked loss and of its gradients by x and by the weight, with products in dtype."""
     generator = torch.Generator().manual_seed(N + V)
     x, weight = (scale * torch.randn(n, 64, generator=generator) for n, scale in ((N, 1.0), (V, 0.3)))
     targets = torch.randint(V, (N,), generator=generator)
     targets[::7] = IGNORE
     results = []
     for form, wide in ((plain, torch.float64), (chunked, torch.float32)):
-        # Numbers that all dtypes hold, so that only the products and what follows is measured.
+        # The inputs are exact in all dtypes, so that only errors of the computation are measured.
         own = [value.to(dtype).to("cuda", wide).requires_grad_() for value in (x, weight)]
         with torch.autocast("cuda", dtype=dtype, enabled=wide != torch.float64 and dtype != torch.float32):
             loss = form(*own, targets.cuda())
-        scale = 2**12 if wide == torch.float32 else 1  # or float16 would underflow
+        scale = 2**12 if wide == torch.float32 else 1  # otherwise float16 would underflow
         gradients = torch.autograd.grad(scale * loss, own)
         results.append([loss.detach().double(), *(gradient.double() / scale for gradient in gradients)])
     return [((a - b).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
@@ -152,7 +152,7 @@ def cross_entropy_errors(N: int, V: int, dtype: torch.dtype) -> list[float]:
 
 def small() -> bool:
     """All kernels at small shapes, for compute-sanitizer."""
-    select("fused", "angular_spread", torch.float32, "cuda")  # finds the extension, or says why there is none
+    select("fused", "angular_spread", torch.float32, "cuda")  # finds the extension, or raises the reason
     for V, dtype in itertools.product((33, 5000, 4999), (torch.float32, torch.bfloat16, torch.float16)):
         logits, targets = torch.randn(20, V, device="cuda").to(dtype), torch.arange(-1, 19, device="cuda")
         torch.ops.minidisp.cross_entropy_(logits, targets, IGNORE, True)
@@ -165,8 +165,8 @@ def small() -> bool:
 
 
 def strips() -> bool:
-    """A sequence that is computed in strips, for memcheck; not for initcheck, which takes what cuBLAS writes there by the
-    copy engine for unwritten, and racecheck would take minutes."""
+    """A sequence long enough for blockwise computation, for memcheck. Not for initcheck, which does not see what cuBLAS
+    writes with the copy engine, nor for racecheck, which would take minutes."""
     for precision, variant in itertools.product(("high", "highest"), ("angular_spread", "l2_repel")):
         with float32_precision(precision):
             loss_and_gradient(torch.randn(1, 4200, 40, device="cuda"), variant=variant)
@@ -175,7 +175,7 @@ def strips() -> bool:
 
 
 def profile() -> bool:
-    """The kernels of a training step at (16, 1024, 768), for ncu, twice: once to warm up, once to look at."""
+    """The kernels of a training step at (16, 1024, 768), for ncu, twice: once to warm up, once to profile."""
     select("fused", "angular_spread", torch.float32, "cuda")
     with float32_precision("high"):
         z = torch.randn(16, 1024, 768, device="cuda")
@@ -188,7 +188,7 @@ def profile() -> bool:
 
 
 def milliseconds(way: str, shape: tuple[int, int, int], dry: bool) -> tuple[float, float]:
-    """Median time of forward and backward, over inputs that take turns in one graph, and MiB beyond z and gradient."""
+    """Median time of forward and backward, alternating inputs in one graph, and MiB beyond z and its gradient."""
     impl, dtype, precision, compiles = WAYS[way]
     torch.manual_seed(0)
     z = torch.randn(shape, device="cuda").to(dtype)
@@ -244,15 +244,14 @@ def time_all(dry: bool) -> bool:
         for way, bar in BARS.items():
             ratio = ours[way][0] / ours["fused, as trained"][0]
             good &= ratio >= bar
-            print(
-                f"{ratio:.1f} times as fast as {way} at {shapes[0]}{'' if ratio >= bar else f': FAILED, bar {bar:g}'}"
-            )
+            verdict = "" if ratio >= bar else f": FAILED, required {bar:g}"
+            print(f"{ratio:.1f} times as fast as {way} at {shapes[0]}{verdict}")
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ms_and_mib": results}))
     return good
 
 
 def page(folder: Path) -> bool:
-    """folder/gpu.md: what passed, and the tables and last lines of the logs."""
+    """Write folder/gpu.md: the result of each step, and the tables and last lines of the logs."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = [f"# {card}, torch {torch.__version__}", "", "| step | result | seconds |", "|---|---|---|"]
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
@@ -288,7 +287,7 @@ def main() -> int:
         prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("step", choices=steps)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of the logs; for page")
+    parser.add_argument("folder", nargs="?", type=Path, help="for page: the folder with the logs")
     parser.add_argument(
         "--dry", action="store_true", help="check no numbers: for an emulated GPU that computes nothing"
     )
@@ -296,7 +295,7 @@ def main() -> int:
     if (args.step == "page") != (args.folder is not None):
         parser.error("the folder of the logs is required for page, and only for page")
     if args.dry:
-        ops.check_cuda = lambda: ""  # a card that computes nothing fails it
+        ops.check_cuda = lambda: ""  # it would fail on a GPU that computes nothing
     if args.step != "page" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no GPU here", file=sys.stderr)
         return 2

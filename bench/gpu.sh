@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Proves and times the CUDA path in at most ten minutes, without network.
+# Tests and times the CUDA path in at most ten minutes, without network.
 #
 #   bench/gpu.sh [--against NANOGPT] [--out DIR] [--dry]
 #
-#   --against NANOGPT  a nanoGPT checkout, whose training step is timed in turn with minidisp's
-#   --out DIR          where the logs, the run and the page go (default: runs/gpu-check)
-#   --dry              judge no number, at small sizes and in an hour at most: for a card that computes nothing
+#   --against NANOGPT  a nanoGPT checkout; its training step is timed interleaved with minidisp's
+#   --out DIR          folder for the logs, the run and the report (default: runs/gpu-check)
+#   --dry              check no numbers, use small sizes, take up to an hour: for an emulated GPU that computes nothing
 #
-# Every step has a time limit and a log; one that fails does not stop the next. What is only right or wrong runs side by
-# side, what is timed runs alone. At the end, DIR/gpu.md says with the card's name what has passed, and what was measured.
-# Exit code 0 if all has, steps whose tool is not installed aside.
-# PYTHON=... names another interpreter than python.
+# Every step has a time limit and a log; a failed step does not stop the next. Tests run in parallel, timings run alone.
+# DIR/gpu.md has the name of the GPU, the result of each step, and the measurements.
+# Exit code 0 if all steps passed, not counting those whose tool is not installed.
+# PYTHON=... sets the interpreter (default: python).
 
 set -uo pipefail
 
@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --against) against=(--against "$(cd "${2:?--against needs a folder}" && pwd)") || exit 2; shift 2 ;;
     --out) out=${2:?--out needs a folder}; shift 2 ;;
-    --dry)  # no test is run; ten steps whose loss is not finite would end a run; and all is small, and may take long
+    --dry)  # runs no tests; at most 8 steps, since ten NaN losses would end a run; small sizes, long time limits
       dry=(--dry) collect=(--collect-only) half=4 all=8 model=4x128 slower=6 sample=(); shift
       tiny=(--n-layer 2 --n-head 2 --n-embd 64 --block-size 64 --batch-size 4 --eval-tokens 1024) ;;
     *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0; exit 2 ;;
@@ -33,7 +33,7 @@ python=${PYTHON:-python}
 rm -rf "$out"/*.log "$out"/steps.tsv "$out"/gpu.md "$out"/run
 ten_minutes=$((600 * slower))
 
-step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, seconds" in steps.tsv
+step() {  # step NAME SECONDS COMMAND...: writes a log, and a line "name, result, seconds" to steps.tsv
   local name=$1 limit=$(($2 * slower)) start=$SECONDS result log=$out/$1.log
   shift 2
   [ "$limit" -gt $((ten_minutes - SECONDS)) ] && limit=$((ten_minutes - SECONDS))
@@ -47,7 +47,7 @@ step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, sec
     timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1
     case $? in
       0) result=passed ;;
-      124 | 137) result="FAILED: no end after $limit s" ;;
+      124 | 137) result="FAILED: timed out after $limit s" ;;
       *) result="FAILED: $(tail -n 1 "$log" | cut -c 1-100)" ;;
     esac
   fi
@@ -57,13 +57,13 @@ step() {  # step NAME SECONDS COMMAND...: its log, and a line "name, result, sec
 
 sanitize=(compute-sanitizer --error-exitcode 1)
 kernels='regex:softmax_loss|measure|find_centre|centre_tokens|weigh_tiles|add_degrees|finish_tokens'
-train=("$python" train.py --recipe gpt2 --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half" --device cuda)
-train+=(${tiny[@]+"${tiny[@]}"})
+train=("$python" train.py --recipe gpt2 --out "$out/run" --dispersion 0.1 --eval-every "$half" --log-every "$half")
+train+=(--device cuda ${tiny[@]+"${tiny[@]}"})
 
 step build 240 "$python" bench/gpu.py build ${dry[@]+"${dry[@]}"}
 step diagnosis 60 "$python" bench/gpu.py diagnosis ${dry[@]+"${dry[@]}"}
 
-# One process, as there is one card, and without the options that need pytest-xdist.
+# One process, since there is one GPU, and without options that need pytest-xdist.
 step tests 120 "$python" -m pytest -q -o addopts= tests/test_ops.py -k cuda ${collect[@]+"${collect[@]}"} &
 step checks 120 "$python" bench/gpu.py check ${dry[@]+"${dry[@]}"} &
 for tool in memcheck initcheck racecheck synccheck; do

@@ -1,16 +1,16 @@
-"""The speed run: how soon do we reach nanoGPT's own final loss? Whole commands, trained in turn on one core.
+"""The speed run: how soon do we reach nanoGPT's final loss? Times whole commands, interleaved on one core.
 
     python data/prepare.py shakespeare --tokenizer byte --out data/shakespeare-bytes
     python bench/recipe.py --against ../nanoGPT --data data/shakespeare-bytes [--seeds 3] [--records 2 3] [--log FILE]
 
-nanoGPT's own train.py runs with the command that its README gives for a CPU (4 layers x 128, context 64, batch 12, 2000
-steps), on the same bytes; then ours, on the same core, as RECORDS has it; docs/speedrun.md has the rules and what came
-out. A time is that of the whole command by the clock: imports, evaluations at the first and the last step, checkpoint
-and, for ours, table and figures. A loss is that of the weights in the last checkpoint, over every window of the
-validation split, by one and the same function, in nats per byte.
+Runs nanoGPT's train.py with the command that its README gives for a CPU (4 layers x 128, context 64, batch 12, 2000
+steps), on the same bytes; then ours, on the same core, with the flags in RECORDS. docs/speedrun.md has the rules and
+the results. Times are wall-clock times of the whole command: imports, evaluations at the first and the last step,
+checkpoint and, for ours, table and figures. Losses are those of the last checkpoint's weights over every window of the
+validation split, computed by the same function for both, in nats per byte.
 
---log: what is measured is added to this file, and what stands there is not run again, so that a series can be stopped,
-and several corpora are tested together.
+--log: results are appended to this file, and those already in it are not run again, so that a series can be
+interrupted, and several corpora can be tested together.
 """
 
 import os
@@ -42,15 +42,28 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BATCH_SIZE = 12
 PEER_STEPS = 2000
-PEER_FLAGS = {**MODEL, "batch_size": BATCH_SIZE, "max_iters": PEER_STEPS, "lr_decay_iters": PEER_STEPS, "dropout": 0.0,
-              "device": "cpu", "compile": False, "eval_iters": 20, "eval_interval": PEER_STEPS, "always_save_checkpoint": True}  # fmt: skip
-# Its seed is a number in the code.
-SEEDED = "import runpy, sys, torch; f = torch.manual_seed; torch.manual_seed = lambda _: f({seed}); runpy.run_path('train.py', run_name='__main__')"
-PEER = 0  # its number among the records
+PEER_FLAGS = {
+    **MODEL,
+    "batch_size": BATCH_SIZE,
+    "max_iters": PEER_STEPS,
+    "lr_decay_iters": PEER_STEPS,
+    "dropout": 0.0,
+    "device": "cpu",
+    "compile": False,
+    "eval_iters": 20,
+    "eval_interval": PEER_STEPS,
+    "always_save_checkpoint": True,
+}
+# nanoGPT's seed is hard-coded.
+SEEDED = (
+    "import runpy, sys, torch; f = torch.manual_seed; torch.manual_seed = lambda _: f({seed}); "
+    "runpy.run_path('train.py', run_name='__main__')"
+)
+PEER = 0  # nanoGPT's number among the records
 
 
 class Record(NamedTuple):
-    """A command that reached the loss, as flags of train.py by their names in Config."""
+    """A command that reached nanoGPT's loss, as flags of train.py by their names in Config."""
 
     change: str
     flags: dict
@@ -59,16 +72,16 @@ class Record(NamedTuple):
 FAST = {"recipe": "fast"}
 BEFORE = {**FAST, "schedule": "wsd", "warmup_steps": 40, "tied": True, "embedding_lr": 1.0, "momentum": 0.95}
 RECORDS = {
-    1: Record("the fast recipe of before, cut down to what it takes", {**BEFORE, "max_steps": 400}),
+    1: Record("the previous fast recipe, with as few steps as necessary", {**BEFORE, "max_steps": 400}),
     2: Record(
-        "linear schedule, embeddings apart at five times the learning rate, momentum 0.9", {**FAST, "max_steps": 290}
+        "linear schedule, untied embeddings at five times the learning rate, momentum 0.9", {**FAST, "max_steps": 290}
     ),
     3: Record("bfloat16", {**FAST, "max_steps": 290, "dtype": "bfloat16"}),
 }
 
 
 class Result(NamedTuple):
-    """A trained command, a line of --log."""
+    """The result of a command, a line of --log."""
 
     corpus: str
     seed: int
@@ -83,7 +96,7 @@ def lay_out_peer(checkout: Path, folder: Path, dataset: Dataset) -> None:
     """A working folder for nanoGPT's train.py: its code, and our tokens in its format."""
     for name in ("train.py", "model.py", "configurator.py", "config"):
         if not (checkout / name).exists():
-            raise SystemExit(f"bench/recipe.py: --against {checkout}: there is no {name}; name a nanoGPT checkout")
+            raise SystemExit(f"bench/recipe.py: --against {checkout} has no {name}: pass a nanoGPT checkout")
         (folder / name).symlink_to((checkout / name).resolve())
     text = folder / "data" / "text"
     text.mkdir(parents=True)
@@ -105,14 +118,14 @@ def train_peer(checkout: Path, folder: Path, dataset: Dataset, seed: int) -> tup
 
 
 def train_ours(folder: Path, data: Path, seed: int, flags: dict) -> tuple[GPT, float]:
-    flags = {**MODEL, "batch_size": BATCH_SIZE, "eval_every": flags["max_steps"], "device": "cpu", **flags,
-             "seed": seed, "data": data, "out": folder / "run"}  # fmt: skip
+    fixed = {**MODEL, "batch_size": BATCH_SIZE, "eval_every": flags["max_steps"], "device": "cpu"}
+    flags = {**fixed, **flags, "seed": seed, "data": data, "out": folder / "run"}
     seconds = run([sys.executable, str(ROOT / "train.py"), "--overwrite", *command_line(flags)], folder)
     return minidisp.load(folder / "run" / "ckpt_last.pt")[0], seconds
 
 
 def run(command: list[str], folder: Path) -> float:
-    """Seconds that the command took."""
+    """Run a command; returns its wall-clock time in seconds."""
     start = time.monotonic()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -148,7 +161,7 @@ def one_sided_p(first: list[float], second: list[float]) -> float:
 
 
 def show(results: dict[tuple[str, int, int], Result], corpus: str, record: int) -> None:
-    """A record's table for a corpus, and its tests, which are over all corpora."""
+    """Print a record's table for a corpus, and its tests, which are over all corpora."""
     ours = [result for result in results.values() if result.record == record]
     pairs = [(results[peer], result) for result in ours if (peer := (result.corpus, result.seed, PEER)) in results]
     here = [(peer, result) for peer, result in pairs if peer.corpus == corpus]
@@ -163,15 +176,14 @@ def show(results: dict[tuple[str, int, int], Result], corpus: str, record: int) 
             f"| {own.seed} | {peer.loss:.4f} | {peer.seconds:.0f} | {own.loss:.4f} | {own.seconds:.0f} | {share:.2f} |"
         )
     peer, own = here[-1]
-    print(
-        f"\nnanoGPT {peer.steps} steps, {peer.parameters:,} parameters; ours {own.steps} steps, {own.parameters:,} parameters."
-    )
+    print(f"\nnanoGPT {peer.steps} steps, {peer.parameters:,} parameters; ", end="")
+    print(f"ours {own.steps} steps, {own.parameters:,} parameters.")
     reached = sum(own.loss <= peer.loss for peer, own in here)
     share = statistics.median(own.seconds / peer.seconds for peer, own in here)
     print(f"{reached} of {len(here)} seeds reach nanoGPT's loss, in {share:.2f} of its time (median)")
     if len(pairs) > 1:
         p = one_sided_p([peer.loss for peer, _ in pairs], [own.loss for _, own in pairs])
-        print(f"loss below nanoGPT's: p = {p:.1e} ({len(pairs)} pairs of one seed and corpus, one-sided paired t test)")
+        print(f"loss below nanoGPT's: p = {p:.1e} ({len(pairs)} pairs by seed and corpus, one-sided paired t test)")
     before = [(old, own) for own in ours if (old := results.get((own.corpus, own.seed, record - 1))) and record > 1]
     if len(before) > 1:
         p = one_sided_p([old.seconds for old, _ in before], [own.seconds for _, own in before])
@@ -186,8 +198,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="a corpus prepared with --tokenizer byte")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--records", type=int, nargs="+", choices=tuple(RECORDS), default=[max(RECORDS)])
-    parser.add_argument("--steps", type=int, help="of ours, in place of the record's")
-    parser.add_argument("--log", metavar="FILE", help="a file of results to go on with")
+    parser.add_argument("--steps", type=int, help="our number of steps, instead of the record's")
+    parser.add_argument("--log", metavar="FILE", help="a file of results to continue")
     args = parser.parse_args()
     data = Path(args.data).resolve()
     dataset = Dataset(data)

@@ -1,9 +1,11 @@
-"""Does a change of the code leave trained weights as they were? Trains small runs with two checkouts and compares, bit for bit.
+"""Does a code change leave trained weights unchanged? Trains small runs with two checkouts and compares them bit for
+bit.
 
     git worktree add --detach ../before HEAD~1 && python bench/same_weights.py ../before
 
-Every run is short, on the CPU, on one thread, and takes one path through the trainer: plain, each dispersion variant, tokens,
-accumulation, Muon, the fast recipe, dropout, noise, forgetting, distillation, resumed. Exit code 1 if any weight differs.
+Every run is short, on one CPU thread, and covers one path through the trainer: plain, each dispersion variant, a token
+subset, gradient accumulation, Muon, the fast recipe, dropout, noise, forgetting, distillation, resuming. Exit code 1 if
+any weight differs.
 """
 
 import os
@@ -21,34 +23,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = [
-    "--recipe",
-    "gpt2",
-    "--n-layer",
-    "3",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "32",
-    "--block-size",
-    "64",
-    "--batch-size",
-    "4",
-]
-STEPS = [
-    "--max-steps",
-    "12",
-    "--warmup-steps",
-    "3",
-    "--eval-every",
-    "6",
-    "--eval-tokens",
-    "1024",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-]
+MODEL = "--recipe gpt2 --n-layer 3 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4".split()  # noqa: SIM905
+STEPS = "--max-steps 12 --warmup-steps 3 --eval-every 6 --eval-tokens 1024 --device cpu --threads 1".split()  # noqa: SIM905
 DISPERSED = ["--dispersion", "0.1"]
 RUNS: dict[str, list[str]] = {
     "plain": [],
@@ -73,7 +49,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def train(checkout: Path, data: Path, folder: Path) -> None:
-    """All runs with the code of a checkout; a run that depends on another one comes behind it."""
+    """Train all runs with the code of a checkout; a run that depends on another one comes after it."""
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
 
     def run(name: str, *flags: str) -> None:
@@ -83,8 +59,8 @@ def train(checkout: Path, data: Path, folder: Path) -> None:
             sys.exit(f"{name}, with the code in {checkout}: {done.stderr or done.stdout}")
 
     for name, flags in RUNS.items():
-        flags = [str(folder / flag) if flag in RUNS and before == "--distill" else flag
-                 for before, flag in zip(["", *flags], flags, strict=False)]  # fmt: skip
+        pairs = zip(["", *flags], flags, strict=False)
+        flags = [str(folder / flag) if before == "--distill" else flag for before, flag in pairs]
         everything = ["--data", str(data), *MODEL, *STEPS, *flags]
         if name == "resumed":
             run(name, *everything, "--schedule", "constant", "--max-steps", "7")
@@ -103,9 +79,7 @@ def main() -> None:
     )
     parser.add_argument("before", type=Path, help="a checkout of the code to compare with")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "pystdlib", help="a prepared corpus")
-    parser.add_argument(
-        "--keep", type=Path, help="keep the runs of the other checkout in this folder, and take them from there"
-    )
+    parser.add_argument("--keep", type=Path, help="keep the other checkout's runs in this folder, and reuse them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         before, after = args.keep or Path(folder, "before"), Path(folder, "after")

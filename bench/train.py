@@ -1,23 +1,23 @@
-"""How fast a training step is, and where its time goes; and, side by side, the same step of a nanoGPT checkout.
+"""Speed of a training step and of its parts, compared with the same step of a nanoGPT checkout.
 
     python bench/train.py [--threads 1] [--models 4x128,6x384,gpt2] [--against ../nanoGPT] [--compile off|on|both]
-    python bench/train.py --dtype bfloat16                     # on a CPU that has it in its instructions
+    python bench/train.py --dtype bfloat16                     # on a CPU with bfloat16 instructions
     python bench/train.py --device cuda --models gpt2-1024 --compile on --against ../nanoGPT
 
-A step is what the trainer does: a batch, forward, the dispersion loss (or not), backward, clipping, AdamW. The peer's
+A step is that of the trainer: a batch, forward, the dispersion loss (optional), backward, clipping, AdamW. nanoGPT's
 model.py, imported from --against, takes the same step with the same weights, batches, text, vocabulary and optimiser
-settings, fused AdamW included; "as shipped" is its own choice of AdamW, which is not fused on a CPU.
+settings, including fused AdamW; "as shipped" uses its own choice of AdamW, which is not fused on a CPU.
 
-Before anything is timed, all forms must agree on the loss and the gradient's norm at the same weights. Then they take turns,
-round after round in one process, since machines are shared and clocks move: "speed" is the median over the rounds of the
-first peer's time (without one, of minidisp's) by this form's. On a CPU that others compute on, too, --threads 1 --clock cpu counts
-the processor time of this process in place of the time that passes. FLOP/s count 6 per token and weight in matrix
-products, the output layer included, and 6 T C per token and layer for causal attention. What is computed twice counts
-once, and the dispersion loss counts nothing. The peak is measured with a product of square matrices in the same rounds.
-Memory is the peak of a child process over three steps, beyond what importing torch takes (CPU), or the allocator's
-(CUDA). The C library's memory stays as it is, for all forms; the trainer sets it (keep_freed_memory in
-minidisp/runtime/device.py). "First step" is the time from the command line of train.py to its first step done, its
-evaluation at step 0 included, compile off. A table, then one JSON line.
+All forms must first agree on the loss and the gradient norm at the same weights. Their timings are interleaved, round
+by round in one process, since machines are shared and clock rates vary: "speed" is the median over the rounds of
+nanoGPT's time (without --against, minidisp's) divided by this form's. On a busy CPU, --threads 1 --clock cpu counts the
+CPU time of this process instead of wall-clock time. FLOP/s count 6 per token and weight in matrix products, including
+the output layer, and 6 T C per token and layer for causal attention. Recomputation counts once, and the dispersion loss
+is not counted. The peak is measured with a product of square matrices in the same rounds. Memory is the peak of a child
+process over three steps, beyond that of importing torch (CPU), or the allocator's (CUDA). malloc is not tuned, for any
+form, unlike in the trainer (keep_freed_memory in minidisp/runtime/device.py). "First step" is the time from the command
+line of train.py to the end of its first step, including the evaluation at step 0, compile off. Prints a table, then one
+JSON line.
 """
 
 import os
@@ -70,7 +70,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Clock:
-    """Milliseconds between marks, by part of the step; on CUDA between events, so that nothing waits for the device."""
+    """Milliseconds between marks, by part of the step; on CUDA between events, which avoids synchronising."""
 
     def __init__(self, args):
         self.cuda, self.now = args.device == "cuda", CLOCKS[args.clock]
@@ -136,7 +136,7 @@ class Form:
 
 
 def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str, Form]:
-    """The named forms with the same weights; forms of one model share it, so that many fit into memory."""
+    """The named forms with the same weights; forms of the same model share it to save memory."""
     torch.manual_seed(0)
     model = GPT(config).to(args.device)
     chosen = {}
@@ -152,11 +152,11 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
             weight = DISPERSION if "dispersion" in name else 0.0
             objective = build_objective(dataclasses.replace(config, dispersion=weight), model, dispersion, None, "")
             forward = compiled if "compiled" in name else model
-            if "recompute" in name:  # the same modules and weights, with a config of its own
+            if "recompute" in name:  # the same modules and weights, with its own config
                 forward = copy.copy(model)
                 forward.config = dataclasses.replace(config, recompute=True)
-            chosen[name] = Form(name, model.parameters(), lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:], optimizers, batches,
-                                config, args, objective)  # fmt: skip
+            with_states = lambda x, y, f=forward: f(x, y, return_hidden_states=True)[1:]  # noqa: E731
+            chosen[name] = Form(name, model.parameters(), with_states, optimizers, batches, config, args, objective)
     if any(name.startswith("nanoGPT") for name in names):
         peer = import_peer(Path(args.against), config).to(args.device)
         state = {key if key.startswith("lm_head") else f"transformer.{key}": w for key, w in model.state_dict().items()}
@@ -177,8 +177,8 @@ def forms(names: list[str], config: Config, batches: Batches, args) -> dict[str,
                         config.weight_decay, config.lr, (config.beta1, config.beta2), args.device
                     )
             forward = compiled if "compiled" in name else peer
-            chosen[name] = Form(name, peer.parameters(), lambda x, y, f=forward: (f(x, y)[1], None), [optimizer], batches, config,
-                                args)  # fmt: skip
+            loss_only = lambda x, y, f=forward: (f(x, y)[1], None)  # noqa: E731
+            chosen[name] = Form(name, peer.parameters(), loss_only, [optimizer], batches, config, args)
     return {name: chosen[name] for name in names}
 
 
@@ -186,12 +186,10 @@ def import_peer(folder: Path, config: Config) -> torch.nn.Module:
     """The GPT of a nanoGPT checkout, at our size."""
     path = folder / "model.py"
     if not path.is_file():
-        raise SystemExit(
-            f"bench/train.py: --against {folder}: there is no model.py; name the folder of a nanoGPT checkout"
-        )
+        raise SystemExit(f"bench/train.py: --against {folder} has no model.py: pass the folder of a nanoGPT checkout")
     spec = importlib.util.spec_from_file_location("peer_model", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_model"] = module  # its dataclass looks itself up there
+    sys.modules["peer_model"] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     same = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -199,7 +197,7 @@ def import_peer(folder: Path, config: Config) -> torch.nn.Module:
 
 
 def verify(chosen: dict[str, Form]) -> dict[str, float]:
-    """The loss of each form at the initial weights. Ends the program if they, or the gradients' norms, do not agree."""
+    """The loss of each form at the initial weights. Exits if the losses or the gradient norms do not agree."""
     losses, norms = {}, {}
     for name, form in chosen.items():
         losses[name] = form.losses().item()
@@ -220,7 +218,7 @@ def verify(chosen: dict[str, Form]) -> dict[str, float]:
 
 
 def print_peak(name: str, config: Config, batches: Batches, args) -> None:
-    """In a child process: the peak of the memory over three steps of one form, in MiB."""
+    """In a child process: the peak memory of one form over three steps, in MiB."""
     if args.device == "cpu":
         before = resident_peak_kib()
     form = forms([name], config, batches, args)[name]
@@ -232,7 +230,7 @@ def print_peak(name: str, config: Config, batches: Batches, args) -> None:
 
 
 def peak_memory(names: list[str], model: str, folder: Path, args) -> dict[str, float]:
-    """The peaks of the forms in MiB, each in a child process; on a GPU, where others do not count, side by side."""
+    """Peak memory of the forms in MiB, each in a child process; in parallel on a GPU, where others do not count."""
     children = {}
     for name in names:
         children[name] = start_peak(name, model, folder, args)
@@ -264,7 +262,7 @@ def start_peak(name: str, model: str, folder: Path, args) -> subprocess.Popen:
 
 
 def first_step_s(config: Config, folder: Path, args) -> float:
-    """From starting train.py to the first step in its metrics.jsonl."""
+    """Seconds from starting train.py to the first step in its metrics.jsonl."""
     with tempfile.TemporaryDirectory() as run:
         command = [
             sys.executable,
@@ -301,7 +299,7 @@ def flops_per_step(config: Config) -> float:
 
 
 def reference_of(name: str, args) -> str:
-    """The row that a row is compared with."""
+    """The form with which a form is compared."""
     return ("nanoGPT" if args.against else "minidisp") + (" compiled" if " compiled" in name else "")
 
 
@@ -323,7 +321,7 @@ def measure(model: str, folder: Path, args) -> dict:
     names = [name for name in names if args.forms is None or name in args.forms.split(",")]
     references = {reference_of(name, args) for name in names}
     if missing := sorted(references - {*names}):
-        raise SystemExit(f"bench/train.py: --forms leaves out {missing[0]}, which the others are compared with")
+        raise SystemExit(f"bench/train.py: --forms must include {missing[0]}, with which the others are compared")
     chosen = forms(names, config, batches, args)
     losses = verify(chosen)
 
@@ -331,7 +329,7 @@ def measure(model: str, folder: Path, args) -> dict:
     left, right = torch.randn(2, n, n, device=args.device, dtype=dtype)
     product = torch.empty(n, n, device=args.device, dtype=dtype)
     turn_steps = {}
-    for name, form in chosen.items():  # warm up, and find how many steps make a turn of a quarter of a second
+    for name, form in chosen.items():  # warm up, and find how many steps take a quarter of a second
         form.step()
         synchronize()
         start = now()
@@ -347,7 +345,7 @@ def measure(model: str, folder: Path, args) -> dict:
     while time.monotonic() < end or len(gemm_ms) < 3:
         for name, form in chosen.items():
             if turn_steps[name] > 1:
-                form.step()  # brings its weights back into the caches
+                form.step()  # brings its weights back into the cache
             form.clock.read()
             start = now()
             for _ in range(turn_steps[name]):
@@ -392,7 +390,7 @@ def measure(model: str, folder: Path, args) -> dict:
 
 
 def instruction_set() -> str:
-    """That the extension's operators use."""
+    """The instruction set that the extension's operators use."""
     return registered("cpu") or torch.ops.minidisp.instruction_set()
 
 
@@ -420,34 +418,35 @@ def print_row(result: dict) -> None:
     for name, form in result["forms"].items():
         parts = " | ".join(f"{form['parts_ms'][part] / form['step_ms']:.1%}" for part in PARTS)
         memory = f"{form['peak_mem_mib']:,.0f}" if form["peak_mem_mib"] is not None else "-"
-        print(f"| {result['model']} | {name} | {form['step_ms']:.1f} | {form['tokens_per_second']:,.0f} | {form['speed']:.2f}x | {parts} | "
-              f"{form['flops'] / 1e9:,.0f} | {form['share_of_peak']:.0%} | {memory} |", flush=True)  # fmt: skip
+        print(
+            f"| {result['model']} | {name} | {form['step_ms']:.1f} | {form['tokens_per_second']:,.0f} | "
+            f"{form['speed']:.2f}x | {parts} | {form['flops'] / 1e9:,.0f} | {form['share_of_peak']:.0%} | {memory} |",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="4x128,6x384,gpt2", help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--models", default="4x128,6x384,gpt2", help=f"any of {', '.join(MODELS)}")
     parser.add_argument("--against", metavar="DIR", help="a nanoGPT checkout")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="off")
-    parser.add_argument("--forms", metavar="NAMES", help="some of the rows only, such as minidisp,nanoGPT")
+    parser.add_argument("--forms", metavar="NAMES", help="only these forms, such as minidisp,nanoGPT")
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus (default: the project's own files, as bytes)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products (default: bfloat16 on CUDA)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing per model; three rounds at least")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="what time means; cpu: with --threads 1")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timing per model; at least three rounds")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="wall-clock or CPU time (--threads 1)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the peak memory")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = sorted(set(args.models.split(",")) - set(MODELS))
     if unknown:
-        parser.error(f"--models: there is no {unknown[0]}; there are {', '.join(MODELS)}")
+        parser.error(f"--models: unknown model {unknown[0]}: choose from {', '.join(MODELS)}")
     if args.clock == "cpu" and (args.threads > 1 or args.device == "cuda"):
-        parser.error(
-            "--clock cpu would count the waiting of threads or miss the device: use it with --threads 1 on a CPU"
-        )
+        parser.error("--clock cpu is only meaningful with --threads 1 on a CPU")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
@@ -464,9 +463,8 @@ def main() -> None:
     if args.forms is None or "dispersion" in args.forms:
         print(f"; dispersion {DISPERSION}, all layers and tokens: {DispersionLoss().prepare(args.device)}", end="")
     print("\n")
-    print(
-        f"| model | form | ms/step | tokens/s | speed | {' | '.join(PARTS)} | GFLOP/s | of the matrix product | peak MiB |"
-    )
+    columns = ("model", "form", "ms/step", "tokens/s", "speed", *PARTS, "GFLOP/s", "of the matrix product", "peak MiB")
+    print(f"| {' | '.join(columns)} |")
     print("|---" * (8 + len(PARTS)) + "|")
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -480,8 +478,9 @@ def main() -> None:
         if result["first_step_s"]:
             print(f"first step of train.py, {result['model']}: {result['first_step_s']:.1f} s after the command")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    print(json.dumps({"device": where, "dtype": args.dtype, "clock": args.clock, "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
-                      "commit": git.stdout.strip(), "results": results}))  # fmt: skip
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    described = {"device": where, "dtype": args.dtype, "clock": args.clock, **environment}
+    print(json.dumps({**described, "commit": git.stdout.strip(), "results": results}))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(bench, corpus, tmp_pat
     batches = Batches(Dataset(corpus).split("train"), config.block_size, seed=0)
     with pytest.raises(SystemExit, match="nanoGPT is wrong: its loss"):
         bench.verify(bench.forms(["minidisp", "nanoGPT"], config, batches, args(against=str(tmp_path))))
-    with pytest.raises(SystemExit, match="there is no model"):
+    with pytest.raises(SystemExit, match="has no model"):
         bench.forms(["nanoGPT"], config, batches, args(against=str(tmp_path / "elsewhere")))
 
 
@@ -146,7 +146,7 @@ def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path
     options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(script.parent.parent)}}
     refused = subprocess.run(command, **options)
     assert refused.returncode == 1
-    assert "name a nanoGPT checkout" in refused.stderr
+    assert "pass a nanoGPT checkout" in refused.stderr
     assert "Traceback" not in refused.stderr
 
     (tmp_path / "config").mkdir()
