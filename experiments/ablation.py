@@ -2,16 +2,16 @@
 
     python experiments/ablation.py --scale laptop --threads 1
 
-Compares with cross-entropy alone, and then with the paper's default: that default (lambda 0.1, tau 1, all layers,
-angular_spread, all tokens), then one thing changed at a time; noisy embeddings and active forgetting under the same
-conditions. The paper's averages over ten tasks, GPT-2 in mid-training: lambda .01/.1/.5/1 35.36/35.61/35.37/35.29;
-tau .1/.5/1/2 35.33/35.42/35.61/35.27; early half 34.96, late half 35.37.
+Trains cross-entropy alone, the paper's default (lambda 0.1, tau 1, all layers, angular_spread, all tokens), variants of
+it with one setting changed, noisy embeddings, and active forgetting. Compares all of them with cross-entropy alone,
+then with the paper's default. The paper's averages over ten tasks, GPT-2 in mid-training: lambda .01/.1/.5/1
+35.36/35.61/35.37/35.29; tau .1/.5/1/2 35.33/35.42/35.61/35.27; early half 34.96, late half 35.37.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
@@ -47,7 +47,7 @@ SCALES = {
         "forgetting": (1000,),
         "train": {**study.GPU, "batch_size": 32, "grad_accum": 8},
     },
-}  # fmt: skip
+}
 DEFAULT = "dispersion (lambda 0.1)"
 
 

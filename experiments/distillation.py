@@ -1,15 +1,15 @@
-"""Does distillation from a larger model remove condensation from a small one? Observation 4 of arXiv 2602.00217: it does not.
+"""Does distillation from a larger model remove condensation from a small one? In arXiv 2602.00217, observation 4: no.
 
     python experiments/distillation.py --scale laptop --threads 1
 
-A small model learns from the text alone, from the text and a larger teacher, or from both with the dispersion loss. The
+A small model is trained on the text alone, with a larger teacher, or with a teacher and the dispersion loss. The
 teacher has the same seed and is trained first, on the same text; it is part of the comparison.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
@@ -29,7 +29,7 @@ SCALES = {
         "teacher": {"preset": "gpt2-medium"},
         "train": {**study.GPU, "batch_size": 32, "grad_accum": 8, "lr": 3e-4},
     },
-}  # fmt: skip
+}
 
 
 def arms(scale: dict) -> dict[str, dict]:

@@ -2,15 +2,15 @@
 
     python experiments/learning_rate.py --scale laptop --threads 1
 
-A regulariser may only compensate for a learning rate that suits the baseline badly. So both conditions are trained at
-several learning rates. The last tables compare each condition at its best one: for every seed, the rate with the best
-mean over the other seeds, so that no evaluation helps to select the rate that it is reported under.
+A regulariser may merely compensate for a learning rate that is poor for the baseline. So both conditions are trained at
+several learning rates. The last tables compare each condition at its best learning rate: for every seed, the one with
+the best mean over the other seeds, so that no evaluation is used to select the learning rate at which it is reported.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study  # isort: split
 
@@ -32,7 +32,7 @@ SCALES = {
         "rates": (3e-4, 6e-4, 1.2e-3),
         "train": study.GPU,
     },
-}  # fmt: skip
+}
 
 
 def arms(scale: dict) -> dict[str, dict]:
@@ -42,7 +42,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """Each condition at the end, every seed at the learning rate that is best for the others (a single seed at its own)."""
+    """Final evaluations of each condition, every seed at the learning rate that is best for the other seeds."""
     end = study.at_the_end(evaluations)
     rows = {}
     for arm in study.PAIR:

@@ -2,15 +2,15 @@
 
     python experiments/mlp_width.py --scale laptop --threads 1
 
-The paper trains 12 layers of width 768 on 1B tokens with MLPs of 64, 256, 1024 and 4096: the wider, the lower the rank
-correlation of mean cosine and depth (.967, .912, .692, .429). Here everything but the width of the MLP is the same. The
-laptop scale took 26 minutes on one thread of a busy 2-core CPU.
+The paper trains 12 layers of width 768 on 1B tokens with MLP widths of 64, 256, 1024 and 4096: the wider the MLP, the
+lower the rank correlation of mean cosine and depth (.967, .912, .692, .429). Here, only the width of the MLP differs.
+The laptop scale took 26 minutes on one thread of a busy 2-core CPU.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
@@ -30,7 +30,7 @@ SCALES = {
         "widths": (64, 256, 1024, 4096),
         "train": study.GPU,
     },
-}  # fmt: skip
+}
 
 
 def arms(scale: dict) -> dict[str, dict]:

@@ -2,17 +2,17 @@
 
     python data/prepare.py shakespeare --tokenizer byte --out data/shakespeare-bytes
     python experiments/recipe.py --scale laptop --threads 1 --data shakespeare-bytes
-    python experiments/recipe.py --scale laptop --threads 1 --data pystdlib-bytes        # prepared likewise
+    python experiments/recipe.py --scale laptop --threads 1 --data pystdlib-bytes        # prepared in the same way
 
-Starts from nanoGPT's setting for a CPU (4 layers x 128, context 64, batch 12, AdamW, learning rate 1e-3, cosine decay to
-a tenth) and adds one ingredient after the other, with the same number of steps; the first table has the seconds of each
-condition. Tokens are bytes, so one token is one character of English.
+Starts from nanoGPT's setting for a CPU (4 layers x 128, context 64, batch 12, AdamW, learning rate 1e-3, cosine decay
+to a tenth) and adds one ingredient after another, with the same number of steps; the first table has the seconds of
+each condition. Tokens are bytes, so one token is one character of English.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
@@ -29,8 +29,8 @@ SETTING = {
 SCALES = {
     "smoke": {
         "seeds": 2,
-        "train": {**SETTING, "n_layer": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
-                  "eval_every": 2, "eval_tokens": 512},
+        "train": {**SETTING, "n_layer": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
+                  "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512},
     },
     "laptop": {
         "seeds": 3,
@@ -38,7 +38,8 @@ SCALES = {
     },
     "gpu": {
         "seeds": 3,
-        "train": {"preset": "mini", "recipe": "gpt2", "max_steps": 2000, "lr": 1e-3, "warmup_steps": 100, "eval_every": 500, "eval_tokens": 102_400},
+        "train": {"preset": "mini", "recipe": "gpt2", "max_steps": 2000, "lr": 1e-3, "warmup_steps": 100,
+                  "eval_every": 500, "eval_tokens": 102_400},
     },
 }  # fmt: skip
 

@@ -2,15 +2,15 @@
 
     python experiments/size.py --scale laptop --threads 1
 
-The paper measures the published GPT-2 models of four sizes: the rank correlation of mean cosine and depth is .385, -.07,
-.12 and -.59. Here models of several depths and widths are trained on the same tokens with the same settings. To measure
-published models themselves, use eval.py --hf.
+The paper measures the published GPT-2 models of four sizes: the rank correlation of mean cosine and depth is .385,
+-.07, .12 and -.59. Here, models of several depths and widths are trained on the same tokens with the same settings. To
+measure the published models, use eval.py --hf.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 

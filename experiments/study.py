@@ -1,10 +1,10 @@
-"""What the studies of this folder share: train every condition over the seeds, then compare them with the first one.
+"""Shared by the studies in this folder: trains every condition over the seeds, then compares them with the first one.
 
-A study is a table of scales and a function that names its conditions; cli() does the rest. The same command continues a
-study that was interrupted: finished runs are kept, and an unfinished one is resumed. Runs with the same seed share data
-order and dropout, and initialisation where the shapes agree, so differences are paired by seed.
+A study defines a table of scales and a function that returns its conditions; cli() does the rest. The same command
+continues an interrupted study: finished runs are kept, and an unfinished one is resumed. Runs with the same seed share
+data order and dropout, and initialisation if the shapes agree, so differences are paired by seed.
 
-The folder of a study holds a run folder per condition and seed, with what the run printed in output.txt, and at the end
+The folder of a study contains one run folder per condition and seed, with the run's output in output.txt, and finally
 table.txt, results.json, differences.png and, if there are few conditions, condensation.png.
 """
 
@@ -37,20 +37,21 @@ from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
-# What most studies train at each scale, as flags of train.py by their names in Config. They name the gpt2 recipe and its
-# warm-up, so that their numbers do not change with the defaults of train.py.
-SMOKE = {"recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1,
-         "eval_every": 2, "eval_tokens": 512, "device": "cpu"}  # fmt: skip
-LAPTOP = {"recipe": "gpt2", "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 400, "warmup_steps": 40,
-          "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800, "device": "cpu"}  # fmt: skip
-GPU = {"preset": "gpt2", "recipe": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4, "max_steps": 7600,
-       "eval_every": 400, "eval_tokens": 102_400}  # fmt: skip
+# The settings of most studies at each scale: flags of train.py by their names in Config. They include the gpt2 recipe
+# and its warm-up, so that results do not change with the defaults of train.py.
+SMOKE = {"recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 4,
+         "warmup_steps": 1, "eval_every": 2, "eval_tokens": 512, "device": "cpu"}  # fmt: skip
+LAPTOP = {"recipe": "gpt2", "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8,
+          "max_steps": 400, "warmup_steps": 40, "lr": 3e-3, "eval_every": 100, "eval_tokens": 12_800,
+          "device": "cpu"}  # fmt: skip
+GPU = {"preset": "gpt2", "recipe": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4,
+       "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400}  # fmt: skip
 PAIR = {
     "cross-entropy": {},
     "with dispersion": {"dispersion": 0.1},
 }  # conditions without and with the loss, at the paper's weight
 
-# What is compared: its key in metrics.jsonl, label, digits, and the words for less and for more of it.
+# The measures that are compared: key in metrics.jsonl, label, digits, and the words for a lower and a higher value.
 MEASURES = (
     ("bits_per_byte", "validation bits per byte", 4, ("better", "worse")),
     ("last_half_mean", "mean cosine, last half of the layers", 3, ("lower", "higher")),
@@ -58,28 +59,36 @@ MEASURES = (
     ("kendall", "Kendall, mean cosine against depth", 3, ("lower", "higher")),
     ("other", "bits per byte of the other corpus, best checkpoint", 4, ("better", "worse")),
 )
-Evaluations = list[dict]  # of one run in order, or of one moment, one per seed
+Evaluations = list[dict]  # of one run in order, or at one time, one per seed
 
 
 class RunOf(str):
-    """As the value of a flag: the folder of the run that the condition of this name has with the same seed."""
+    """As the value of a flag: the folder of this condition's run with the same seed."""
 
 
 def at_the_end(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluations]:
-    """What most studies compare: the last evaluation of every condition, one per seed."""
+    """The view of most studies: the last evaluation of every condition, one per seed."""
     return {condition: [of_seed[-1] for of_seed in over_seeds] for condition, over_seeds in evaluations.items()}
 
 
-def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dict[str, dict]],
-        views: tuple[Callable, ...] = (at_the_end,), argv: list[str] | None = None) -> int:  # fmt: skip
+def cli(
+    file: str,
+    doc: str,
+    scales: dict[str, dict],
+    arms: Callable[[dict], dict[str, dict]],
+    views: tuple[Callable, ...] = (at_the_end,),
+    argv: list[str] | None = None,
+) -> int:
     """Run a study, or the rest of it, print its tables and draw its figures; returns the exit code.
 
-    file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the figures.
-    scales: name -> dictionary with `seeds` (how many, from `first_seed` or 0 on), `train` (flags of train.py, by their names
-        in Config), and what `arms` needs.
-    arms(scale): label -> what this condition changes in `train`, in the order they run; the first is the baseline.
-    views: what is compared; each goes from condition -> evaluations of each seed to label -> one evaluation per seed, the
-        first the baseline. differences.png shows the first view.
+    file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the
+    figures. scales: name -> dictionary with `seeds` (their number, from `first_seed` or 0 on), `train` (flags of
+    train.py, by their
+        names in Config), and anything that `arms` needs.
+    arms(scale): label -> the flags in `train` that this condition changes, in the order they run; the first is the
+    baseline. views: the comparisons; each maps condition -> evaluations of each seed to label -> one evaluation per
+    seed, the first
+        being the baseline. differences.png shows the first view.
     """
     name = Path(file).stem
 
@@ -97,38 +106,33 @@ def cli(file: str, doc: str, scales: dict[str, dict], arms: Callable[[dict], dic
 
 
 def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog=f"experiments/{name}.py", description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog=f"experiments/{name}.py",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--scale", choices=tuple(scales), required=True, help="smoke: seconds; laptop: minutes; gpu: hours")
     add("--out", metavar="DIR", help=f"folder of the study (default runs/{name}-SCALE)")
     add("--data", metavar="TEXT", help="corpus, as for train.py (default: the scale's)")
-    add(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help="number of seeds (default: the scale's); more resolve smaller differences",
-    )
+    words = "number of seeds (default: the scale's); more seeds resolve smaller differences"
+    add("--seeds", type=int, metavar="N", help=words)
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add_measures(parser)
     return check_counts(parser.parse_args(argv))
 
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
-    """Flags that every study has for further comparisons."""
+    """Add the flags of every study for further comparisons."""
     add = parser.add_argument
-    add(
-        "--other",
-        metavar="TEXT",
-        help="also report bits per byte on the test split of this corpus, on which no run is trained",
+    words = "also report bits per byte on the test split of this corpus, on which no run is trained"
+    add("--other", metavar="TEXT", help=words)
+    words = (
+        "add a condition: the baseline trained for R times the steps. R: the time of a step with the loss, relative to "
     )
-    add(
-        "--time-ratio",
-        type=float,
-        metavar="R",
-        help="add a condition: the baseline trained for R times the steps. R is how much longer a step with the loss takes "
-        "on an idle machine (bench/train.py: minidisp + dispersion against minidisp)",
-    )
+    words += "one without, on an idle machine (bench/train.py: minidisp + dispersion against minidisp)"
+    add("--time-ratio", type=float, metavar="R", help=words)
 
 
 def check_counts(args: argparse.Namespace) -> argparse.Namespace:
@@ -143,7 +147,7 @@ def check_counts(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def at_equal_time(arms: dict[str, dict], flags: dict, ratio: float | None) -> dict[str, dict]:
-    """The conditions, and with a ratio the first one again, for as many steps as fit into the time of a slower one."""
+    """The conditions; with a ratio, also the first one trained for that many times the steps, at equal time."""
     if ratio is None:
         return arms
     first, changes = next(iter(arms.items()))
@@ -152,9 +156,9 @@ def at_equal_time(arms: dict[str, dict], flags: dict, ratio: float | None) -> di
 
 
 def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Namespace) -> dict:
-    """(condition, seed) -> Config and command line of every run; bad settings are reported before the first one starts.
+    """(condition, seed) -> Config and command line of every run; bad settings are reported before the first run.
 
-    Ordered by seed, so that a study stopped half-way has complete pairs.
+    Ordered by seed, so that an interrupted study has complete pairs.
     """
     plan, first = {}, scale.get("first_seed", 0)
     for seed in range(first, first + (args.seeds or scale["seeds"])):
@@ -170,19 +174,19 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
 
 
 def train_all(plan: dict) -> None:
-    """Train every run of the plan that is not finished, and print a line for each."""
+    """Train every unfinished run of the plan, and print a line for each run."""
     for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
-        how = finish(config, flags)
+        remark = finish(config, flags)
         summary = read_json(config.run_dir / "summary.json")
         last = summary["last"]
-        print(f"{i:3d}/{len(plan)}  {arm}, seed {seed}: {last['bits_per_byte']:.4f} bits/byte, mean cosine "
-              f"{last['last_half_mean']:.3f}, {summary['seconds']:.0f} s{how}", flush=True)  # fmt: skip
+        scores = f"{last['bits_per_byte']:.4f} bits/byte, mean cosine {last['last_half_mean']:.3f}"
+        print(f"{i:3d}/{len(plan)}  {arm}, seed {seed}: {scores}, {summary['seconds']:.0f} s{remark}", flush=True)
 
 
 def finish(config: Config, flags: list[str]) -> str:
-    """Train a run, or the rest of it; returns a remark if some of it existed already.
+    """Train a run, or the rest of it; returns a remark if part of it existed already.
 
-    Raises InputError if its folder holds a run with other settings, and SystemExit if it was stopped or failed.
+    Raises InputError if its folder holds a run with other settings, and SystemExit if the run was stopped or failed.
     """
     run, remark = config.run_dir, ""
     if (run / "config.json").exists():
@@ -220,7 +224,7 @@ def finish(config: Config, flags: list[str]) -> str:
 
 
 def evaluated(config: Config, name: str, flags: list[str]) -> dict:
-    """What eval.py reports on a finished run with these flags, cached under this name in its measured.json."""
+    """The output of eval.py with these flags for a finished run, cached under this name in its measured.json."""
     path = config.run_dir / "measured.json"
     kept = read_json(path) if path.exists() else {}
     if name not in kept:
@@ -243,25 +247,16 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     for (arm, _), (config, _) in plan.items():
         metrics = report.read_metrics(config.run_dir / "metrics.jsonl")
         evaluations.setdefault(arm, []).append([line for line in metrics if "val_loss" in line])
-        if other:  # only of the last evaluation: the earlier weights are gone
+        if other:  # only for the last evaluation, since earlier weights are gone
             evaluations[arm][-1][-1]["other"] = bits_elsewhere(config, other)
         cost.setdefault(arm, []).append(read_json(config.run_dir / "summary.json"))
     seeds = len({seed for _, seed in plan})
 
-    tables = [
-        report.table(
-            [name, "parameters", "tokens", "seconds"],
-            [
-                [
-                    arm,
-                    f"{runs[0]['parameters']:,}",
-                    f"{runs[0]['tokens']:,}",
-                    f"{np.mean([run['seconds'] for run in runs]):.0f}",
-                ]
-                for arm, runs in cost.items()
-            ],
-        )
-    ]
+    rows = []
+    for arm, runs in cost.items():
+        seconds = np.mean([run["seconds"] for run in runs])
+        rows.append([arm, f"{runs[0]['parameters']:,}", f"{runs[0]['tokens']:,}", f"{seconds:.0f}"])
+    tables = [report.table([name, "parameters", "tokens", "seconds"], rows)]
     compared = {}
     for view in views:
         rows = view(evaluations)
@@ -269,8 +264,8 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         tables += shown
         base, *others = rows
         tables.append(
-            f"{seeds} seeds. Differences to {base!r}, paired by seed, with Student's 95 % interval: of the "
-            f"{len(others) * len(shown)} here, about one in twenty excludes 0 by chance."
+            f"{seeds} seeds. Differences to {base!r}, paired by seed, with Student's 95 % interval: about one in "
+            f"twenty of these {len(others) * len(shown)} excludes 0 by chance."
         )
     show("\n\n".join(tables), out / "table.txt")
     files.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
@@ -289,14 +284,14 @@ def show(text: str, path: Path) -> None:
 
 
 def compare_all(rows: dict[str, Evaluations], measures: tuple) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """key -> what `compare` returns, and the tables of it, for each of the measures that all evaluations have."""
+    """key -> the result of `compare`, and the tables, for each of the measures that all evaluations have."""
     known = [m for m in measures if all(m[0] in e for over_seeds in rows.values() for e in over_seeds)]
     compared = {key: compare(rows, key, words) for key, _, _, words in known}
     return compared, [comparison_table(label, digits, compared[key]) for key, label, digits, _ in known]
 
 
 def compare(rows: dict[str, Evaluations], key: str, words: tuple[str, str]) -> dict[str, dict]:
-    """label -> values over the seeds, their mean and sd, and the paired difference to the first row with its interval."""
+    """label -> values over the seeds, their mean and sd, and the paired difference to the first row with interval."""
     values = {label: [math.nan if e[key] is None else e[key] for e in over_seeds] for label, over_seeds in rows.items()}
     base = next(iter(values.values()))
     compared = {}
@@ -309,8 +304,8 @@ def compare(rows: dict[str, Evaluations], key: str, words: tuple[str, str]) -> d
             verdict = "one seed: no interval"
         else:
             verdict = words[0] if high < 0 else words[1] if low > 0 else "not significant"
-        compared[label] = {"values": own, "mean": float(np.mean(own)), "sd": sd, "difference": difference,
-                           "difference_sd": difference_sd, "low": low, "high": high, "verdict": verdict}  # fmt: skip
+        paired = {"difference": difference, "difference_sd": difference_sd, "low": low, "high": high}
+        compared[label] = {"values": own, "mean": float(np.mean(own)), "sd": sd, **paired, "verdict": verdict}
     return compared
 
 

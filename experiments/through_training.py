@@ -2,15 +2,15 @@
 
     python experiments/through_training.py --scale laptop --threads 1
 
-The paper follows Olmo-3-7B, whose rank correlation of mean cosine and depth falls from 1.0 at initialisation to -.47. Here
-a small model is measured every few steps, with and without the dispersion loss, and later steps are compared with step
-0; then the two conditions at the end. The laptop scale took 38 minutes on one thread of a busy 2-core CPU.
+The paper follows Olmo-3-7B, whose rank correlation of mean cosine and depth falls from 1.0 at initialisation to -.47.
+Here, a small model is measured every few steps, with and without the dispersion loss. Compares later steps with step 0,
+then the two conditions at the end. The laptop scale took 38 minutes on one thread of a busy 2-core CPU.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
@@ -27,7 +27,7 @@ SCALES = {
         "seeds": 3,
         "train": {**study.GPU, "eval_every": 200},
     },
-}  # fmt: skip
+}
 
 
 def arms(scale: dict) -> dict[str, dict]:
@@ -35,7 +35,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def moments(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-    """Step 0, which both conditions share, then of each the evaluations 1, 2, 4, 8, ... and the last: one per seed."""
+    """Step 0, which both conditions share, then evaluations 1, 2, 4, 8, ... and the last of each, one per seed."""
     rows = {"step 0": [of_seed[0] for of_seed in evaluations["cross-entropy"]]}
     for arm, over_seeds in evaluations.items():
         last = len(over_seeds[0]) - 1

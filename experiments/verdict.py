@@ -6,28 +6,27 @@
     python experiments/verdict.py --stage report
     python experiments/verdict.py --stage figures --out results         # from results/verdict.json
 
-The protocol was fixed before the first run; docs/verdict.md describes it, and what was run of it. In short:
+The protocol was fixed before the first run; docs/verdict.md describes it and the parts that were run. In short:
 
-choice           learning rate of each condition, then its weight decay at that rate; seeds 100 and 101, validation books
-small            8 x 64, 3.1M tokens, six seeds: baseline, lambda 0.1 as published, the same with tau 0.1
-default          8 x 192, 6.1M tokens, four seeds: the same conditions
-rates            8 x 192, 2.0M tokens, seeds 100 and 101: a quarter, half and all of the learning rate selected at 8 x 64
-half             default at half the selected learning rates, four seeds
-large            8 x 320 (11M parameters), at half those rates, 4.1M tokens, three seeds
-mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
-limited-choice   8 x 192 on three books, six epochs: weight decay and dropout, at the selected learning rate
-limited          the same with four seeds, best and last evaluation
-124m             a GPT-2-small-sized model, 12 x 768, context 1,024, 4.1M tokens, two seeds; needs a GPU
+choice           learning rate of each condition, then its weight decay at that rate; seeds 100 and 101, validation
+books small            8 x 64, 3.1M tokens, six seeds: baseline, lambda 0.1 as published, the same with tau 0.1 default
+8 x 192, 6.1M tokens, four seeds: the same conditions rates            8 x 192, 2.0M tokens, seeds 100 and 101: the
+learning rate selected at 8 x 64, times 0.25, 0.5 and 1 half             like default, at half the selected learning
+rates, four seeds large            8 x 320 (11M parameters), at half those rates, 4.1M tokens, three seeds mechanism
+8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss limited-choice   8 x 192
+on three books, six epochs: weight decay and dropout, at the selected learning rate limited          the same with four
+seeds, best and last evaluation 124m             a GPT-2-small-sized model, 12 x 768, context 1,024, 4.1M tokens, two
+seeds; needs a GPU
 
-All conditions of a stage and recipe see the same data in the same order, in bfloat16. The measure that counts is bits per
-byte of the test books, which take no part in hyperparameter selection. The same command continues an interrupted stage.
-"report" compares the stages that have finished.
+All conditions of a stage and recipe see the same data in the same order, in bfloat16. The primary measure is bits per
+byte on the test books, which are not used for hyperparameter selection. The same command continues an interrupted
+stage. "report" compares the finished stages.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study  # isort: split
 
@@ -44,18 +43,18 @@ from minidisp.comparison import holm, paired_p, sign_test_p
 from minidisp.report import figures
 from minidisp.runtime.cli import Parser, exit_code
 
-ARMS = {  # the conditions: how the loss is used; the first three are the protocol's
+ARMS = {  # the conditions; the first three are those of the protocol
     "baseline": {},
     "lambda 0.1": {"dispersion": 0.1},
     "tau 0.1": {"dispersion": 0.1, "dispersion_tau": 0.1},
     "l2_repel": {"dispersion": 0.1, "dispersion_variant": "l2_repel"},
     "mean cosine": {"dispersion": 0.1, "dispersion_variant": "mean_cosine"},
 }
-GRID = {  # values that are tried, the recipe's own in the middle
+GRID = {  # the search grid, with the recipe's value in the middle
     "gpt2": {"lr": (1e-3, 2e-3, 4e-3), "weight_decay": (0.0, 0.1, 0.5)},
     "fast": {"lr": (3e-3, 6e-3, 1.2e-2), "weight_decay": (0.0, 0.1, 0.5)},
 }
-WARMUP = {"gpt2": 40, "fast": 10}  # steps, of all runs of the study, whatever the recipes' defaults are today
+WARMUP = {"gpt2": 40, "fast": 10}  # steps, fixed for the study, independent of the recipes' current defaults
 SIZES = {
     "small": {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8},
     "default": {"n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8},
@@ -63,8 +62,9 @@ SIZES = {
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 16},
 }
 LIMITED = {"size": "default", "max_steps": 1000, "evaluations": 8, "data": "books3"}
-# tunes: what is selected per condition, one after the other, from start. settings_of: the stage whose selection is used.
-# times: select among these multiples of it. rate: multiplies the selected learning rate. flags: what no stage selects.
+# tunes: the settings selected per condition, one after the other, starting from start. settings_of: the stage whose
+# selection is used. times: select among these multiples of it. rate: multiplies the selected learning rate. flags:
+# fixed settings.
 STAGES = {
     "choice": {"size": "small", "max_steps": 700, "first_seed": 100, "seeds": 2, "start": {"weight_decay": 0.1},
                "tunes": ("lr", "weight_decay")},
@@ -76,12 +76,13 @@ STAGES = {
     "large": {"size": "large", "max_steps": 2000, "seeds": 3, "settings_of": "choice", "rate": 0.5},
     "mechanism": {"size": "small", "max_steps": 700, "seeds": 4},
     "limited-choice": {**LIMITED, "first_seed": 100, "seeds": 2, "settings_of": "choice", "start": {"dropout": 0.0},
-                       "tunes": ("weight_decay", "dropout"), "grid": {"weight_decay": (0.1, 0.5, 1.5), "dropout": (0.0, 0.1)}},
+                       "tunes": ("weight_decay", "dropout"),
+                       "grid": {"weight_decay": (0.1, 0.5, 1.5), "dropout": (0.0, 0.1)}},
     "limited": {**LIMITED, "seeds": 4, "settings_of": "limited-choice"},
     "124m": {"size": "124m", "max_steps": 250, "evaluations": 2, "seeds": 2,
              "flags": {"lr": 6e-4, "beta2": 0.95, "warmup_steps": 40}},
 }  # fmt: skip
-INGREDIENTS = {  # of the fast recipe, each added to the gpt2 recipe by itself
+INGREDIENTS = {  # of the fast recipe, each added to the gpt2 recipe alone
     "gpt2": {"lr": 2e-3},
     "linear to 0": {"lr": 2e-3, "schedule": "linear", "min_lr": 0.0},
     "untied embeddings": {"lr": 2e-3, "tied": False, "embedding_lr": 5.0},
@@ -94,7 +95,7 @@ DIVERGED = 3  # exit code of train.py
 EVAL_TOKENS = 102_400
 TEXTS = 32
 
-# What is measured of a finished run: key, label, digits, the words for less and for more of it.
+# The measures of a finished run: key, label, digits, the words for a lower and a higher value.
 MEASURES = (
     ("test", "bits per byte, test books", 4, ("better", "worse")),
     ("other", "bits per byte, another corpus", 4, ("better", "worse")),
@@ -124,8 +125,12 @@ def command(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="experiments/verdict.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog="experiments/verdict.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--stage", choices=(*STAGES, "report", "figures"), required=True, help="which part of the study")
     add("--recipe", choices=tuple(GRID), default="gpt2", help="recipe of train.py (default gpt2)")
@@ -133,15 +138,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/verdict"), metavar="DIR", help="folder (default runs/verdict)")
     add("--data", metavar="TEXT", help="corpus (default: books, books3 for the limited stages)")
     add("--pairs", metavar="GLOB", help="also report accuracy on minimal pairs, as eval.py does")
-    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS)[:3], metavar="ARM",
-        help='conditions, the first is the baseline (default "baseline" "lambda 0.1" "tau 0.1"; also "l2_repel" "mean cosine")')  # fmt: skip
+    words = 'conditions; the first is the baseline (default "baseline" "lambda 0.1" "tau 0.1"; also "l2_repel" '
+    words += '"mean cosine")'
+    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS)[:3], metavar="ARM", help=words)
     add("--seeds", type=int, metavar="N", help="number of seeds (default: the protocol's)")
-    add(
-        "--first-seed",
-        type=int,
-        metavar="N",
-        help="first seed (default: the protocol's), so that two processes can share a stage",
-    )
+    words = "first seed (default: the protocol's), so that two processes can share a stage"
+    add("--first-seed", type=int, metavar="N", help=words)
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (default cpu)")
     study.add_measures(parser)
@@ -149,18 +151,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = study.check_counts(parser.parse_args(argv))
     stage = STAGES.get(args.stage, {})
     if args.time_ratio is not None and ("settings_of" not in stage or "tunes" in stage):
-        raise InputError(
-            f"--time-ratio adds a condition to a final comparison, and --stage {args.stage} is none: omit it"
-        )
+        raise InputError(f"--time-ratio is for final comparisons only, not for --stage {args.stage}: omit it")
     return args
 
 
 def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path) -> dict:
     """(condition, seed) -> Config and command line of the stage's runs."""
-    flags = {"data": stage.get("data", "books"), **SIZES[stage["size"]], "recipe": args.recipe, "warmup_steps": WARMUP[args.recipe],
-             "dtype": "bfloat16", "device": args.device, "max_steps": stage["max_steps"],
-             "eval_every": stage["max_steps"] // stage.get("evaluations", 4), "eval_tokens": EVAL_TOKENS,
-             **stage.get("flags", {})}  # fmt: skip
+    flags = {
+        "data": stage.get("data", "books"),
+        **SIZES[stage["size"]],
+        "recipe": args.recipe,
+        "warmup_steps": WARMUP[args.recipe],
+        "dtype": "bfloat16",
+        "device": args.device,
+        "max_steps": stage["max_steps"],
+        "eval_every": stage["max_steps"] // stage.get("evaluations", 4),
+        "eval_tokens": EVAL_TOKENS,
+        **stage.get("flags", {}),
+    }
     if args.device == "cuda" and stage["size"] != "124m":
         flags["compile"] = "off"  # compilation takes longer than these runs
     if args.scale == "smoke":
@@ -176,10 +184,10 @@ def plan(stage: dict, arms: dict[str, dict], args: argparse.Namespace, out: Path
 
 
 def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
-    """Select the settings of every condition one after the other, each at the best of those before it.
+    """Select the settings of every condition one after the other, each with the best values of the previous ones.
 
-    The best has the fewest validation bits per byte, averaged over the seeds. choice.json has all that was tried; null stands
-    for a run that diverged.
+    The best has the fewest validation bits per byte, averaged over the seeds. choice.json has all trials; null means
+    that a run diverged.
     """
     grid = stage.get("grid", GRID[args.recipe])
     before = settings_before(stage, args) if "settings_of" in stage else {}
@@ -227,7 +235,7 @@ def final_bits(name: tuple[str, int], run: tuple) -> float:
 
 
 def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """condition -> the settings that an earlier stage selected for it."""
+    """condition -> the settings selected for it in an earlier stage."""
     path = args.out / f"{args.recipe}-{stage['settings_of']}" / "choice.json"
     if not path.exists():
         raise InputError(f"{path} does not exist: run --stage {stage['settings_of']} --recipe {args.recipe} first")
@@ -238,7 +246,7 @@ def settings_before(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
 
 
 def confirmed_arms(stage: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """label -> flags: every condition with the settings that were selected for it."""
+    """label -> flags: every condition with its selected settings."""
     before = settings_before(stage, args) if "settings_of" in stage else {arm: {} for arm in args.arms}
     arms = {arm: {**ARMS[arm], **settings} for arm, settings in before.items()}
     if "rate" in stage:
@@ -266,9 +274,9 @@ def confirm(stage: dict, args: argparse.Namespace, out: Path) -> None:
         compared, shown = study.compare_all({arm: found[arm] for arm in group}, MEASURES)
         results.append(compared)
         tables += shown
-    files.write_json(out / "results.json", {"recipe": args.recipe, "stage": args.stage, "settings": arms,
-                                            "seconds": {arm: [f["seconds"] for f in of] for arm, of in found.items()},
-                                            "compared": results})  # fmt: skip
+    seconds = {arm: [f["seconds"] for f in of] for arm, of in found.items()}
+    head = {"recipe": args.recipe, "stage": args.stage, "settings": arms, "seconds": seconds}
+    files.write_json(out / "results.json", {**head, "compared": results})
     show("\n\n".join(tables), out / "table.txt")
     labels = {key: (label, words) for key, label, _, words in MEASURES if key in ("test", "other", "last_half_mean")}
     title = f"Effect of the dispersion loss: {args.recipe} recipe, stage {args.stage}"
@@ -303,7 +311,7 @@ def measured(config: study.Config, args: argparse.Namespace) -> dict:
 
 
 def conclude(args: argparse.Namespace) -> None:
-    """One row per comparison that was run, p-values corrected for their number; verdict.txt, verdict.json and figures."""
+    """Write verdict.txt, one row per finished comparison with corrected p-values, verdict.json and the figures."""
     results = [with_nan(read_json(path)) for path in sorted(args.out.glob("*/results.json"))]
     if not results:
         raise InputError(f"{args.out} has no finished stage: run one with --stage first")
@@ -316,29 +324,40 @@ def conclude(args: argparse.Namespace) -> None:
                 p_values.append(paired_p(baseline, own["values"]))
                 better = sum(b < a for a, b in zip(baseline, own["values"], strict=True))
                 difference, low, high = (report.number(own[key], 4, "+") for key in ("difference", "low", "high"))
-                rows.append([f"{result['recipe']}, {result['stage']}: {arm}", report.number(np.mean(baseline)), difference,
-                             f"{low} to {high}", f"{better} of {len(baseline)}",
-                             report.number(sign_test_p(baseline, own["values"]), 3)])  # fmt: skip
-                comparisons.append({
-                    "recipe": result["recipe"], "stage": result["stage"], "condition": arm, "books": "test",
-                    "seeds": len(baseline), "baseline": float(np.mean(baseline)),
-                    **{key: own[key] for key in ("difference", "low", "high")},
-                    "baseline_by_seed": baseline, "by_seed": own["values"],
-                })  # fmt: skip
+                row = [f"{result['recipe']}, {result['stage']}: {arm}", report.number(np.mean(baseline)), difference]
+                row += [f"{low} to {high}", f"{better} of {len(baseline)}"]
+                rows.append([*row, report.number(sign_test_p(baseline, own["values"]), 3)])
+                comparisons.append(
+                    {
+                        "recipe": result["recipe"],
+                        "stage": result["stage"],
+                        "condition": arm,
+                        "books": "test",
+                        "seeds": len(baseline),
+                        "baseline": float(np.mean(baseline)),
+                        **{key: own[key] for key in ("difference", "low", "high")},
+                        "baseline_by_seed": baseline,
+                        "by_seed": own["values"],
+                    }
+                )
     for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
         row += [report.number(p), report.number(corrected)]
-    head = ["bits per byte of the test books", "baseline", "difference", "95 % interval", "better", "sign p", "p",
-            "Holm's p"]  # fmt: skip
-    show(report.table(head, rows), args.out / "verdict.txt")
+    head = ["bits per byte of the test books", "baseline", "difference", "95 % interval", "better"]
+    show(report.table([*head, "sign p", "p", "Holm's p"], rows), args.out / "verdict.txt")
     files.write_json(args.out / "verdict.json", {"comparisons": comparisons})
     draw(args.out)
 
 
-LABELS = {  # of the stages in the figures, in their order there: layers x channels, and what distinguishes it
-    "small": "8 x 64", "default": "8 x 192", "half": "8 x 192, half LR", "large": "8 x 320, half LR", "124m": "12 x 768",
-    "limited": "8 x 192, three books, six epochs", "mechanism": "8 x 64, 700 steps",
+LABELS = {  # of the stages in the figures, in that order: layers x channels, and how a stage differs
+    "small": "8 x 64",
+    "default": "8 x 192",
+    "half": "8 x 192, half LR",
+    "large": "8 x 320, half LR",
+    "124m": "12 x 768",
+    "limited": "8 x 192, three books, six epochs",
+    "mechanism": "8 x 64, 700 steps",
     **{f"warmup-{steps}": f"8 x 192, warm-up {steps}" for steps in (40, 100, 200)},  # of warmup.py
-}  # fmt: skip
+}
 TEXTS_OF = {
     "test": "",
     "validation": "validation books",
@@ -352,15 +371,15 @@ MARKS = {  # of the conditions in figures/recipes.png: colour, marker, offset
 
 
 def draw(out: Path) -> None:
-    """Draw figures/verdict.png, every comparison of verdict.json, and figures/recipes.png, recipes with and without the loss."""
+    """Draw figures/verdict.png, all comparisons of verdict.json, and figures/recipes.png, with and without the loss."""
     path = out / "verdict.json"
     if not path.exists():
         raise InputError(f"{path} does not exist: run --stage report first")
     comparisons = with_nan(read_json(path))["comparisons"]
-    for drawn in (draw_comparisons(comparisons, out / "figures" / "verdict.png"),
-                  draw_recipes(comparisons, out / "figures" / "recipes.png")):  # fmt: skip
-        for figure in drawn:
-            print(f"figure  {figure}")
+    drawn = draw_comparisons(comparisons, out / "figures" / "verdict.png")
+    drawn += draw_recipes(comparisons, out / "figures" / "recipes.png")
+    for figure in drawn:
+        print(f"figure  {figure}")
 
 
 def in_order(comparisons: list[dict]) -> list[dict]:
@@ -392,9 +411,9 @@ def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
             rows.setdefault(f"{LABELS[c['stage']]}, {c['recipe']} recipe{books}", {})[c["condition"]] = c
     figure, (level, change) = figures.subplots(1, 2, size=(11, 1.9 + 0.42 * len(rows)), sharey=True)
     for y, conditions in enumerate(rows.values()):
-        any_of_them = next(iter(conditions.values()))
-        for condition, values in (("baseline", any_of_them["baseline_by_seed"]),
-                                  *((name, c["by_seed"]) for name, c in conditions.items())):  # fmt: skip
+        by_seed = {"baseline": next(iter(conditions.values()))["baseline_by_seed"]}
+        by_seed |= {condition: c["by_seed"] for condition, c in conditions.items()}
+        for condition, values in by_seed.items():
             colour, marker, offset = MARKS[condition]
             level.plot(values, [y + offset] * len(values), marker, color=colour, ms=4, alpha=0.4, mew=0)
             level.plot(np.mean(values), y + offset, marker, color=colour, ms=6, label=condition)
@@ -413,17 +432,21 @@ def draw_recipes(comparisons: list[dict], path: Path) -> list[Path]:
     change.set(xlabel="bits per byte, 95 % interval over paired seeds", title="Difference to the baseline")
     change.annotate("\N{LEFTWARDS ARROW} better", (0.02, 0.02), xycoords="axes fraction", weight="bold")
     change.annotate("worse \N{RIGHTWARDS ARROW}", (0.98, 0.02), xycoords="axes fraction", ha="right", weight="bold")
-    labels = {"baseline": "baseline: cross-entropy alone", "lambda 0.1": "with the dispersion loss as published (lambda 0.1)",
-              "tau 0.1": "the same with tau 0.1"}  # fmt: skip
+    labels = {
+        "baseline": "baseline: cross-entropy alone",
+        "lambda 0.1": "with the dispersion loss as published (lambda 0.1)",
+        "tau 0.1": "the same with tau 0.1",
+    }
     handles, names = level.get_legend_handles_labels()
     drawn = dict(zip(names, handles, strict=True))
-    figure.legend([drawn[c] for c in labels if c in drawn], [labels[c] for c in labels if c in drawn],
-                  loc="outside lower center", ncols=3, frameon=False)  # fmt: skip
+    shown = [c for c in labels if c in drawn]
+    options = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend([drawn[c] for c in shown], [labels[c] for c in shown], **options)
     marks = (name.partition("*") for name in rows)
     stars = sorted({star + more for _, star, more in marks if star})
     notes = "\n".join(f"{star} {list(TEXTS_OF.values())[len(star)]}" for star in stars)
-    level.annotate(notes, (0, 0), xytext=(-6, -34), xycoords="axes fraction", textcoords="offset points", ha="right",
-                   va="top" if len(stars) > 1 else "center", fontsize=9)  # fmt: skip
+    below = {"xytext": (-6, -34), "xycoords": "axes fraction", "textcoords": "offset points", "ha": "right"}
+    level.annotate(notes, (0, 0), **below, va="top" if len(stars) > 1 else "center", fontsize=9)
     return [figures.save(figure, path)]
 
 

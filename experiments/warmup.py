@@ -1,20 +1,20 @@
-"""How much of the dispersion loss's gain at the default size is left once the warm-up is long enough?
+"""How much of the dispersion loss's gain at the default size remains with a longer warm-up?
 
     python experiments/warmup.py --scale laptop --threads 1
 
-With the gpt2 recipe's 40 warm-up steps, the gradient norm of the baseline spikes around step 40. Both settings, with and
-without the loss, are trained with several warm-up lengths. The first tables compare every setting with the baseline at
-the shortest warm-up; those that follow compare, at each warm-up, the loss with its own baseline.
+With the gpt2 recipe's 40 warm-up steps, the gradient norm of the baseline spikes around step 40. The baseline and the
+loss are both trained with several warm-up lengths. The first tables compare all conditions with the baseline at the
+shortest warm-up; the others compare the loss with the baseline at the same warm-up.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omits it
 
 import study
 
-PLAIN = {"recipe": "gpt2", "device": "cpu"}  # the model, the steps and the learning rate are the default ones
+PLAIN = {"recipe": "gpt2", "device": "cpu"}  # default model, number of steps and learning rate
 SCALES = {
     "smoke": {"seeds": 2, "warmups": (1, 2, 3), "train": {**study.SMOKE, "recipe": "gpt2"}},
     "laptop": {"seeds": 6, "warmups": (40, 100, 200), "train": {**PLAIN, "eval_every": 400}},
@@ -31,7 +31,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 
 def pair(i: int):
-    """A view of the i-th warm-up alone: the baseline, then the loss."""
+    """A view of only the i-th warm-up: the baseline, then the loss."""
 
     def view(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
         rows = list(study.at_the_end(evaluations).items())
