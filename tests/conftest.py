@@ -1,4 +1,4 @@
-"""A small corpus and a small trained run that several test files share."""
+"""A small corpus and a small trained run, shared by several test files."""
 
 import os
 import random
@@ -9,21 +9,34 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-os.environ.setdefault("MINIDISP_CPU", "amx")  # all instruction sets are compiled, as the tests go through them
+os.environ.setdefault("MINIDISP_CPU", "amx")  # compile all instruction sets, since the tests use each of them
 
 from data import prepare
 from minidisp import report
 from minidisp.config import from_dict
 from train import main
 
-# A shell ignores Ctrl-C for what it starts in the background, and so would all children of these tests.
+# Shells make background processes ignore Ctrl-C, and all children of these tests would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
-    "recipe": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "max_steps": 12, "warmup_steps": 2,
-    "eval_every": 6, "eval_tokens": 512, "log_every": 1, "save_every": 6, "lr": 3e-3, "device": "cpu", "threads": 1,
-}  # fmt: skip
+    "recipe": "gpt2",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 4,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "eval_every": 6,
+    "eval_tokens": 512,
+    "log_every": 1,
+    "save_every": 6,
+    "lr": 3e-3,
+    "device": "cpu",
+    "threads": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +48,7 @@ def no_figures():
 
 
 class NothingIsLookedAt(TorchDispatchMode):
-    """Inside, an operator whose result depends on numbers in Python is an error: on a GPU it would wait for them."""
+    """Inside, operators that read tensor values in Python raise an error: on a GPU, they would synchronise."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)
@@ -45,9 +58,9 @@ class NothingIsLookedAt(TorchDispatchMode):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Where pytest-xdist is installed, `python -m pytest` uses up to four cores, one test file each; -n 0 uses none.
+    """With pytest-xdist installed, `python -m pytest` uses up to four cores, one test file each; -n 0 disables this.
 
-    Here and not in addopts, so that pytest also runs without xdist.
+    Set here and not in addopts, so that pytest also runs without xdist.
     """
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
@@ -67,7 +80,7 @@ def pytest_addoption(parser):
 
 
 def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
-    """A text with a little structure in it, the same one every time."""
+    """A text with a little structure, always the same."""
     rng = random.Random(seed)
     vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 7))) for _ in range(60)]
     path.write_text(" ".join(rng.choices(vocabulary, range(60, 0, -1), k=words)), encoding="utf-8")

@@ -50,7 +50,7 @@ def installed() -> bool:
 
 
 def ask(path: Path, texts: list[str], prompts: list[list[int]], tokens: int) -> dict:
-    """What llama.cpp makes of a file: see llama_cpp.mjs."""
+    """The output of llama.cpp for a file; see llama_cpp.mjs."""
     question = json.dumps({"model": str(path), "texts": texts, "prompts": prompts, "tokens": tokens})
     script = Path(__file__).with_name("llama_cpp.mjs")
     command = ["node", str(script), os.environ["LLAMA_CPP"]]
@@ -61,7 +61,7 @@ def ask(path: Path, texts: list[str], prompts: list[list[int]], tokens: int) -> 
 
 
 def compare(run: Path, dtype: str, tokens: int = 40) -> list[str]:
-    """What differs between a run and its file in llama.cpp, in words; [] if nothing does."""
+    """The differences between a run and its file in llama.cpp, in words; [] if there are none."""
     model, vocabulary = minidisp.load(run)
     prompts = [[vocabulary.eos_id, *vocabulary.encode(text)] for text in PROMPTS]
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ def compare(run: Path, dtype: str, tokens: int = 40) -> list[str]:
     for text, ids, back in zip(TEXTS, answer["ids"], answer["back"], strict=True):
         if ids != vocabulary.encode(text):
             found.append(f"{text!r} is {ids}, not {vocabulary.encode(text)}")
-        if back not in (text, text.replace(" .", ".")):  # it may be tidied when it is shown
+        if back not in (text, text.replace(" .", ".")):  # whitespace may be normalised for display
             found.append(f"{text!r} comes back as {back!r}")
     within = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3, "q8_0": 2e-2}[dtype]
     for prompt, pairs, continuation in zip(prompts, answer["probabilities"], answer["continuations"], strict=True):
@@ -81,7 +81,7 @@ def compare(run: Path, dtype: str, tokens: int = 40) -> list[str]:
         if error > within or len(pairs) != len(ours):
             found.append(f"{len(pairs)} probabilities, off by up to {error:.1g}")
         greedy = model.generate(torch.tensor([prompt]), tokens, temperature=0)[0, len(prompt) :].tolist()
-        # Rounded weights may break a near tie the other way; still each token of llama.cpp's must be near the best.
+        # Rounded weights may resolve near ties differently, but each of llama.cpp's tokens must be close to the best.
         behind = (logits.max(-1).values - logits.gather(1, torch.tensor(continuation)[:, None])[:, 0]).max().item()
         if continuation != greedy and (dtype == "float32" or behind > 10 * within):
             found.append(f"continues {continuation}, not {greedy}")

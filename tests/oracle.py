@@ -1,7 +1,7 @@
-"""The truth that the tests compare with: every dispersion variant and its gradient, in float64, pair by pair.
+"""The reference for the tests: every dispersion variant and its gradient, in float64, pair by pair.
 
-Written from the formulas of arXiv 2602.00217 with gradients derived by hand, for clarity and not for speed; it shares no
-code with minidisp and needs no autograd. loss(z) and gradient(z) take an array (B, T, C).
+Written from the formulas of arXiv 2602.00217 with gradients derived by hand, for clarity and not for speed; it shares
+no code with minidisp and needs no autograd. loss(z) and gradient(z) take an array (B, T, C).
 
 In every variant the gradient of a sequence's loss L passes through a table of pairs g[i, j] = dL/dx_ij, where x_ij is
 - the cosine c_ij = u_i.u_j:             dL/du_i = sum_j (g_ij + g_ji) u_j, and on from u_i to z_i, or
@@ -68,7 +68,7 @@ def _decorrelation(z, tau, clamp, eps):
     std = z.std(axis=1, ddof=1)
     s = np.zeros_like(z)
     for i in range(T):
-        if np.ptp(z[i]) > 0:  # a constant token has no direction: it counts as zero and gets no gradient
+        if np.ptp(z[i]) > 0:  # a constant token has no direction: it is set to zero and gets no gradient
             s[i] = (z[i] - z[i].mean()) / std[i]
     value, grad_s, grad_z = 0.0, np.zeros_like(z), np.zeros_like(z)
     for i, j in _pairs(T):

@@ -8,10 +8,10 @@ import torch
 from minidisp.ops import registered
 from minidisp.ops.attention import causal_attention, choose, torch_attention
 
-MISSING = registered("cpu")  # builds the extension, if need be
+MISSING = registered("cpu")  # builds the extension if necessary
 needs_operator = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 DTYPES = (torch.float32, torch.bfloat16)
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best where it has less
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # or the highest that the processor supports
 
 
 def reference(qkv, n_head, n_kv_head):

@@ -1,4 +1,4 @@
-"""bench/: what is counted, and that nothing is timed that computes something else."""
+"""bench/: the counts are right, and implementations with different results are not timed."""
 
 import argparse
 import importlib.util
@@ -18,7 +18,7 @@ from minidisp.data import Batches, Dataset
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 2, "vocab_size": 1000}
 
-# The least that passes for a nanoGPT checkout: its names, around our blocks.
+# A minimal stand-in for a nanoGPT checkout: its names, around our blocks.
 PEER = """
 from dataclasses import dataclass
 import torch
@@ -167,6 +167,6 @@ def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path
         log_p = model(windows[:, :-1]).logits.double().log_softmax(-1)
     loss = -log_p.gather(-1, windows[:, 1:, None]).mean().item()
     assert float(row[1]) == pytest.approx(loss, abs=1e-4)
-    assert float(row[2]) < loss  # ours has learnt something in two steps
+    assert float(row[2]) < loss  # our model has learnt something in two steps
     assert "820,736 parameters" in done.stdout
     assert "1 of 1 seeds reach nanoGPT's loss" in done.stdout

@@ -1,4 +1,4 @@
-"""Checkpoints and JSON files: written atomically, and read as what they are or not at all."""
+"""Checkpoints and JSON files: written atomically, and read exactly or rejected."""
 
 import errno
 import io
@@ -147,7 +147,7 @@ def test_strange_tensors_are_refused(tmp_path, strange, reason):
 
 
 def test_one_file_is_never_two(tmp_path):
-    """Whatever else a file may be, what is inspected is what is loaded, or it is refused."""
+    """A file that is valid in two formats is rejected, or the part that was inspected is the part that is loaded."""
     path, content = tmp_path / "x.pt", saved(tmp_path / "honest.pt").read_bytes()
     legacy = io.BytesIO()
     torch.save(minimal(model={"w": torch.zeros(1000)}), legacy, _use_new_zipfile_serialization=False)
@@ -181,13 +181,13 @@ def test_tensors_on_one_storage_are_never_more_than_the_file(run, tmp_path, caps
     assert described > 20 * (folder / checkpoint.BEST).stat().st_size
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_layer": layers}))
-    flags = [*small_flags(n_layer=layers), "--data", config["data"], "--out", str(tmp_path / "new")]
+    flags = ["--data", config["data"], "--out", str(tmp_path / "new")]
     for code in (
         lambda: eval_command.cli([str(folder)]),
-        lambda: train.cli([*small_flags(), "--data", config["data"], "--distill", str(folder), "--out", str(tmp_path / "new")]),
-        lambda: train.cli([*flags, "--init-from", str(folder)]),
+        lambda: train.cli([*small_flags(), *flags, "--distill", str(folder)]),
+        lambda: train.cli([*small_flags(n_layer=layers), *flags, "--init-from", str(folder)]),
         lambda: train.cli(["--resume", "--out", str(folder)]),
-    ):  # fmt: skip
+    ):
         assert code() == 2
         error = capsys.readouterr().err
         assert "does not fit the model that its config describes" in error
@@ -195,7 +195,7 @@ def test_tensors_on_one_storage_are_never_more_than_the_file(run, tmp_path, caps
 
 
 def test_a_context_far_beyond_the_weights_takes_no_memory(tmp_path):
-    """Its rotations would be 2 GiB, and are computed for what is read; many layers are refused by their number."""
+    """Its rotary tables would be 2 GiB, and only the part that is read is computed; too many layers are rejected."""
     from minidisp.config import from_dict, to_dict
     from minidisp.model import GPT
 
@@ -215,7 +215,7 @@ def test_a_context_far_beyond_the_weights_takes_no_memory(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_an_optimiser_resumes_from_is_its_own(corpus, run, tmp_path, optimizer):
-    """No state shares its numbers with another one, nor with the dictionary that was read: steps write into it."""
+    """No state shares memory with another one or with the dictionary that was read, since steps modify it."""
     config = small_config(corpus, tmp_path / "new", optimizer=optimizer)
     with train.ExitStack() as at_exit:
         trainer = train.Trainer(config, train.ALONE, at_exit)
@@ -225,7 +225,7 @@ def test_what_an_optimiser_resumes_from_is_its_own(corpus, run, tmp_path, optimi
         optimizer.step()
         saved = optimizer.state_dict()
         (pairs := {}).update({(n, v.shape): v for s in saved["state"].values() for n, v in s.items()})
-        for values in saved["state"].values():  # one tensor for all of a shape
+        for values in saved["state"].values():  # one tensor for all states of a shape
             values.update({name: pairs[name, value.shape] for name, value in values.items()})
         checkpoint.load_optimizer(optimizer, saved, tmp_path / "x.pt")
         states = [v for s in optimizer.state.values() for v in s.values()]
@@ -235,13 +235,13 @@ def test_what_an_optimiser_resumes_from_is_its_own(corpus, run, tmp_path, optimi
         assert not isinstance(optimizer, Muon) or "momentum_buffer" in {n for s in optimizer.state.values() for n in s}
 
 
-# --- the state of generators and of the gradient scale -----------------------------------------------------------------
+# --- the state of generators and of the gradient scale ----------------------------------------------------------------
 
 
 def test_the_state_of_a_generator_is_checked_beyond_what_torch_checks():
     generator = torch.Generator()
     generator.manual_seed(5)
-    for draws in range(1300):  # twice through its table
+    for draws in range(1300):  # two passes through its table
         state = generator.get_state()
         assert checkpoint.is_generator_state(state), draws
         torch.rand(1, generator=generator)
@@ -273,18 +273,25 @@ def test_the_state_of_a_generator_is_checked_beyond_what_torch_checks():
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("seconds", 1e300, "seconds"), ("seconds", -1.0, "seconds"), ("best_val_loss", math.nan, "best_val_loss"),
-        ("rng", {"cpu": torch.zeros(5056, dtype=torch.uint8)}, "random number"), ("rng_of_others", [{"cpu": 1}], "random number"),
-        ("rng_of_others", {"cpu": 1}, "random number"), ("scaler", {"scale": "x", "_growth_tracker": 0}, "gradient scale"),
-        ("scaler", {"scale": 1e300, "_growth_tracker": 0}, "gradient scale"), ("scaler", {"scale": 2.0, "_growth_tracker": 1 << 70}, "gradient scale"),
-        ("scaler", {"scale": 2.0}, "_growth_tracker"), ("logged", "x", "logged"), ("logged", 10**9, "logged"),
+        ("seconds", 1e300, "seconds"),
+        ("seconds", -1.0, "seconds"),
+        ("best_val_loss", math.nan, "best_val_loss"),
+        ("rng", {"cpu": torch.zeros(5056, dtype=torch.uint8)}, "random number"),
+        ("rng_of_others", [{"cpu": 1}], "random number"),
+        ("rng_of_others", {"cpu": 1}, "random number"),
+        ("scaler", {"scale": "x", "_growth_tracker": 0}, "gradient scale"),
+        ("scaler", {"scale": 1e300, "_growth_tracker": 0}, "gradient scale"),
+        ("scaler", {"scale": 2.0, "_growth_tracker": 1 << 70}, "gradient scale"),
+        ("scaler", {"scale": 2.0}, "_growth_tracker"),
+        ("logged", "x", "logged"),
+        ("logged", 10**9, "logged"),
     ],
-)  # fmt: skip
+)
 def test_values_of_the_wrong_kind_are_named_in_one_line(corpus, run, tmp_path, capsys, monkeypatch, key, value, reason):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / checkpoint.LAST
     torch.save({**checkpoint.read(path), key: value}, path)
-    if key == "scaler":  # which only float16 has
+    if key == "scaler":  # used with float16 only
         monkeypatch.setattr(train.torch.amp, "GradScaler", lambda *_, enabled: torch.amp.grad_scaler.GradScaler("cpu"))
     assert train.cli(["--resume", "--out", str(tmp_path / "run"), "--max-steps", "14"]) == 2
     error = capsys.readouterr().err
@@ -293,7 +300,7 @@ def test_values_of_the_wrong_kind_are_named_in_one_line(corpus, run, tmp_path, c
     assert reason in error
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,7 +338,7 @@ def test_views_and_transposed_tensors_are_saved_as_what_they_show(tmp_path):
         assert torch.equal(mine, view)
 
 
-# --- links and folders that cannot be flushed --------------------------------------------------------------------------
+# --- links and folders that cannot be flushed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
@@ -430,7 +437,7 @@ def test_links_beside_the_files_of_a_run_are_replaced(corpus, run, tmp_path, mon
 
 
 def test_a_hard_link_elsewhere_keeps_its_content(tmp_path):
-    """As in backups of hard links: a run appends to its metrics and cuts them off in place."""
+    """As in hard-link backups: a run appends to its metrics and truncates them in place."""
     path, backup = tmp_path / "metrics.jsonl", tmp_path / "backup"
     path.write_text("one\n")
     os.link(path, backup)
@@ -449,7 +456,7 @@ def test_a_pipe_in_the_place_of_metrics_is_refused(tmp_path):
 
 
 def test_a_zip_with_a_directory_of_its_own_choice_is_read_by_one_reader(tmp_path):
-    """Entries that lie over one another would describe more than the file holds."""
+    """Overlapping entries would describe more data than the file contains."""
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")

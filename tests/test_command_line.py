@@ -1,4 +1,5 @@
-"""Whatever is typed: a command ends with 0, 2, 3 or 130, and says in one line what was wrong. No traceback, no half of a file."""
+"""Any input: a command exits with 0, 2, 3 or 130, and reports errors in one line. No traceback, no half-written
+file."""
 
 import dataclasses
 import math
@@ -20,7 +21,7 @@ from minidisp.config import Config, kebab
 from minidisp.runtime.cli import Parser
 from tests.conftest import small_flags
 
-# Neither needs a compiler or a network, nor computes for long.
+# None of these needs a compiler, a network or much time.
 TINY = {
     "n_layer": 1,
     "n_head": 1,
@@ -34,9 +35,32 @@ TINY = {
 LONG = {"--compile", "--wandb", "--tensorboard", "--threads", "--help", "--version"}
 
 NUMBERS = [
-    "0", "1", "2", "3", "-1", "-0.0", "0.5", "1e-3", "1e-45", "1e-320", "1e20", "3.4e38", "1.7e308", "1e309", "nan", "-inf", "1e5000", "9" * 25,
-    "-" + "9" * 25, "0x10", "1_0", " 1", "\u0663", "1,5", "",
-]  # fmt: skip
+    "0",
+    "1",
+    "2",
+    "3",
+    "-1",
+    "-0.0",
+    "0.5",
+    "1e-3",
+    "1e-45",
+    "1e-320",
+    "1e20",
+    "3.4e38",
+    "1.7e308",
+    "1e309",
+    "nan",
+    "-inf",
+    "1e5000",
+    "9" * 25,
+    "-" + "9" * 25,
+    "0x10",
+    "1_0",
+    " 1",
+    "\u0663",
+    "1,5",
+    "",
+]
 WORDS = [
     "",
     " ",
@@ -61,7 +85,7 @@ WORDS = [
 
 @pytest.fixture
 def paths(run, tmp_path) -> list[str]:
-    """Paths of every kind that is no run, no corpus and no file to write."""
+    """Paths of every kind that are neither a run, nor a corpus, nor a writable file."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
@@ -92,7 +116,7 @@ def paths(run, tmp_path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """What is written to a default or relative place must not land in the project."""
+    """Files with default or relative paths must not end up in the project."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -154,7 +178,7 @@ def test_train(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
         for flag, value in typed:
             argv += [flag] if value is None else [f"{flag}={value}"] if value.startswith("-") else [flag, value]
         if {"--overwrite", "--resume"} & {flag for flag, _ in typed} and str(run) in argv:
-            return  # which may change that run
+            return  # may modify that run
         rng = torch.get_rng_state()
         code = ends_well(capsys, "train.py", lambda: train.cli(argv), argv)
         torch.set_rng_state(rng)

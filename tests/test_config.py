@@ -172,7 +172,7 @@ def test_a_preset_that_was_typed_counts_in_all_that_presets_set(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(file.read_text())
-    for typed in ([], ["--preset", "mini"], ["--recipe", "fast"]):  # with --resume they name the run
+    for typed in ([], ["--preset", "mini"], ["--recipe", "fast"]):  # with --resume they select the run
         resumed = parse(["--resume", "--out", str(run), *typed])
         assert (resumed.n_layer, resumed.lr, resumed.arch) == (6, 0.5, "qwen3")
     with pytest.raises(InputError, match="preset mini: leave out --preset tiny"):
@@ -215,11 +215,13 @@ def test_the_model_that_a_run_starts_from_decides_its_recipe(architecture, recip
     assert (typed.recipe, typed.optimizer, typed.mlp) == ("gpt2", "adamw", source.mlp)
 
 
-OLD_RUN = json.loads((Path(__file__).parent / "old_run.json").read_text())  # of the version before fast was the default
+OLD_RUN = json.loads(
+    (Path(__file__).parent / "old_run.json").read_text()
+)  # saved by the version before fast became the default
 
 
 def test_a_run_of_before_means_what_it_meant(corpus, tmp_path):
-    """Its config.json, trained again, gives the losses that it had then; also without the settings that there were not."""
+    """Training with an old config.json reproduces its losses, also without the settings that did not exist then."""
     (tmp_path / "config.json").write_text(json.dumps(OLD_RUN["config"]))
     config = parse(["--config", str(tmp_path / "config.json"), "--data", str(corpus), "--out", str(tmp_path / "again")])
     assert (config.recipe, config.arch, config.optimizer, config.lr) == ("gpt2", "gpt2", "adamw", 3e-3)
@@ -249,8 +251,8 @@ def test_the_folder_of_a_run_says_what_is_not_usual():
     for line, name in names.items():
         config = parse(line.split(), architecture_of=lambda source: (from_dict(RECIPES["fast"]), False))
         assert config.run_dir.as_posix() == f"runs/{name}"
-    everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{n}=0.123456789" for n in ("beta1", "beta2", "momentum", "ema", "lr",
-                        "weight-decay", "grad-clip", "embedding-lr", "dispersion-tau", "dispersion-clamp"))])  # fmt: skip
+    names = "beta1 beta2 momentum ema lr weight-decay grad-clip embedding-lr dispersion-tau dispersion-clamp".split()
+    everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{name}=0.123456789" for name in names)])
     other = dataclasses.replace(everything, grad_clip=0.2)
     assert len(everything.run_dir.name) <= 200
     assert everything.run_dir != other.run_dir
@@ -267,7 +269,7 @@ def test_resuming_finds_the_folder_that_the_command_began_with(tmp_path, monkeyp
             assert dataclasses.replace(resumed, out="", resume=False, max_steps=config.max_steps) == config
     assert (
         parse(["--optimizer", "adamw", "--weight-decay", "0.5", "--resume"]).weight_decay == 0.5
-    )  # which a resumed run may change
+    )  # a resumed run may change it
     with pytest.raises(InputError, match="no run in runs/pystdlib-tiny-d0-s1"):
         parse(["--resume", "--seed", "1"])
 
@@ -293,7 +295,7 @@ def test_the_version_is_known(capsys):
 
 
 def test_the_default_learning_rate_of_a_fine_tuning_run():
-    """A tenth of the recipe's or the preset's; without a preset less for wider models; never where one is given."""
+    """A tenth of the recipe's or the preset's; without a preset, lower for wider models; an explicit value is kept."""
     sources = {
         "fast": from_dict({**RECIPES["fast"]}),
         "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),

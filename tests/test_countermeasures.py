@@ -1,4 +1,4 @@
-"""What is compared with the dispersion loss: noisy embeddings, active forgetting, distillation."""
+"""The other mitigation methods: noisy embeddings, active forgetting, distillation."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def model_of(corpus, tmp_path, **changes):
 def test_resuming_with_all_of_them_equals_never_having_stopped(corpus, run, tmp_path):
     options = {**ALL, "distill": str(run), "dispersion": 0.1, "grad_accum": 2, "save_every": 5}
     train.main(small_config(corpus, tmp_path / "whole", **options))
-    for stop in (4, 6):  # right before a reset, and between two
+    for stop in (4, 6):  # right before a reset, and between two resets
         half = tmp_path / f"stopped-{stop}"
         stop_after(stop, small_config(corpus, half, **options))
         train.main(small_config(corpus, half, **options, resume=True))
@@ -73,8 +73,13 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, run, tmp_path):
 def test_they_are_named_at_the_start_and_in_the_config(corpus, run, tmp_path, capsys):
     train.main(small_config(corpus, tmp_path / "run", **ALL, distill=str(run), dispersion=0.1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
-    for part in ("cross-entropy + 0.1 x angular_spread", f"0.5 x distillation from {run}", "temperature 3", "5 / sqrt(T C)",
-                 "tied to the output layer, reset every 4 steps"):  # fmt: skip
+    for part in (
+        "cross-entropy + 0.1 x angular_spread",
+        f"0.5 x distillation from {run}",
+        "temperature 3",
+        "5 / sqrt(T C)",
+        "tied to the output layer, reset every 4 steps",
+    ):
         assert part in line
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {**ALL, "distill": str(run)}.items() <= saved.items()
@@ -119,7 +124,7 @@ def test_the_noise_depends_on_seed_and_sequence_alone(corpus, tmp_path):
 
 
 def test_the_noise_changes_under_compile(corpus, tmp_path):
-    """The hook is traced once, and still adds what was drawn last."""
+    """The hook is traced once, and still adds the latest noise."""
     model, config = model_of(corpus, tmp_path, noisy_embedding=50.0)
     noise = train.EmbeddingNoise(model.wte, config)
     graphs = []
@@ -181,12 +186,12 @@ def test_forgetting_draws_the_embeddings_anew_and_clears_their_state(corpus, tmp
     assert kstest(weight.detach().double().flatten().numpy(), norm(0, 0.02).cdf).pvalue > 1e-3
     assert all(weight not in o.state for o in optimizers)
     assert all(p in o.state for o in optimizers for group in o.param_groups for p in group["params"] if p is not weight)
-    for name, p in model.named_parameters():  # everything else, an output layer of its own too, is left alone
+    for name, p in model.named_parameters():  # everything else is unchanged, including an untied output layer
         assert p is weight or torch.equal(p, others[name]), name
     assert (model.lm_head.weight is weight) == tied
 
     drawn = weight.detach().clone()
-    step()  # AdamW's first update, in which the moments are those of one gradient: g / (|g| + eps)
+    step()  # AdamW's first update, with the moments of a single gradient: g / (|g| + eps)
     g = weight.grad.double()
     expected = drawn * (1 - config.lr * config.weight_decay) - config.lr * g / (g.abs() + 1e-8)
     torch.testing.assert_close(weight.detach(), expected.float(), rtol=0, atol=1e-6)
@@ -215,7 +220,7 @@ def test_the_divergence_and_its_gradient_agree_with_the_formula(corpus, run, tmp
     idx = torch.randint(257, (3, 10), generator=rng)
     x = torch.randn(
         3, 10, 16, generator=rng, dtype=torch.float64, requires_grad=True
-    )  # another width than the teacher's
+    )  # a width different from the teacher's
     weight = torch.randn(257, 16, generator=rng, dtype=torch.float64, requires_grad=True)
     loss = teacher.divergence(idx, x, lambda x: F.linear(x, weight))
     loss.backward()
@@ -252,7 +257,7 @@ def test_the_student_comes_closer_to_a_teacher_of_another_shape(corpus, tmp_path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_divergence_never_holds_the_logits_of_all_tokens(corpus, run, tmp_path, monkeypatch, dtype):
-    """Nothing of N x V numbers is kept for the backward pass."""
+    """No N x V tensor is kept for the backward pass."""
     config = small_config(corpus, tmp_path / "x", distill=str(run))
     teacher = train.Teacher(config, Dataset(corpus), torch.device("cpu"))
     monkeypatch.setattr(countermeasures, "tokens_at_once", lambda device, vocab_size: 32)

@@ -1,4 +1,4 @@
-"""Nothing is lost: killed at random moments, on a full disk, in a read-only folder, by signals, two trainings at once."""
+"""No data is lost: killed at random times, on a full disk, in a read-only folder, by signals, with two runs at once."""
 
 import json
 import os
@@ -44,9 +44,9 @@ def tiny_config(corpus: Path, out: Path, **changes):
 
 
 def kill_again_and_again(corpus: Path, folder: Path) -> dict:
-    """Train once without a stop; then again with a SIGKILL at KILLS random moments, four of five of them in a save.
+    """Train once without interruption, then again with KILLS SIGKILLs at random times, four out of five during a save.
 
-    The processes are forked from this one, which has all of torch in memory: that makes a kill cheap. Returns what was seen.
+    The processes are forked from this one, which has torch loaded, so each kill is cheap. Returns statistics.
     """
     torch.set_num_threads(1)
     report.draw_run = lambda *_: []
@@ -85,12 +85,12 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
                 os._exit(status)
         os.close(write_end)
         heard = b""
-        if seen["lives"] % 5:  # wait for a save to begin, then for a part of it
+        if seen["lives"] % 5:  # wait for a save to start, then for part of its duration
             saves = rng.randint(1, 3)
             while heard.count(b"<") < saves and (part := os.read(read_end, 1000)):
                 heard += part
             time.sleep(rng.uniform(0, 1.1 * save_seconds))
-        else:  # at any moment, starting up included
+        else:  # at any time, including start-up
             select.select([read_end], [], [], rng.uniform(0, 0.4))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -103,7 +103,7 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
         done = [int(line[1:]) for line in heard.split() if line.startswith(b">")]
         seen["in_a_save"] += len(begun) > len(done)
         if begun[:1] == [1] and not done and not (out / checkpoint.LAST).exists():
-            continue  # killed in the very first save: there is nothing yet
+            continue  # killed during the first save: nothing has been saved
         if (out / checkpoint.LAST).exists():
             step = checkpoint.read(out / checkpoint.LAST)["step"]
             assert not done or step >= done[-1], (step, heard)
@@ -127,19 +127,19 @@ def test_fifty_kills_lose_nothing(corpus, tmp_path):
     assert seen["in_a_save"] > KILLS // 2, seen
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert_same_state(whole, killed)
-    assert lines(killed) == lines(whole)  # no step torn, doubled or left out
+    assert lines(killed) == lines(whole)  # no step incomplete, repeated or missing
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-# --- killed twice, before any change of a file --------------------------------------------------------------------------
+# --- killed twice, before any change of a file ------------------------------------------------------------------------
 
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
 def killed_at(point: int, folder: Path, work) -> bool:
-    """Call work() in a fork that kills itself before its point-th change of a file in the folder; whether it came to that.
+    """Call work() in a fork that kills itself before its point-th file change in the folder; returns whether it did.
 
-    point: counted from 1; 0 lets it finish.
+    point: counted from 1; with 0, it finishes.
     """
     child = os.fork()
     if not child:
@@ -169,9 +169,9 @@ def killed_at(point: int, folder: Path, work) -> bool:
 
 
 def kill_overwriting_twice(corpus: Path, folder: Path, every: int) -> dict:
-    """Replace a run with --overwrite, killed at a point, then again, killed at another one; every: one of so many points.
+    """Replace a run with --overwrite, killed twice, at every pair of points. every: use one out of this many points.
 
-    In between, --resume never continues the run that was to be replaced; in the end the new one is there, exact.
+    In between, --resume never continues the run being replaced; in the end, the new run is complete and exact.
     """
     torch.set_num_threads(1)
     report.draw_run = lambda *_: []
@@ -236,7 +236,7 @@ def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every)
 
 @pytest.fixture
 def half_done(corpus, tmp_path) -> Path:
-    """A run that was to have 12 steps and stopped after 8, with its whole counterpart beside it."""
+    """A run of 12 steps that was stopped after 8, next to the same run without interruption."""
     train.main(small_config(corpus, tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         interrupt_in(patch, 8)
@@ -246,7 +246,7 @@ def half_done(corpus, tmp_path) -> Path:
 
 
 def interrupt_in(patch, step: int, number=signal.SIGINT, times: int = 1) -> None:
-    """Send this process a signal while it is in a step (counted from 1)."""
+    """Send this process a signal during a step (counted from 1)."""
     original = train.learning_rate
 
     def interrupting(index, config):
@@ -288,7 +288,7 @@ def test_a_limit_of_the_file_size_costs_nothing(half_done, capsys):
     ("target", "writes"), [*(("checkpoint", n) for n in (0, 1, 2, 5, 20, 60)), ("metrics", 0), ("metrics", 4)]
 )
 def test_a_full_disk_costs_nothing(half_done, capsys, monkeypatch, target, writes):
-    """Wherever the space runs out: in the pickle, in a tensor, in the directory of the zip file, in a line."""
+    """At every place where space can run out: in the pickle, in a tensor, in the zip directory, in a line."""
 
     class Full:
         left = writes
@@ -333,7 +333,7 @@ def test_a_read_only_folder_costs_nothing(half_done, corpus, capsys):
         run.chmod(0o555)
         (run / "metrics.jsonl").chmod(0o444)
         if root:
-            os.seteuid(65534)  # permissions do not bind root
+            os.seteuid(65534)  # permissions do not apply to root
         try:
             assert train.cli(["--resume", "--out", str(run), "--data", str(folder / "corpus")]) == 2
         finally:
@@ -374,7 +374,7 @@ def test_without_an_older_one_a_damaged_checkpoint_ends_it(half_done, capsys):
     assert resume(half_done) == 2
     error = capsys.readouterr().err
     assert str(path) in error
-    assert "--init-from" in error  # ckpt_best.pt is whole
+    assert "--init-from" in error  # ckpt_best.pt is intact
     assert error.count("\n") == 1
     assert (half_done / "metrics.jsonl").read_bytes() == before
 
@@ -407,7 +407,7 @@ def test_stopped_before_the_first_checkpoint_it_starts_again_aloud(half_done, ca
         path.unlink()
     metrics = half_done / "metrics.jsonl"
     kept = metrics.read_text()
-    assert resume(half_done) == 2  # step 8 is behind the first save at step 6: somebody has removed it
+    assert resume(half_done) == 2  # step 8 is after the first save at step 6: the checkpoint was removed
     assert "checkpoints are gone" in capsys.readouterr().err
     assert metrics.read_text() == kept
     metrics.write_text("".join(line for line in kept.splitlines(keepends=True) if json.loads(line)["step"] < 4))
@@ -446,7 +446,7 @@ def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
 @pytest.mark.parametrize("how", ["removed", "begun again", "moved", "its metrics replaced"])
 @pytest.mark.parametrize("step", [3, 6, 11])
 def test_a_folder_that_is_replaced_gets_no_more_writes(corpus, run, tmp_path, capsys, monkeypatch, how, step):
-    """`rm -rf runs/x` and a new start while the old process lives: the old one must not write into the new run."""
+    """`rm -rf runs/x` and a new run while the old process is alive: the old one must not write into the new run."""
     folder, rate = tmp_path / "run", train.learning_rate
 
     def replaced(index, config):
@@ -497,7 +497,7 @@ def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, f
     assert (code, error.count("\n")) == (2, 1)
     assert f"{half_done} is in use by another run" in error
     assert {path.name: path.read_bytes() for path in half_done.iterdir()} == before
-    assert_it_goes_on(half_done)  # the lock is gone with its holder
+    assert_it_goes_on(half_done)  # the lock ends with its holder
 
 
 def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):

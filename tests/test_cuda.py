@@ -1,6 +1,6 @@
-"""csrc/*.cu without a GPU: they compile, and emulated on the CPU they compute what they should.
+"""csrc/cuda without a GPU: the files compile, and their results, emulated on the CPU, are correct.
 
-What runs on a GPU is in test_ops.py.
+The tests that need a GPU are in test_ops.py.
 """
 
 import math
@@ -26,11 +26,15 @@ INCLUDE = Path(torch.__file__).parent / "include"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-TILED = ("angular_spread", "orthogonalization", "decorrelation")  # which have a tensor-core kernel
-TENSOR_CORE_LOSS, TENSOR_CORE_GRADIENT = 5e-4, 2e-3  # the largest errors, as csrc/cuda/dispersion.cu states them
+TILED = ("angular_spread", "orthogonalization", "decorrelation")  # variants with a tensor-core kernel
+TENSOR_CORE_LOSS, TENSOR_CORE_GRADIENT = 5e-4, 2e-3  # the largest errors stated in csrc/cuda/dispersion.cu
 DEFAULTS = {"tau": 1.0, "clamp": 0.25, "eps": 1e-2}
 RUNS = [(variant, dtype) for variant in TILED[:2] for dtype in DTYPES]
-RUNS += [("l2_repel", torch.float32), ("l2_repel", torch.bfloat16), ("decorrelation", torch.float16)]  # all types alike
+RUNS += [
+    ("l2_repel", torch.float32),
+    ("l2_repel", torch.bfloat16),
+    ("decorrelation", torch.float16),
+]  # same for all types
 every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
 
 
@@ -40,7 +44,7 @@ every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
     ("source", "least"), list(zip(SOURCES, [3, 21], strict=True)), ids=lambda value: getattr(value, "stem", None)
 )
 def test_compiles_without_spilling_registers(source, least, architecture, tmp_path):
-    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # all that torch without CUDA lacks
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # everything that torch without CUDA lacks
     generated.parent.mkdir(parents=True)
     generated.touch()
     command = [
@@ -73,15 +77,15 @@ def emulated():
         cpp_extension.load(
             "minidisp_cuda_emulator",
             [str(ROOT / "tests" / "cuda_emulator.cpp")],
-            extra_cflags=["-O1", "-std=c++20", "-U_FORTIFY_SOURCE"],  # which forbids to jump between stacks
+            extra_cflags=["-O1", "-std=c++20", "-U_FORTIFY_SOURCE"],  # it forbids jumps between stacks
             is_python_module=False,
         )
     finally:
         os.environ["PATH"] = path
 
     def run(z, variant, need_grad=True, exact=True, workspace=(), schedule=0, without="", fill=True, **options):
-        """The loss and the gradient; that in float32, so that the rounding to z's type hides nothing."""
-        torch.use_deterministic_algorithms(fill)  # fills what is not written with NaN
+        """The loss and the gradient, the latter in float32, so that rounding to z's type hides no errors."""
+        torch.use_deterministic_algorithms(fill)  # fills uninitialised memory with NaN
         try:
             options = DEFAULTS | options
             loss, product, state = torch.ops.minidisp_emulator.forward(
@@ -108,7 +112,7 @@ def emulated():
 
 
 def assert_close_to_the_truth(result, z, variant, floor=0.0, **options):
-    """Both errors against float64 at most twice those of plain PyTorch, whose gradient comes in z's type."""
+    """Both errors against float64 are at most twice those of plain PyTorch, whose gradient has z's type."""
     value, gradient = value_and_gradient(z.double(), variant, "reference", **options)
     plain_value, plain_gradient = value_and_gradient(z, variant, "reference", **options)
     norm = gradient.norm() or 1.0
@@ -131,20 +135,22 @@ def test_sizes(emulated, variant, dtype, shape):
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_oracle(emulated, variant, dtype, case):
     z = CASES[case].to(dtype)
-    for tau in (1.0, 1e-3):  # with the smaller one the shift has to be found
+    for tau in (1.0, 1e-3):  # the smaller one needs the search for the shift
         loss, gradient = emulated(z, variant, tau=tau, clamp=0.1)
         exact = torch.from_numpy(oracle.gradient(z.double().numpy(), variant, tau, 0.1))
         plain_value, plain = value_and_gradient(z.float(), variant, "reference", tau=tau, clamp=0.1)
         value = oracle.loss(z.double().numpy(), variant, tau, 0.1)
         assert abs(loss.item() - value) <= max(2 * abs(plain_value - value), 3e-7 * (1 + abs(value)))
-        if exact.norm() > 1e-6 / (0.01 + z.double().norm(dim=-1).max()):  # else it is the rounding of terms that cancel
+        if exact.norm() > 1e-6 / (
+            0.01 + z.double().norm(dim=-1).max()
+        ):  # otherwise rounding errors of cancelling terms dominate
             error = (gradient.double() - exact).norm() / exact.norm()
-            cancels = 4 if case == "antipodal" else 1  # then the rounding of the weights shows
+            cancels = 4 if case == "antipodal" else 1  # then rounding errors of the weights dominate
             assert error <= 2 * (plain.double() - exact).norm() / exact.norm() + 2 * cancels * ROUNDING[dtype]
 
 
 TILE, MUCH = 128 * 128 * 2, 1 << 20
-WORKSPACES = {  # B, T, tau, workspace: each holds next to nothing
+WORKSPACES = {  # B, T, tau, workspace: all tiny
     "two sequences, then the third": (3, 130, 1.0, (2 * 4 * TILE, MUCH, 4 * 2 * 130 * 128, MUCH, 8192, 65535)),
     "strips of a tile": (1, 300, 1e-3, (6 * TILE, MUCH, 4 * 50 * 300, 4 * 8 * 300, 8192, 65535)),
     "strips of two; rows in two pieces": (1, 300, 1.0, (12 * TILE, MUCH, 4 * 77 * 200, MUCH, 200, 65535)),
@@ -179,14 +185,14 @@ def test_tensor_cores_keep_what_they_promise(emulated, variant, shape):
         assert_within_tolerance(emulated(z, variant, exact=False), z, variant)
     if T == 2:  # an opposite pair has no gradient
         return
-    z[:, ::2] *= -1  # two groups, opposite to each other, so that the mean token is next to nothing
+    z[:, ::2] *= -1  # two opposite groups, so that the mean token is almost zero
     z[:, T // 2] = 3 * z[:, 0]
     assert_within_tolerance(emulated(z, variant, exact=False), z, variant)
 
 
 @pytest.mark.parametrize("variant", TILED)
 def test_tensor_cores_and_tight_groups_that_lie_apart(emulated, variant):
-    """Of spread s, so that centring takes nothing away: 2e-4 / s of the gradient, which is as small as s."""
+    """Groups of spread s, where centring does not help: an error of 2e-4 / s of a gradient that is as small as s."""
     for s in (1e-2, 1e-3):
         z = (randn(1, 1, 200, seed=1) + s * randn(1, 31, 200)).float()
         z[:, ::2] *= -1
@@ -231,13 +237,13 @@ def test_what_tensor_cores_leave_to_the_exact_path(emulated):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("variant", TILED)
 def test_tensor_cores_meet_odd_tokens(emulated, variant, case):
-    """Zero, equal, opposite tokens: finite, and no further from the oracle than the tolerance."""
+    """Zero, equal and opposite tokens: finite, and within the tolerance of the oracle."""
     z = CASES[case].float()
     loss, gradient = emulated(z, variant, exact=False)
     value = oracle.loss(z.double().numpy(), variant, 1.0, 0.25)
     exact = torch.from_numpy(oracle.gradient(z.double().numpy(), variant, 1.0, 0.25))
     assert abs(loss.item() - value) <= TENSOR_CORE_LOSS * (1 + abs(value))
-    # Where the sum cancels, the rounding of its terms is what is left.
+    # If the sum cancels, rounding errors of its terms remain.
     size = max(exact.norm().item(), 1e-2 / (0.01 + z.double().norm(dim=-1).min().item()) * (case != "random"))
     assert (gradient - exact).norm().item() <= TENSOR_CORE_GRADIENT * size
     assert gradient.isfinite().all()
@@ -245,7 +251,7 @@ def test_tensor_cores_meet_odd_tokens(emulated, variant, case):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_backward_rounds_once_and_takes_what_comes_from_above(emulated, dtype):
-    """Any strides, features that go in pieces of 16 bytes and that do not, what a gradient scaler gives."""
+    """Any strides, features that can and cannot be read 16 bytes at a time, and scaled upstream gradients."""
     for z in (
         randn(2, 20, 24).to(dtype),
         randn(2, 24, 20).to(dtype).mT,
@@ -287,7 +293,7 @@ BARRIERS = [
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if "__syncthreads();" in line
 ]
-# T = 300: more tokens than a block has threads, so that every warp has something to add.
+# T = 300: more tokens than threads in a block, so that every warp has something to add.
 BARRIER_CASES = [
     ((1, 300, 8), "angular_spread", {"tau": 1e-3}),
     ((1, 70, 40), "l2_repel", {}),
@@ -302,7 +308,7 @@ def with_all_barriers(emulated):
 
 @pytest.mark.parametrize("barrier", [name for name in BARRIERS if not name.startswith("cross_entropy")])
 def test_no_barrier_can_be_left_out(emulated, with_all_barriers, barrier):
-    """Without it, some order of the warps must give something else."""
+    """Without it, some order of the warps must give a different result."""
     for (shape, variant, options), (loss, gradient) in zip(BARRIER_CASES, with_all_barriers, strict=True):
         z = 0.2 * randn(*shape).float()
         for schedule in range(4 if "exact" in options else 2):
@@ -314,7 +320,7 @@ def test_no_barrier_can_be_left_out(emulated, with_all_barriers, barrier):
 
 @pytest.mark.parametrize(("variant", "exact"), PATHS)
 def test_offsets_beyond_32_bits(emulated, variant, exact):
-    """The last of 2^18 sequences of 2^13 numbers: 2^31 in all. Only what it needs is computed, and memory touched."""
+    """The last of 2^18 sequences of 2^13 numbers, 2^31 in total. Only what it needs is computed and allocated."""
     B, T, C = 2**18 + 1, 8, 1024
     z = randn(1, T, C).float()
     many = (0.02 * z if variant == "l2_repel" else z).expand(B, T, C)
@@ -329,9 +335,7 @@ def test_offsets_beyond_32_bits(emulated, variant, exact):
 def test_strides_beyond_32_bits(emulated, variant, exact, strides):
     B, T, C = 2, 9, 9
     size = 1 + sum((n - 1) * stride for n, stride in zip((B, T, C), strides, strict=True))
-    z = torch.empty(size, dtype=torch.bfloat16).as_strided(
-        (B, T, C), strides
-    )  # memory that is not touched costs nothing
+    z = torch.empty(size, dtype=torch.bfloat16).as_strided((B, T, C), strides)  # untouched memory costs nothing
     z.copy_(randn(B, T, C))
     loss, gradient = emulated(z, variant, exact=exact)
     plain_loss, plain_gradient = emulated(z.contiguous(), variant, exact=exact)
@@ -387,7 +391,7 @@ def test_non_finite_input_gives_nan(emulated, variant, dtype, bad):
 @pytest.mark.parametrize("variant", TILED[:2])
 @pytest.mark.parametrize("eps", [1e-2, 1e-8, 0.0])
 def test_float16_neither_overflows_nor_vanishes(emulated, variant, eps):
-    """Norms from 1e-3 to 1e5, and zero tokens; clamps that let the slope grow."""
+    """Norms from 1e-3 to 1e5, and zero tokens; clamps with a large slope."""
     size = torch.logspace(-3, 4, 40, dtype=torch.float64).view(1, 40, 1)
     z = randn(1, 40, 24) * size
     z[0, 7] = 0
@@ -399,7 +403,7 @@ def test_float16_neither_overflows_nor_vanishes(emulated, variant, eps):
             value, exact = value_and_gradient(half.double(), variant, "reference", **options)
             _, plain = value_and_gradient(half.float(), variant, "reference", **options)
             assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-6)
-            # Token by token, as the gradients differ by the same factor as the norms.
+            # Token by token, since the gradients differ by the same factor as the norms.
             norm = exact.norm(dim=-1).clamp(min=1e-12)
             assert ((gradient - exact).norm(dim=-1) / norm <= 2 * (plain - exact).norm(dim=-1) / norm + 1e-2).all()
 
@@ -416,7 +420,7 @@ def test_refuses_what_it_cannot_do(emulated):
 
 
 def cross_entropy(logits, targets, need_grad=True, schedule=0, without=""):
-    """Of the emulator: the losses, and what has become of a copy of the logits."""
+    """The emulator's losses, and a copy of the logits after the call."""
     logits = logits.clone(memory_format=torch.preserve_format)
     losses = torch.ops.minidisp_emulator.cross_entropy_(logits, targets, -1, need_grad, schedule, without)
     return losses, logits
@@ -427,7 +431,7 @@ def cross_entropy(logits, targets, need_grad=True, schedule=0, without=""):
 def test_cross_entropy_against_float64(emulated, dtype, V):
     padded = (4 * randn(6, -(-V // 8) * 8 + 8)).to(dtype)
     targets = torch.tensor([0, V - 1, -1, V // 2, V // 3, 0])
-    for logits in (padded[:, :V], padded[:, :V].contiguous()):  # rows in pieces of 16 bytes, and not
+    for logits in (padded[:, :V], padded[:, :V].contiguous()):  # rows of whole 16-byte units, or not
         exact = logits.double().requires_grad_()
         want = torch.nn.functional.cross_entropy(exact, targets, reduction="none", ignore_index=-1)
         (gradient,) = torch.autograd.grad(want.sum(), exact)
@@ -439,12 +443,12 @@ def test_cross_entropy_against_float64(emulated, dtype, V):
         assert torch.equal(untouched, logits)
     whole = padded.clone()
     torch.ops.minidisp_emulator.cross_entropy_(whole[:, :V], targets, -1, True, 0, "")
-    assert torch.equal(whole[:, V:], padded[:, V:])  # what lies between the rows
+    assert torch.equal(whole[:, V:], padded[:, V:])  # the memory between the rows
 
 
 def test_cross_entropy_of_what_is_not_finite(emulated):
     logits = randn(4, 300).float()
-    logits[0, 8:280] = -math.inf  # impossible tokens
+    logits[0, 8:280] = -math.inf  # invalid tokens
     logits[1, 5] = math.nan
     logits[2, 5] = math.inf
     logits[3, 5] = math.nan
@@ -457,7 +461,7 @@ def test_cross_entropy_of_what_is_not_finite(emulated):
     torch.testing.assert_close(found[0].double(), gradient[0], rtol=1e-5, atol=1e-7)
     assert losses[1:3].isnan().all()
     assert losses[3] == 0
-    assert not found[3].any()  # not counted, whatever it holds
+    assert not found[3].any()  # ignored, whatever its value
 
 
 def test_cross_entropy_in_any_order_and_none_without_its_barrier(emulated):
@@ -474,7 +478,7 @@ def test_cross_entropy_in_any_order_and_none_without_its_barrier(emulated):
 
 
 def test_cross_entropy_offsets_beyond_32_bits(emulated):
-    """Rows 2^31 numbers apart, of whose memory only that of two rows is touched."""
+    """Rows 2^31 numbers apart; only the memory of two rows is touched."""
     logits = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 64), (2**31, 1))
     logits.copy_(randn(2, 64))
     targets = torch.tensor([3, 60])

@@ -118,7 +118,7 @@ def test_a_shard_that_changes_under_a_reader_is_reported(tmp_path):
     split = Dataset(tmp_path).split("train")
     path = tmp_path / "train_002.bin"
     assert len(split.slice(100, 150)) == 50
-    os.truncate(path, 100)  # a mapped file would end the process with SIGBUS
+    os.truncate(path, 100)  # reading a mapped file would kill the process with SIGBUS
     assert len(split.slice(100, 110)) == 10
     with pytest.raises(InputError, match=r"train_002\.bin was truncated"):
         split.slice(60, 150)
@@ -206,7 +206,7 @@ def test_verify_finds_a_changed_token(corpus):
     content = bytearray(path.read_bytes())
     content[80] ^= 1
     path.write_bytes(content)
-    dataset = Dataset(folder)  # header and size are as they were
+    dataset = Dataset(folder)  # header and size are unchanged
     with pytest.raises(InputError, match=r"val_002\.bin has changed"):
         dataset.verify()
 
@@ -262,7 +262,7 @@ def test_missing_or_broken_files_are_refused_by_name(corpus):
 
 
 class Positions:
-    """A split whose tokens are their own positions."""
+    """A split in which every token is its own position."""
 
     name = "train"
 
@@ -311,7 +311,7 @@ def test_an_epoch_visits_windows_side_by_side_once(tokens):
 
 
 def test_every_offset_occurs():
-    """Also the first and the last token of the split take part in training."""
+    """The first and the last token of the split are also used for training."""
     tokens, T = 40, 8
     n = (tokens - 1) // T - 1
     starts, last = sequences(Positions(tokens), T, 0, 0, 400 * n)
@@ -321,7 +321,7 @@ def test_every_offset_occurs():
 def test_batches_depend_on_seed_and_index_only():
     split = Positions(500)
     whole = Batches(split, 8, seed=1).batch(0, 200)[0]
-    for count in (1, 3, 8, 50):  # other micro-batches, other numbers of processes, other order: the same sequences
+    for count in (1, 3, 8, 50):  # different micro-batches, numbers of processes and order: the same sequences
         batches = Batches(split, 8, seed=1)
         for first in reversed(range(0, 200 - count, count)):
             assert (batches.batch(first, count)[0] == whole[first : first + count]).all()
@@ -330,7 +330,7 @@ def test_batches_depend_on_seed_and_index_only():
 
 
 def test_batches_of_a_seed_never_change():
-    """A change here changes every training run: its seed would no longer reproduce it."""
+    """A change here would change every training run: seeds would no longer reproduce old ones."""
     starts, _ = sequences(Positions(100), 8, 1337, 0, 13)  # 11 windows, then the next epoch
     assert starts == [30, 54, 78, 46, 62, 70, 22, 86, 38, 14, 6, 82, 42]
 
@@ -371,7 +371,7 @@ def test_strided_windows_predict_every_token_once_with_full_context(n_tokens, st
     assert [i for w in windows for i in range(w.start, w.stop)] == list(range(n_tokens))
     for i, window in enumerate(windows):
         assert 0 <= window.context_start <= window.start
-        assert window.stop - window.context_start == min(8, window.stop)  # all the context that there is room for
+        assert window.stop - window.context_start == min(8, window.stop)  # as much context as fits
         assert window.stop - window.start <= (stride if i else 8)
 
 

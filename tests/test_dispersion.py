@@ -1,4 +1,4 @@
-"""minidisp.dispersion against the float64 oracle, hand values, and the properties each variant promises."""
+"""minidisp.dispersion against the float64 oracle, hand-computed values, and the properties of each variant."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ from minidisp import dispersion
 from minidisp.dispersion import VARIANTS, select_layers
 from minidisp.ops.dispersion import select
 
-# Here the reference is held against the oracle; test_ops.py holds the other implementations against both.
+# The reference is compared with the oracle here; test_ops.py compares the other implementations with both.
 dispersion_loss = functools.partial(dispersion.dispersion_loss, impl="reference")
 DispersionLoss = functools.partial(dispersion.DispersionLoss, impl="reference")
 
@@ -95,7 +95,7 @@ def test_float64(variant, case, tau):
 @all_variants
 @pytest.mark.parametrize("case", CASES)
 def test_float32(variant, case):
-    # A gradient that almost cancels keeps the rounding of its terms, of the order of 1 / ||z||.
+    # If a gradient almost cancels, rounding errors of its terms remain, of the order of 1 / ||z||.
     length = CASES[case].norm(dim=-1).max().item()
     assert_matches_oracle(CASES[case].float(), variant, 1e-6, 2e-5, atol=1e-6 / (0.01 + length))
 
@@ -258,7 +258,7 @@ def test_perplexity_entropy_ignores_where_the_origin_is():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_constant_token_is_no_direction(dtype):
     z = randn(1, 6, 257).to(dtype)
-    z[0, 2] = 0.1  # which the mean over features does not return exactly
+    z[0, 2] = 0.1  # values that the mean over features does not reproduce exactly
     gradient = value_and_gradient(z, "decorrelation")[1]
     assert gradient[0, 2].count_nonzero() == 0
     assert_matches_oracle(z, "decorrelation", 1e-6, 1e-5)
@@ -367,12 +367,12 @@ def test_early_half_of_one_layer_is_refused():
 
 
 def states(B=4, T=20, C=6, n_layer=4):
-    """Hidden states that want gradients, as a model of n_layer layers would return them."""
+    """Hidden states that require gradients, like those of a model with n_layer layers."""
     return tuple(randn(B, T, C, seed=layer).requires_grad_() for layer in range(n_layer + 1))
 
 
 def positions(module, step=None, T=20):
-    """The tokens of each layer that take part, which are those that receive a gradient."""
+    """The selected tokens of each layer, which are those that receive a gradient."""
     hidden_states = states(T=T)
     module(hidden_states, step).backward()
     taken = []
@@ -402,19 +402,21 @@ def test_module_passes_its_options_on():
 
 def test_tokens_are_distinct_positions_of_each_layer():
     taken = positions(DispersionLoss(tokens=7), step=0)
-    assert taken[0] == []  # the embeddings take no part
+    assert taken[0] == []  # the embeddings are not included
     assert [len(layer) for layer in taken[1:]] == [7] * 4
-    assert len({tuple(layer) for layer in taken[1:]}) == 4  # each layer draws its own
+    assert len({tuple(layer) for layer in taken[1:]}) == 4  # each layer draws its own tokens
 
 
 def test_tokens_are_a_pure_function_of_seed_step_and_layer():
     module = DispersionLoss(tokens=7, seed=3)
     drawn = [positions(module, step) for step in (0, 1, 2)]
     assert drawn[0] != drawn[1] != drawn[2]
-    assert positions(module, 1) == drawn[1]  # whatever was drawn in between
+    assert positions(module, 1) == drawn[1]  # independent of other random draws in between
     assert positions(DispersionLoss(tokens=7, seed=3), 2) == drawn[2]  # as after resuming
     assert positions(DispersionLoss(tokens=7, seed=4), 2) != drawn[2]
-    assert positions(DispersionLoss(tokens=7, seed=3, layers="2"), 2)[2] == drawn[2][2]  # other layers do not matter
+    assert (
+        positions(DispersionLoss(tokens=7, seed=3, layers="2"), 2)[2] == drawn[2][2]
+    )  # independent of the other layers
 
 
 def test_every_position_is_drawn_equally_often():
@@ -556,7 +558,7 @@ def test_positions_first_drawn_in_inference_mode_serve_training():
 
 @pytest.mark.parametrize("impl", ["fused", "streamed"])
 def test_torchs_newer_precision_settings(impl):
-    """Once one of them is set, torch no longer says what the older one is."""
+    """Once one of them is set, torch no longer returns the older setting."""
     if impl == "fused" and select("auto", "angular_spread", torch.float32, "cpu")[0] != "fused":
         pytest.skip("there is no extension")
     z = torch.randn(2, 40, 16)

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the run of one process, its files, its checkpoints, and an end when one is lost."""
+"""Several processes under torchrun: the same run, files and checkpoints as one process, and an exit if one is lost."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.conftest import small_config, small_flags
 ROOT = Path(train.__file__).parent
 TIMES = {"tokens_per_second", "seconds"}
 
-# A launch takes seconds, most of which are imports: each one makes several runs, given as [name, changes] in JSON.
+# A launch takes seconds, mostly for imports, so each one makes several runs, given as [name, changes] in JSON.
 SEVERAL_RUNS = """
 import json, sys
 from contextlib import ExitStack
@@ -45,7 +45,8 @@ with ExitStack() as at_exit:
 train.leave(0)
 """
 
-# Three micro-steps of four sequences for one process, two of four and two for two, one of four for three.
+# One process takes three micro-steps of four sequences; two take one of four and one of two each; three take one of
+# four.
 BATCH = {"batch_size": 4, "grad_accum": 3}
 EVERYTHING = {
     **BATCH,
@@ -71,7 +72,7 @@ def torchrun(processes: int, *arguments: str, script: str = "train.py", **option
 
 
 def several(processes: int, corpus: Path, folder: Path, runs: list) -> str:
-    """Make the runs in that many processes; returns what they printed."""
+    """Make the runs in that many processes; returns their output."""
     script = folder / "several_runs.py"
     script.write_text(SEVERAL_RUNS)
     process = torchrun(processes, str(corpus), str(folder), json.dumps(runs), script=str(script))
@@ -99,7 +100,7 @@ def assert_same_curve(a: list[dict], b: list[dict], **tolerance) -> None:
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory) -> Path:
-    """Runs of one process, and of two and three that should be the same; two.txt and three.txt are what was printed."""
+    """Runs of one process, and of two and three that should be the same; two.txt and three.txt are the output."""
     folder = tmp_path_factory.mktemp("distributed")
     patch = pytest.MonkeyPatch()
     patch.setattr(report, "draw_run", lambda *_: [])
@@ -146,14 +147,14 @@ def test_the_number_of_processes_changes_nothing(runs):
 
 
 def test_sharding_changes_nothing(runs):
-    """Sharded over two processes, then on one device, then sharded over three, which nothing can be divided by."""
+    """Sharded over two processes, then on one device, then sharded over three, which divides no dimension."""
     lines = [line for line in curve(runs / "sharded") if "val_loss" not in line or line["step"] % 3 == 0]
     assert_same_curve(lines, curve(runs / "one"))
 
 
 @pytest.mark.parametrize("name", ["rest", "sharded-rest", "sharded-compiled"])
 def test_the_other_counter_measures_agree(runs, name):
-    """The average of the weights, too; two of them compute their blocks again."""
+    """Including the average of the weights; two of the runs recompute their blocks."""
     assert_same_curve(curve(runs / name), curve(runs / "one-rest"))
     assert "ema_val_loss" in curve(runs / name)[-1]
     averages = [checkpoint.read(runs / run / checkpoint.AVERAGE)["model"] for run in (name, "one-rest")]
@@ -164,7 +165,7 @@ def test_the_other_counter_measures_agree(runs, name):
 
 @pytest.mark.parametrize("name", ["muon", "sharded-muon"])
 def test_muon_agrees(runs, name):
-    """It orthogonalises in bfloat16, eight bits of precision, where sharded products round differently."""
+    """Muon orthogonalises in bfloat16 (eight bits of precision), where sharded products round differently."""
     assert_same_curve(curve(runs / name), curve(runs / "one-muon"), abs=1e-3, rel=1e-3)
 
 
@@ -214,7 +215,7 @@ def test_all_skip_the_same_steps_and_give_up_together(runs):
 
 
 def test_out_of_memory_in_one_of_several_says_what_to_lower():
-    """It cannot take its step again, in halves: the others wait in the middle of theirs."""
+    """It cannot retry its step with half the micro-batch: the others are waiting in the middle of theirs."""
     with pytest.raises(InputError, match=r"step 3: process 1 is out of memory: lower --batch-size.* --shard"):
         half_of(4, MemoryError(), "step 3", World(rank=1, size=2))
     with pytest.raises(InputError, match="with one sequence at a time"):
@@ -223,7 +224,7 @@ def test_out_of_memory_in_one_of_several_says_what_to_lower():
 
 # --- processes that were started differently --------------------------------------------------------------------------
 
-# Each setting is that of the second process alone. The folder `here` is another corpus in each of them.
+# Each setting is given to the second process only. The folder `here` is a different corpus in each process.
 DISAGREE = """
 import json, os, sys
 from contextlib import ExitStack
@@ -255,10 +256,29 @@ train.leave(0)
 """
 
 DIFFERENT = {
-    "lr": 1.0, "seed": 7, "optimizer": "muon", "batch_size": 2, "grad_accum": 3, "ema": 0.9, "dispersion": 0.1, "eval_every": 1,
-    "n_embd": 16, "max_steps": 3, "dropout": 0.1, "arch": "qwen3", "device": "cuda", "compile": "on", "save_every": 1, "dtype": "bfloat16",
-    "distill": "elsewhere", "init_from": "elsewhere", "resume": True, "shard": True, "keep": 2, "threads": 2,
-}  # fmt: skip
+    "lr": 1.0,
+    "seed": 7,
+    "optimizer": "muon",
+    "batch_size": 2,
+    "grad_accum": 3,
+    "ema": 0.9,
+    "dispersion": 0.1,
+    "eval_every": 1,
+    "n_embd": 16,
+    "max_steps": 3,
+    "dropout": 0.1,
+    "arch": "qwen3",
+    "device": "cuda",
+    "compile": "on",
+    "save_every": 1,
+    "dtype": "bfloat16",
+    "distill": "elsewhere",
+    "init_from": "elsewhere",
+    "resume": True,
+    "shard": True,
+    "keep": 2,
+    "threads": 2,
+}
 
 
 def test_processes_with_other_flags_data_or_code_are_told_which(corpus, bpe_corpus, tmp_path):
@@ -295,9 +315,16 @@ def test_two_commands_that_differ_end_with_one_line(corpus, tmp_path):
     }
     command = [sys.executable, "train.py", *small_flags(max_steps=2, data=corpus, out=tmp_path / "run")]
     started = [
-        subprocess.Popen([*command, "--weight-decay", str(rank)], cwd=ROOT, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, "--weight-decay", str(rank)],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     printed = [process.communicate(timeout=200) for process in started]
     assert [process.returncode for process in started] == [2, 2], printed
     said = "".join(err for _, err in printed).splitlines()
@@ -324,7 +351,7 @@ def wait_until(what, process: subprocess.Popen, seconds: float = 240) -> None:
 
 
 def worker(process: subprocess.Popen, rank: int) -> int:
-    """The process id of a worker of the attempt that is running."""
+    """The process id of a worker of the current attempt."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (pid,) = [int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
     return pid
@@ -333,7 +360,7 @@ def worker(process: subprocess.Popen, rank: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in Linux's /proc")
 def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
-    """One command: it begins, is killed before and after its first checkpoint, goes on, and is stopped by a signal."""
+    """One command: it starts, is killed before and after its first checkpoint, resumes, and is stopped by a signal."""
     run = tmp_path / "run"
     flags = small_flags(
         data=corpus, out=run, max_steps=100_000, save_every=100, eval_every=100_000, schedule="constant", dispersion=0.1
@@ -348,9 +375,9 @@ def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
         before = checkpoint.read(last)["step"]
         os.kill(worker(process, 0), signal.SIGKILL)
         config = (run / "config.json").stat().st_mtime_ns
-        wait_until(lambda: (run / "config.json").stat().st_mtime_ns > config, process)  # the next attempt has begun
+        wait_until(lambda: (run / "config.json").stat().st_mtime_ns > config, process)  # the next attempt has started
         wait_until(lambda: checkpoint.read(last)["step"] > before, process)
-        os.kill(worker(process, 1), signal.SIGTERM)  # to one: the other is to hear of it
+        os.kill(worker(process, 1), signal.SIGTERM)  # to one process; the other must stop too
         printed, _ = process.communicate(timeout=240)
     finally:
         process.kill()
@@ -359,7 +386,7 @@ def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
     assert "resumed at step" in printed
     assert printed.count("lost another process, so the run stops") == 2, printed
     assert "by SIGTERM; continue with" in printed
-    assert 'train.py", line' not in printed, printed  # no traceback of ours
+    assert 'train.py", line' not in printed, printed  # no traceback from our code
     state = checkpoint.read(last)
     assert state["step"] > before >= 100
     steps = [line["step"] for line in report.read_metrics(metrics) if "loss" in line]

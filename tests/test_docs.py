@@ -1,7 +1,7 @@
-"""README and docs: every link leads somewhere, every command line is valid, and the commands run, as small as can be.
+"""README and docs: links have targets, command lines are valid, and the commands run, at the smallest scale.
 
 Commands are found in code blocks without a language and in inline code. A command is a line that begins with one of
-PROGRAMS; `# ...` behind it is a comment, a line that ends with a backslash continues, and a `for` loop on one line is
+PROGRAMS; `# ...` after it is a comment, a line that ends with a backslash continues, and a `for` loop on one line is
 unrolled. The Python blocks of how_to.md are run between its commands.
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # where this file is run as a script, in a copy of the project
+sys.path.insert(0, str(ROOT))  # if this file is run as a script, in a copy of the project
 
 import minidisp  # noqa: E402
 from data.prepare import VOCAB_SIZE  # noqa: E402
@@ -69,7 +69,7 @@ def unrolled(line: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command on a page, in its order."""
+    """The words of every command on a page, in order."""
     text = page.read_text(encoding="utf-8")
     lines = []
     for block in re.split(r"(^ *```[^\n]*\n.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL):
@@ -88,7 +88,7 @@ def commands(page: Path) -> list[list[str]]:
 ALL = [(name_of(page), words) for page in PAGES for words in commands(page)]
 
 
-# --- what is written ----------------------------------------------------------------------------------------------------
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_readme_is_short():
@@ -100,7 +100,7 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_lines_are_short(page):
-    """Rows of tables and what programs printed cannot be broken."""
+    """Table rows and program output cannot be wrapped."""
     long = [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith(("|", "#", "!["))]
     assert long == []
 
@@ -131,7 +131,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_are_named_exist(page):
-    """`minidisp/model.py` in inline code is a file of the project; names with placeholders or of made files are not."""
+    """`minidisp/model.py` in inline code must be a file of the project, except placeholders and generated files."""
     named = re.findall(r"`((?:minidisp|csrc|data|bench|experiments|examples|tests|docs)/[\w./-]+\.\w+)`", prose(page))
     assert [path for path in named if not (ROOT / path).is_file()] == []
 
@@ -142,7 +142,7 @@ def test_the_index_has_every_page():
 
 
 def test_every_study_has_a_page_with_its_command_and_the_verdict_is_short():
-    """results/README.md lists each file and stays within 8 KB; a study shows how to repeat it."""
+    """results/README.md lists each file and stays within 8 KB; each study has the command to repeat it."""
     verdict = ROOT / "results" / "README.md"
     assert len(verdict.read_bytes()) <= 8192
     studies = sorted(verdict.parent.glob("20*.md"))
@@ -153,7 +153,7 @@ def test_every_study_has_a_page_with_its_command_and_the_verdict_is_short():
 
 
 def test_the_file_tree_of_the_readme_is_the_tree():
-    """Both ways: what it names is there, and what is there it names. Names stand two spaces or fewer apart."""
+    """Every name in the tree exists, and every file is named. Names are at most two spaces apart."""
     tree = next(text for _, text in blocks(ROOT / "README.md") if text.startswith("train.py "))
     named = {ROOT: set(), ROOT / "minidisp": set()}
     for line in tree.splitlines():
@@ -166,7 +166,7 @@ def test_the_file_tree_of_the_readme_is_the_tree():
 
 
 def test_what_resume_may_change_is_what_the_flags_say():
-    """The table in resuming.md; flags that only name things (the folder, the corpus) are left out there."""
+    """The table in resuming.md; it omits flags that only name things (the folder, the corpus)."""
     rows = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
     naming = {"out", "resume", "overwrite", "preset", "data", "init_from", "distill"}
     for kind, words in (("silent", "| change freely"), ("reported", "| change, and")):
@@ -182,7 +182,7 @@ def shown(value) -> str:
 
 
 def test_the_tables_of_presets_and_recipes_are_the_configuration():
-    """In how_to.md: every preset, and every field in which the recipes differ but for what follows from the block."""
+    """In how_to.md: every preset, and every field in which the recipes differ, except those implied by the block."""
     text = (ROOT / "docs" / "how_to.md").read_text(encoding="utf-8")
     presets = dict(re.findall(r"^\| `([a-z][\w.-]*)` \| (.*) \|$", text, re.MULTILINE))
     assert list(presets) == list(PRESETS)
@@ -201,16 +201,17 @@ def test_the_tables_of_presets_and_recipes_are_the_configuration():
     assert set(re.findall(r"^\| `--([\w-]+)` \| (.*) \| (.*) \|$", text, re.MULTILINE)) == rows
 
 
-# --- the command lines ---------------------------------------------------------------------------------------------------
+# --- the command lines ------------------------------------------------------------------------------------------------
 
 
 class Parsed(BaseException):
-    """Raised instead of what a program does after its command line was understood; no handler for errors stops it."""
+    """Raised by a program as soon as its command line has been parsed; no error handler catches it."""
 
 
 @contextlib.contextmanager
 def only_parsing():
-    """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with SystemExit(0)."""
+    """Programs end with Parsed as soon as their argument parser has accepted the command line; --help with
+    SystemExit(0)."""
 
     def stopping(original):
         def stop(parser, *args, **kwargs):
@@ -243,7 +244,7 @@ def extras() -> set[str]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
 @pytest.mark.parametrize(("page", "words"), ALL, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in ALL])
 def test_every_command_is_understood(page, words, monkeypatch, tmp_path):
-    """By the real parser of its program: an unknown flag, a choice that is gone or a missing file fails."""
+    """With the program's own parser: an unknown flag, an unknown choice or a missing file fails."""
     monkeypatch.chdir(tmp_path)
     program, *rest = words
     if program == "pip":
@@ -277,7 +278,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_train(line: list[str]) -> None:
-    """All checks of values and combinations; what --config names need not be a real run."""
+    """All checks of values and combinations; the --config file need not belong to a real run."""
     if "--config" in line:
         saved = Path(line[line.index("--config") + 1])
         saved.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +291,7 @@ def check_train(line: list[str]) -> None:
 
 
 def run_program(words: list[str]) -> None:
-    """`python words...` in this process. Raises SystemExit where the program does."""
+    """`python words...` in this process. Raises SystemExit if the program does."""
     argv, path = sys.argv, sys.path
     sys.argv = words[1:] if words[0] == "-m" else words
     sys.path = [str(ROOT if words[0] == "-m" else (ROOT / words[0]).parent), *path]
@@ -303,18 +304,19 @@ def run_program(words: list[str]) -> None:
         sys.argv, sys.path = argv, path
 
 
-# --- the commands, really run --------------------------------------------------------------------------------------------
+# --- the commands, really run -----------------------------------------------------------------------------------------
 
 TINY = shlex.split(
-    "--max-steps 2 --eval-every 2 --eval-tokens 64 --batch-size 2 --grad-accum 1 --device cpu --threads 1 --dispersion-impl streamed"
+    "--max-steps 2 --eval-every 2 --eval-tokens 64 --batch-size 2 --grad-accum 1 --device cpu --threads 1 "
+    "--dispersion-impl streamed"
 )
-# Of every preset: as flags, they would be part of the names of run folders.
+# Replaces every preset: as flags, these would be part of the names of run folders.
 TINY_SIZE = {"n_layer": 2, "n_head": 2, "n_kv_head": 0, "head_dim": 0, "mlp_dim": 0, "n_embd": 16, "block_size": 32}
 TEXT = {".txt": "a text of a few words, number {}\n" * 40, ".md": "# a page, number {}\n" * 40, ".py": "x = {}\n" * 80}
 
 
 def runs_here(words: list[str]) -> bool:
-    """Whether a command runs offline, on a CPU, in one process, with what requirements-dev.txt installs."""
+    """Whether a command runs offline, on a CPU, in one process, with the packages of requirements-dev.txt."""
     if words[0] != "python":
         return False
     line = " ".join(words)
@@ -322,9 +324,18 @@ def runs_here(words: list[str]) -> bool:
         return False
     if (
         "--gguf" in words and "runs/fast" not in words
-    ):  # other runs stand for ones that llama.cpp may be unable to store
+    ):  # in other commands, the run may be one that llama.cpp cannot represent
         return False
-    needs = ("--compile", "--wandb", "--device cuda", "--init-from openai", "--tokenizer hf:", "--input -", ".parquet", ".zst")  # fmt: skip
+    needs = (
+        "--compile",
+        "--wandb",
+        "--device cuda",
+        "--init-from openai",
+        "--tokenizer hf:",
+        "--input -",
+        ".parquet",
+        ".zst",
+    )
     if any(need in f"{line} " for need in needs):
         return False
     return (
@@ -335,7 +346,7 @@ def runs_here(words: list[str]) -> bool:
 
 
 def smaller(words: list[str], page: str) -> list[str]:
-    """The same command with flags that make it tiny. No two commands of the README may want the same folder."""
+    """The same command with flags that make it tiny. No two commands of the README may use the same folder."""
     if words[0] == "train.py":
         sized = any(f"--{name.replace('_', '-')}" in words for name in TINY_SIZE)
         tiny = [
@@ -364,7 +375,7 @@ def smaller(words: list[str], page: str) -> list[str]:
 
 
 def provide(words: list[str], corpus: Path) -> None:
-    """Make what a command reads and no command before it has made: runs, corpora, texts."""
+    """Create the inputs of a command that no earlier command has created: runs, corpora, texts."""
     trained = Path("runs/pystdlib-tiny-d0.1-s0")  # of the first command of README.md
     out = words[words.index("--out") + 1] if "--out" in words and "--resume" not in words else None
     for word in words:
@@ -397,13 +408,13 @@ def provide(words: list[str], corpus: Path) -> None:
 
 
 def write_texts(pattern: str) -> None:
-    """Files that a pattern matches: enough for three splits where there may be several."""
+    """Create files that match a pattern: enough for three splits if there may be several."""
     suffix = Path(pattern.removesuffix(".gz")).suffix
     names = [pattern.replace("*", f"{i}") for i in range(60 if "*" in pattern else 1)]
     if not suffix:
         names, suffix = [f"{pattern}/{i}.txt" for i in range(60)], ".txt"
     for i, name in enumerate(names):
-        if Path(name).exists():  # made by a command, or for one
+        if Path(name).exists():  # created by a command, or for one
             continue
         if suffix in TEXT:
             text = TEXT[suffix].format(*[i] * 80)
@@ -454,7 +465,7 @@ def run_all(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_run(bpe_corpus, tmp_path):
-    """As a newcomer types them, one after the other, in a fresh copy of the project; tiny, and in one process."""
+    """As a newcomer would type them, one after the other, in a fresh copy of the project; tiny, and in one process."""
     copy = tmp_path / "minidisp"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
@@ -469,12 +480,12 @@ def test_the_commands_run(bpe_corpus, tmp_path):
     assert int(done.stdout.split()[-4]) > 10
 
 
-# --- Python in README and docs -------------------------------------------------------------------------------------------
+# --- Python in README and docs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "hacking.md"], ids=name_of)
 def test_python_is_valid(page):
-    """It compiles, and what it imports from the project is there. hacking.md shows lines to add, and has its own test."""
+    """The code compiles, and its imports from the project exist. hacking.md shows diffs, and has its own test."""
     for language, text in blocks(page):
         if language != "python":
             continue
@@ -489,7 +500,7 @@ def test_python_is_valid(page):
 
 
 def test_the_loss_of_the_readme_is_the_loss():
-    """The five lines, for one layer; they leave the diagonal out in words, so here it is left out by hand."""
+    """The five lines, for one layer. They exclude the diagonal in words only, so it is excluded here by hand."""
     text = next(text for language, text in blocks(ROOT / "README.md") if language == "python" and "arccos" in text)
     z = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     off_diagonal = ~torch.eye(6, dtype=torch.bool)

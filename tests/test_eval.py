@@ -1,4 +1,4 @@
-"""The evaluation: every token once, numbers that agree with each other and with slow, separate computations."""
+"""The evaluation: every token once, and results that agree with each other and with slow, independent computations."""
 
 import dataclasses
 import io
@@ -38,7 +38,8 @@ def test_every_token_is_predicted_once_from_the_text_before_it(run, corpus):
     got = scoring.token_nats(model, tokens, vocabulary.eos_id, 8, torch.device("cpu"))
     stream = [vocabulary.eos_id, *tokens]
     for i in range(100):
-        # The first window reads from the start; later ones advance by 8 and reach back as far as the context of 32 goes.
+        # The first window reads from the start; later ones advance by 8 and reach back as far as the context of 32
+        # goes.
         start = 0 if i < 32 else min(100, 32 + 8 * ((i - 32) // 8 + 1)) - 32
         log_probs = model(torch.tensor([stream[start : i + 1]])).logits[0, -1].log_softmax(-1)
         assert got[i] == pytest.approx(-log_probs[tokens[i]].item(), abs=1e-9)
@@ -113,7 +114,7 @@ def text_results(runs, *nats):
 
 
 def test_a_plain_sentence_for_every_outcome():
-    """Blocks that differ for certain, and blocks that differ both ways; one seed of each, so none is a verdict."""
+    """Blocks with a certain difference, and with differences of both signs; one seed each, so there is no verdict."""
     rng = np.random.default_rng(0)
     base = rng.uniform(500, 900, 200)
     runs = [seed_run("a", 0), seed_run("b", 0, 0.2), seed_run("c", 0, 0.2, tokenizer="u"), seed_run("d", 0, 0.3),
@@ -122,8 +123,11 @@ def test_a_plain_sentence_for_every_outcome():
     results = text_results(runs, *nats)
     group, better, worse, same, other, unknown = evaluation.compare_texts(runs, results).sentences
     assert re.fullmatch(r"a and 1 more: 2 seeds, mean \d\.\d+ bits/byte, standard deviation 0\.\d+", group)
-    assert re.fullmatch(r"b against a and 1 more: -0\.0\d+ bits/byte, 95 % interval over the text -\S+ to -\S+: no verdict "
-                        r"from one seed: .* \(2\.0% fewer bits, 100% of the tokens predicted better\)", better)  # fmt: skip
+    assert re.fullmatch(
+        r"b against a and 1 more: -0\.0\d+ bits/byte, 95 % interval over the text -\S+ to -\S+: no verdict "
+        r"from one seed: .* \(2\.0% fewer bits, 100% of the tokens predicted better\)",
+        better,
+    )
     assert re.fullmatch(r"c .* \+.* to \+\S+: no verdict, .* different tokenizers \(2\.0% more bits\)", worse)
     assert re.fullmatch(r"d .* -\S+ to \+\S+: no verdict from one seed: .*\d\d% of .*\)", same)
     assert re.fullmatch(r"e .* no verdict, .* different data: this text may be training text .*", other)
@@ -143,7 +147,7 @@ def test_a_plain_sentence_for_every_outcome():
     ],
 )
 def test_a_verdict_takes_three_pairs_of_seeds(gains, verdict):
-    """Paired by seed, in any order, whatever else is measured; logging and the device make no other configuration."""
+    """Paired by seed, in any order, with any measures; logging and device settings do not change the configuration."""
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(1)
     bases = [rng.uniform(500, 900, 200) * (1 + 0.1 * seed) for seed in range(len(gains))]  # seeds differ by more
@@ -162,7 +166,7 @@ def test_a_verdict_takes_three_pairs_of_seeds(gains, verdict):
     interval = stats.ttest_rel(*pairs).confidence_interval(0.95)
     assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
     assert verdict == "two seeds" or verdict in found.sentences[-1].split(": ")[-1]
-    # Under a batch split into micro-steps it is the same configuration, under another number of sequences it is not.
+    # A batch split into micro-steps is the same configuration, another number of sequences is not.
     assert len(group_runs([seed_run("a", 0), seed_run("b", 1, batch_size=4, grad_accum=2)])) == 1
     assert len(group_runs([seed_run("a", 0), seed_run("b", 1, batch_size=4)])) == 2
 
@@ -253,7 +257,7 @@ def test_one_checkpoint_file_can_be_named(run):
 
 
 class Script:
-    """A model whose samples are written down: what each seed says, token by token."""
+    """A model with predefined samples: the tokens for each seed."""
 
     def __init__(self, *tokens_by_seed):
         self.tokens_by_seed, self.given, self.asked = tokens_by_seed, 0, []
@@ -274,7 +278,7 @@ class Script:
 @given(st.text(max_size=12), st.text(min_size=1, max_size=3), st.binary(max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_a_stream_is_whole_characters_that_add_up(text, stop, broken):
-    """Against decoding all at once and cutting then; the text ends in bytes that may be no UTF-8."""
+    """Compared with decoding everything at once and cutting then; the text may end in bytes that are not UTF-8."""
     vocabulary, bits = ByteTokenizer(), []
     data = text.encode() + broken
     whole = data.decode(errors="replace")
@@ -292,7 +296,7 @@ def test_a_sample_ends_where_it_should():
     model = Script(b"one\ntwo\n\nthree")
     sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
     assert sample["continuation"] == "one\ntwo"
-    assert model.given == sample["new_tokens"] == 9  # nothing is drawn behind it
+    assert model.given == sample["new_tokens"] == 9  # nothing is sampled after it
     assert bits[:4] == ["o", "n", "e", ""]  # the newline may be the first of two, and waits
     assert bits[4] == "\nt"
     model = Script([*b"a", 256, *b"b"])
@@ -308,7 +312,7 @@ def test_a_sample_ends_where_it_should():
 
 @pytest.mark.parametrize("every", [2, 16])
 def test_a_sample_ends_there_also_where_tokens_are_fetched_rarely(monkeypatch, every):
-    """Behind EOS, more may have been drawn; half a character before it is one that is broken."""
+    """More tokens may have been sampled after EOS; an incomplete character before it is invalid."""
     vocabulary = ByteTokenizer()
     for script in ([*b"abc\xc3", 256, *b"de"], [256, *b"de"], b"one\ntwo\n\nthree", b"ab"):
         found = []
@@ -332,7 +336,7 @@ def test_prompts_are_answered_together_and_in_their_order():
 
 
 def test_a_batch_draws_what_every_seed_gives_alone(bpe_run):
-    """Also where some end early and leave the batch, and where the context is full."""
+    """Also if some end early and leave the batch, and if the context is full."""
     model, vocabulary = load(bpe_run)
     prompts = ["abc", "d e f g", "abd"]
     options = Sampling(samples=9, max_new_tokens=50, temperature=1.5, top_k=20, top_p=0.95, seed=3)
@@ -348,12 +352,12 @@ def test_a_batch_draws_what_every_seed_gives_alone(bpe_run):
             assert got == alone[0, len(ids) :].tolist()
         stop = max(
             {*together[0]}, key=lambda token: sum(ids.count(token) for ids in together)
-        )  # one that many draw, sooner or later
+        )  # one that many samples contain sooner or later
     assert len({len(ids) for ids in together}) > 1
 
 
 def test_one_prompt_many_runs_and_seeds(run, tmp_path, capsys):
-    """The same to the character as generating by hand, in the JSON file and on the screen."""
+    """Exactly the text generated by hand, both in the JSON file and on screen."""
     path = tmp_path / "new" / "samples.json"
     flags = [
         "--max-new-tokens",
@@ -386,7 +390,7 @@ def test_one_prompt_many_runs_and_seeds(run, tmp_path, capsys):
 
 
 def test_a_file_of_prompts(run, tmp_path, monkeypatch, capsys):
-    """Nothing is evaluated; the likeliest continuation does not depend on which prompts are answered together."""
+    """Nothing is evaluated; greedy continuations do not depend on which prompts are batched together."""
     monkeypatch.setattr(scoring, "token_nats", None)
     prompts, path = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_bytes("\ufeffabc\r\n\n\u00e9 b\nxyz\n".encode())
@@ -411,7 +415,7 @@ def test_playing_at_the_terminal(run, monkeypatch, capsys):
 
 
 def test_files_are_there_before_anything_is_printed_or_sampled(run, tmp_path, monkeypatch):
-    """Not even a stdout that takes nothing can lose them."""
+    """Not even a closed stdout can lose them."""
 
     def refuse(*_, **__):
         raise RuntimeError("no more output")
@@ -517,7 +521,7 @@ def test_a_model_that_diverged_is_not_sampled_from_or_compared(run, tmp_path, ca
 
 
 def write_pairs(folder, seed=0, n=15):
-    """Two files of pairs over the letters of the corpus, of very different lengths, some of them the same twice."""
+    """Two files of pairs over the letters of the corpus, with very different lengths, some with two equal sentences."""
     rng = np.random.default_rng(seed)
 
     def sentence():
@@ -541,7 +545,7 @@ def write_pairs(folder, seed=0, n=15):
 
 
 def slow_values(model, vocabulary, pattern):
-    """One sentence and one token after the other, in float64: what every pair of the files counts."""
+    """The score of every pair in the files, one sentence and one token at a time, in float64."""
     model = model.double()
     values = {}
     for file in sorted(pattern.parent.iterdir()):
@@ -627,12 +631,12 @@ def test_a_bad_pair_is_named(run, tmp_path, monkeypatch, line, expected):
         evaluation.main([str(run), "--split", "none", "--minimal-pairs", str(tmp_path / "x[1].jsonl")])
 
 
-# How it writes
+# Text generation
 
 
 @pytest.mark.parametrize("many", [False, True])
 def test_how_it_writes(run, bpe_run, corpus, tmp_path, capsys, many):
-    """One long document is cut into stretches; of many documents, those that are long enough are taken whole."""
+    """One long document is cut into stretches; of many documents, those that are long enough are used whole."""
     flags, texts = [], None
     if many:
         (tmp_path / "in").mkdir()
@@ -672,7 +676,7 @@ def test_how_it_writes(run, bpe_run, corpus, tmp_path, capsys, many):
 
 
 def check_ngrams(found, rows):
-    """By counting: an n-gram repeats if it stands earlier in the same text."""
+    """By counting: an n-gram is repeated if it occurs earlier in the same text."""
     for n in (2, 3, 4):
         shares = []
         for row in rows:
@@ -703,7 +707,7 @@ def test_every_key_is_explained(run, tmp_path):
     ]
     scores = evaluation.main([str(run), str(run), *flags])[1]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = {"syntax", "t0", "t1", "t2", "first", "second"}  # of what the pairs are about
+    names = {"syntax", "t0", "t1", "t2", "first", "second"}  # of the topics of the pairs
 
     def keys(value) -> set[str]:
         if isinstance(value, list):

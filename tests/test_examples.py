@@ -32,7 +32,7 @@ def write_rows(path, rows) -> str:
 
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory):
-    """120 dialogues of one to three exchanges in bytes, some with an unanswered turn at their end."""
+    """120 dialogues of one to three exchanges in bytes, some ending in an unanswered turn."""
     folder, rng = tmp_path_factory.mktemp("examples"), random.Random(0)
     rows = [{"messages": dialogue(rng, rng.choice((2, 2, 3, 4, 6)))} for _ in range(120)]
     rows[7]["messages"].insert(0, {"role": "system", "content": "Be brief."})
@@ -42,7 +42,7 @@ def examples(tmp_path_factory):
 
 
 def rendered(corpus, split: str) -> list[tuple[list[int], list[bool]]]:
-    """The examples of a split by the template alone, in the order of the rows."""
+    """The examples of a split, computed from the template alone, in the order of the rows."""
     dataset, found = Dataset(corpus), []
     for line in (corpus.parent / "rows.jsonl").read_text().splitlines():
         messages = json.loads(line)["messages"]
@@ -59,7 +59,7 @@ def split_of(text: str) -> str:
 
 
 def used(ids: list[int], counted: list[bool], block_size: int) -> tuple[list[int], list[bool]]:
-    """What of an example is trained on: up to its last counted token, and of that the end."""
+    """The part of an example that is trained on: up to its last counted token, truncated at the start."""
     stop = len(counted) - counted[::-1].index(True)
     start = max(0, stop - block_size - 1)
     return ids[start:stop], counted[start:stop]
@@ -82,7 +82,7 @@ def test_shards_and_masks_are_what_the_template_says(examples):
 @pytest.mark.parametrize("block_size", [16, 48, 128, 700])
 @pytest.mark.parametrize("packed", [True, False])
 def test_every_example_is_in_one_window_of_each_epoch(examples, block_size, packed):
-    """Whole where it fits, else its end; nothing else is counted, and what fills a window is text of examples."""
+    """Complete if it fits, otherwise its end; nothing else is counted, and windows are filled with examples only."""
     split = Dataset(examples).split("train")
     batches = Examples(split, block_size, seed=3, packing="separate" if packed else "none")
     wanted = sorted(used(*example, block_size) for example in rendered(examples, "train"))
@@ -125,7 +125,7 @@ def test_packing_is_best_fit():
     for i, size in enumerate(sizes):
         rooms = [room - sum(sizes[window]) for window in windows]
         fitting = [left for left in rooms if left >= size]
-        if fitting:  # of several that are equally full, any will do
+        if fitting:  # of several equally full ones, any is fine
             windows[rooms.index(min(fitting))].append(i)
         else:
             windows.append([i])
@@ -138,7 +138,7 @@ def test_packing_is_best_fit():
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_and_its_gradient_equal_a_loop_over_one_example_at_a_time(examples, arch, packed):
-    """In float64: each example is put through a model by itself, at positions from 0, and the counted losses are averaged."""
+    """In float64: each example goes through the model alone, at positions from 0; the counted losses are averaged."""
     block_size = 48
     torch.manual_seed(0)
     config = GPTConfig(arch=arch, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, block_size=block_size, vocab_size=257)
@@ -169,8 +169,16 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_one_example_at_a_time(examp
 
 
 SMALL_MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 48, "device": "cpu", "recipe": "gpt2"}
-RUN = {**SMALL_MODEL, "batch_size": 4, "max_steps": 8, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 300, "log_every": 1,
-       "save_every": 4}  # fmt: skip
+RUN = {
+    **SMALL_MODEL,
+    "batch_size": 4,
+    "max_steps": 8,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "eval_tokens": 300,
+    "log_every": 1,
+    "save_every": 4,
+}
 
 
 @pytest.fixture(scope="session")
@@ -277,7 +285,7 @@ def test_weights_that_make_no_sense_are_refused(data):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_and_sharded_weights_give_the_run_of_one(examples, corpus, base, tmp_path):
-    """With dispersion, noise and distillation, on a mixture, whose two halves of a step count different numbers of targets."""
+    """With dispersion, noise and distillation, on a mixture; the halves of a step have different numbers of targets."""
     from test_distributed import assert_same_curve, curve, several
 
     fields = {"data": [f"{examples}:3", f"{corpus}:1"], "init_from": str(base), "distill": str(base), "dispersion": 0.1}
@@ -307,7 +315,7 @@ def test_a_compiled_model_keeps_examples_apart(examples, arch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_low_precision_keeps_examples_apart(examples, arch, dtype):
-    """An example's losses are those that it has in a window of its own, within the dtype's rounding."""
+    """An example's losses equal those in a window of its own, up to rounding of the dtype."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257))
     split, found = Dataset(examples).split("val"), []

@@ -1,4 +1,4 @@
-"""The studies: each one runs at its smallest scale, goes on where it was stopped, and says what its seeds can show."""
+"""The studies: each one runs at its smallest scale, continues after an interruption, and reports significance."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ FOLDER = Path(train.__file__).parent / "experiments"
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a study. The figures of the single runs, two thirds of the time that tiny runs take, are left out."""
+    """Imports a study. The figures of single runs, two thirds of the time of tiny runs, are skipped."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(report, "draw_run", lambda metrics, title, folder: [])
     return importlib.import_module
@@ -47,7 +47,7 @@ def test_every_study_runs_at_the_smoke_scale(load, corpus, tmp_path, capsys, nam
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
-    script, study = load(name), load("study")  # study takes this folder off sys.path
+    script, study = load(name), load("study")  # study removes this folder from sys.path
     args = study.parse_arguments(name, "", script.SCALES, ["--scale", scale])
     arms = script.arms(script.SCALES[scale])
     plan = study.make_plan(script.SCALES[scale], arms, tmp_path, args)
@@ -119,7 +119,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tm
     assert results[0] == results[1]
     calls.clear()
     assert command("parts") == 0
-    assert not calls  # nothing left to do
+    assert not calls  # nothing is left to do
 
 
 def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus, tmp_path, capsys):
@@ -137,8 +137,22 @@ def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus,
 
 def test_a_run_that_fails_ends_the_study_with_its_code(load, corpus, tmp_path, capsys):
     study = load("study")
-    scales = {"smoke": {"seeds": 1, "train": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "max_steps": 9,
-                                              "lr": 1e30, "grad_clip": 0.0, "warmup_steps": 0, "log_every": 1}}}  # fmt: skip
+    scales = {
+        "smoke": {
+            "seeds": 1,
+            "train": {
+                "n_layer": 1,
+                "n_head": 1,
+                "n_embd": 8,
+                "block_size": 16,
+                "max_steps": 9,
+                "lr": 1e30,
+                "grad_clip": 0.0,
+                "warmup_steps": 0,
+                "log_every": 1,
+            },
+        }
+    }
     argv = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path / "study")]
     with pytest.raises(SystemExit) as failed:
         study.cli("bad.py", "Why?", scales, lambda scale: {"only": {}}, argv=argv)
@@ -187,7 +201,7 @@ def test_through_training_compares_later_moments_with_step_0(load):
 
 
 def test_learning_rates_are_chosen_on_other_seeds(load):
-    """Seed 2 alone is best at the second rate, and its own number must not be what decides for it."""
+    """Only seed 2 is best at the second learning rate, and its own result must not decide the selection."""
     bits = {"cross-entropy, 0.001": [1.0, 2.0, 3.0], "cross-entropy, 0.002": [1.5, 2.5, 0.0],
             "with dispersion, 0.001": [1.0, 1.0, 1.0], "with dispersion, 0.002": [0.5, 0.5, 0.5]}  # fmt: skip
     best = load("learning_rate").at_its_best(
@@ -232,12 +246,10 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     choice = json.loads((out / "gpt2-choice" / "choice.json").read_text())["arms"]
     for arm, chosen in choice.items():
         assert chosen["bits_per_byte"] == min(chosen["tried"].values())
-        assert len(chosen["tried"]) == 3  # two rates, then the other weight decay
+        assert len(chosen["tried"]) == 3  # two learning rates, then the other weight decay
         assert set(chosen["settings"]) == {"lr", "weight_decay"}, arm
     monkeypatch.setitem(verdict.ARMS, "l2_repel", verdict.ARMS["baseline"])
-    assert (
-        command("--stage", "choice", "--arms", "l2_repel", "--seeds", "1") == 0
-    )  # beside those that were chosen before
+    assert command("--stage", "choice", "--arms", "l2_repel", "--seeds", "1") == 0  # next to those selected before
     assert set(json.loads((out / "gpt2-choice" / "choice.json").read_text())["arms"]) == {*choice, "l2_repel"}
     assert command("--stage", "small", "--pairs", str(pairs), "--time-ratio", "1.5") == 0
     results = json.loads((out / "gpt2-small" / "results.json").read_text())
@@ -260,7 +272,7 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert shown.count("gpt2, small: ") == 3
     for name in ("verdict.png", "recipes.png"):
         assert (out / "figures" / name).read_bytes().startswith(b"\x89PNG")
-    assert command("--stage", "small", "--arms", "baseline", "tau 0.1") == 0  # the runs are there, and measured
+    assert command("--stage", "small", "--arms", "baseline", "tau 0.1") == 0  # the runs exist, and are evaluated
     (compared,) = json.loads((out / "gpt2-small" / "results.json").read_text())["compared"]
     assert list(compared["test"]) == ["baseline", "tau 0.1"]
     monkeypatch.setitem(verdict.STAGES["rates"], "times", (0.5, 1.0))
@@ -272,12 +284,12 @@ def test_verdict_chooses_confirms_and_reports(load, corpus, tmp_path, monkeypatc
     assert command("--stage", "half", "--arms", "baseline", "--seeds", "1") == 0
     half = json.loads((out / "gpt2-half" / "baseline-s0" / "config.json").read_text())
     assert half["lr"] == choice["baseline"]["settings"]["lr"] / 2
-    assert command("--stage", "124m", "--arms", "baseline", "--seeds", "1") == 0  # needs no choice
+    assert command("--stage", "124m", "--arms", "baseline", "--seeds", "1") == 0  # needs no selection
     assert json.loads((out / "gpt2-124m" / "baseline-s0" / "config.json").read_text())["beta2"] == 0.95
     monkeypatch.setitem(verdict.STAGES["limited-choice"]["grid"], "weight_decay", (0.5,))
     assert command("--stage", "limited-choice", "--arms", "baseline", "--seeds", "1") == 0
     (limited,) = json.loads((out / "gpt2-limited-choice" / "choice.json").read_text())["arms"].values()
-    assert len(limited["tried"]) == 2  # with dropout and without, at the rate of the choice
+    assert len(limited["tried"]) == 2  # with and without dropout, at the selected learning rate
     assert set(limited["settings"]) == {"lr", "weight_decay", "dropout"}
     assert limited["settings"]["lr"] == choice["baseline"]["settings"]["lr"]
     del choice["tau 0.1"]
@@ -298,7 +310,7 @@ def test_verdict_takes_a_run_that_diverges_for_the_worst(load, corpus, tmp_path,
 
 
 def test_the_committed_verdict_is_consistent_and_draws_its_figures(load, tmp_path, monkeypatch, capsys):
-    """Differences and intervals follow from the numbers per seed, and the printed table has the same ones."""
+    """Differences and intervals follow from the values per seed, and the printed table agrees with them."""
     verdict = load("verdict")
     monkeypatch.syspath_prepend(str(FOLDER))
     results = FOLDER.parent / "results"

@@ -1,7 +1,7 @@
-"""Files from strangers: whatever is in them, reading them gives an object or one line that names the file.
+"""Untrusted files: reading any content gives an object, or one line that names the file.
 
-Over ten thousand damaged or hostile files, a fifth of them unless the slow tests run, and the same ones every time;
-`python -m pytest tests/test_fuzz.py --fuzz 100` takes a hundred times as many, others each time.
+Over ten thousand damaged or hostile files, a fifth of them unless the slow tests run, the same ones every time;
+`python -m pytest tests/test_fuzz.py --fuzz 100` takes a hundred times as many, with a different seed each time.
 """
 
 import copy
@@ -36,9 +36,19 @@ from tests.conftest import small_config, small_flags
 from tests.test_data import write_corpus
 
 CASES = {
-    "shard bytes": 1500, "meta bytes": 900, "meta values": 1500, "config bytes": 500, "config values": 1500, "metrics bytes": 900,
-    "metrics values": 1200, "tokenizer bytes": 1500, "checkpoint bytes": 1200, "checkpoint values": 900, "checkpoint tensors": 400, "pickles": 1200,
-}  # fmt: skip
+    "shard bytes": 1500,
+    "meta bytes": 900,
+    "meta values": 1500,
+    "config bytes": 500,
+    "config values": 1500,
+    "metrics bytes": 900,
+    "metrics values": 1200,
+    "tokenizer bytes": 1500,
+    "checkpoint bytes": 1200,
+    "checkpoint values": 900,
+    "checkpoint tensors": 400,
+    "pickles": 1200,
+}
 
 
 def test_there_are_ten_thousand_cases():
@@ -68,7 +78,7 @@ def fuzz(request, name: str, strategy: st.SearchStrategy, check: Callable) -> No
 
 
 def outcome(path: Path, read: Callable) -> object:
-    """What read() returns, or None after an InputError of one line that names the file (or one in that folder)."""
+    """The result of read(), or None after a one-line InputError that names the file (or one in that folder)."""
     try:
         return read()
     except InputError as error:
@@ -80,14 +90,14 @@ def outcome(path: Path, read: Callable) -> object:
 
 
 def put(path: Path, content: bytes) -> None:
-    """A new file: some file systems flush one that is written over to disk, which takes longer than all else here."""
+    """Write a new file: some file systems flush overwritten files to disk, which takes longer than all else here."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
-# --- how files go bad -----------------------------------------------------------------------------------------------
+# --- how files are damaged -------------------------------------------------------------------------------------------
 
-POSITION = st.integers(0, 1 << 20)  # modulo the length
+POSITION = st.integers(0, 1 << 20)  # modulo the length of the file
 EDITS = st.lists(
     st.one_of(
         st.tuples(st.just("set"), POSITION, st.integers(0, 255)),
@@ -126,13 +136,63 @@ def edited(content: bytes, edits: list[tuple]) -> bytes:
 
 DEEP = json.loads("[" * 200 + "]" * 200)
 ODD = st.one_of(
-    st.sampled_from([
-        None, True, False, 0, 1, -1, 2, 7, 255, 2**16, 2**31, 2**32, 2**60, 2**64, 10**9, -(10**30), 10**400, 0.0, -0.5, 1e-300, 1e300,
-        math.nan, math.inf, -math.inf, "", ".", "..", "../train_000.bin", "/etc/passwd", "a\0b", "a\nb", "\ud800", "\u202e", "\x1b[2J",
-        "CON", "x" * 5000, "train_000.bin", "meta.json", "adamw", "all", "1,2", [], {}, [[]], [1, 2], [None, "x"], {"a": 1}, DEEP,
-    ]),
-    st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            2,
+            7,
+            255,
+            2**16,
+            2**31,
+            2**32,
+            2**60,
+            2**64,
+            10**9,
+            -(10**30),
+            10**400,
+            0.0,
+            -0.5,
+            1e-300,
+            1e300,
+            math.nan,
+            math.inf,
+            -math.inf,
+            "",
+            ".",
+            "..",
+            "../train_000.bin",
+            "/etc/passwd",
+            "a\0b",
+            "a\nb",
+            "\ud800",
+            "\u202e",
+            "\x1b[2J",
+            "CON",
+            "x" * 5000,
+            "train_000.bin",
+            "meta.json",
+            "adamw",
+            "all",
+            "1,2",
+            [],
+            {},
+            [[]],
+            [1, 2],
+            [None, "x"],
+            {"a": 1},
+            DEEP,
+        ]
+    ),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=3),
+)
 CHANGES = st.lists(st.tuples(st.sampled_from(["set", "remove", "add"]), POSITION, ODD), min_size=1, max_size=3)
 
 
@@ -153,7 +213,7 @@ def changed(tree: object, changes: list[tuple]) -> object:
         if not found:
             break
         container, key = found[position % len(found)]
-        value = copy.deepcopy(value) if isinstance(value, dict | list) else value  # which the next change may change
+        value = copy.deepcopy(value) if isinstance(value, dict | list) else value  # the next change may modify it
         if kind == "set":
             container[key] = value
         elif kind == "remove":
@@ -201,8 +261,10 @@ def test_shards(share, request, small_corpus):
     whole = path.read_bytes()
     header = st.builds(
         lambda version, size, tokens: HEADER.pack(MAGIC, version, size, tokens),
-        st.sampled_from([0, 1, 2, 2**32 - 1]), st.sampled_from([0, 1, 2, 4, 8]), st.integers(0, 2**64 - 1) | st.integers(0, 60),
-    )  # fmt: skip
+        st.sampled_from([0, 1, 2, 2**32 - 1]),
+        st.sampled_from([0, 1, 2, 4, 8]),
+        st.integers(0, 2**64 - 1) | st.integers(0, 60),
+    )
 
     def check(case):
         edits, header = case
@@ -396,7 +458,7 @@ def test_checkpoint_bytes(share, request, small_run, use_checkpoint):
 
 
 class Trap:
-    """What a pickle would run."""
+    """The code that a pickle would run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -407,12 +469,26 @@ class Trap:
 
 def tensors() -> st.SearchStrategy:
     huge = torch.zeros(1).expand(1 << 40)
-    return st.sampled_from([
-        torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.full((8,), math.nan), torch.zeros(8, dtype=torch.int64), torch.zeros(257, 8).bool(),
-        torch.zeros(257, 8).to(torch.complex64), torch.zeros(257, 8).half(), torch.zeros(257, 8).to_sparse(), torch.zeros(8, 257).T,
-        torch.zeros(257, 1).expand(257, 8), huge, torch.empty(257, 8, device="meta"), torch.zeros(5056, dtype=torch.uint8),
-        torch.nn.Parameter(torch.zeros(257, 8)), torch.zeros(1, 8).int(),
-    ])  # fmt: skip
+    return st.sampled_from(
+        [
+            torch.zeros(()),
+            torch.zeros(0),
+            torch.zeros(3),
+            torch.full((8,), math.nan),
+            torch.zeros(8, dtype=torch.int64),
+            torch.zeros(257, 8).bool(),
+            torch.zeros(257, 8).to(torch.complex64),
+            torch.zeros(257, 8).half(),
+            torch.zeros(257, 8).to_sparse(),
+            torch.zeros(8, 257).T,
+            torch.zeros(257, 1).expand(257, 8),
+            huge,
+            torch.empty(257, 8, device="meta"),
+            torch.zeros(5056, dtype=torch.uint8),
+            torch.nn.Parameter(torch.zeros(257, 8)),
+            torch.zeros(1, 8).int(),
+        ]
+    )
 
 
 @share
@@ -447,9 +523,9 @@ def test_checkpoint_values(share, request, small_run, use_checkpoint, tmp_path):
 
 @share
 def test_checkpoint_tensors(share, request, small_run, use_checkpoint):
-    """Tensors of the right shapes on storages that are not theirs: strides, offsets, one storage for several, metadata.
+    """Tensors of the right shapes on wrong storages: strides, offsets, one storage for several tensors, metadata.
 
-    The optimiser steps on what was read, so that writing outside a tensor would end this process.
+    The optimiser then steps on these tensors, so that writing outside of one would crash this process.
     """
     path, use = use_checkpoint
     whole = checkpoint.read(small_run / checkpoint.LAST)
@@ -498,21 +574,81 @@ def test_checkpoint_tensors(share, request, small_run, use_checkpoint):
 
 @share
 def test_pickles(share, request, use_checkpoint, tmp_path):
-    """Programs of pickle opcodes, with what attacks are made of."""
+    """Programs of pickle opcodes, including those used in attacks."""
     path, use = use_checkpoint
     sprung = tmp_path / "sprung"
     command = f"mkdir {sprung}".encode()
-    parts = st.sampled_from([
-        b"cos\nsystem\n", b"cposix\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\ngetattr\n", b"ctorch\nload\n", b"ctorch.serialization\nload\n",
-        b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ctorch\nsave\n",
-        b"c__main__\n__dict__\n", b"cminidisp.checkpoint\n_TENSOR\n", b"X" + struct.pack("<I", len(command)) + command,
-        b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x08tQ", b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
-        b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7ftQ", b"K\0", b"K\x08", b"\x8a\x08\0\0\0\0\0\0\0\x10", b"G\x7f\xf0\0\0\0\0\0\0",
-        b"(", b"t", b"\x85", b"\x86", b"\x87", b")", b"]", b"}", b"R", b"b", b"\x81", b"\x92", b"o", b"ios\nsystem\n", b"s", b"u", b"a", b"e", b"0",
-        b"1", b"2", b"Q", b"Px\n", b"N", b"\x88", b"\x89", b"h\0", b"q\0", b"\x94", b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f", b"\x82\x01", b"\x93",
-        b"X\x02\0\0\0os", b"X\x06\0\0\0system", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8d\xff\xff\xff\xff\0\0\0\0", b"\x95\0\0\0\0\0\1\0\0",
-        b"X\x05\0\0\0model", b"X\x06\0\0\0config", b"X\x04\0\0\0step", b"\x80\x04", b"\x8f", b"\x90", b"\x91", b"I9" + b"9" * 5000 + b"\n", b".",
-    ])  # fmt: skip
+    parts = st.sampled_from(
+        [
+            b"cos\nsystem\n",
+            b"cposix\nsystem\n",
+            b"cbuiltins\neval\n",
+            b"cbuiltins\ngetattr\n",
+            b"ctorch\nload\n",
+            b"ctorch.serialization\nload\n",
+            b"ccollections\nOrderedDict\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ctorch\nFloatStorage\n",
+            b"ctorch\nsave\n",
+            b"c__main__\n__dict__\n",
+            b"cminidisp.checkpoint\n_TENSOR\n",
+            b"X" + struct.pack("<I", len(command)) + command,
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x08tQ",
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
+            b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7ftQ",
+            b"K\0",
+            b"K\x08",
+            b"\x8a\x08\0\0\0\0\0\0\0\x10",
+            b"G\x7f\xf0\0\0\0\0\0\0",
+            b"(",
+            b"t",
+            b"\x85",
+            b"\x86",
+            b"\x87",
+            b")",
+            b"]",
+            b"}",
+            b"R",
+            b"b",
+            b"\x81",
+            b"\x92",
+            b"o",
+            b"ios\nsystem\n",
+            b"s",
+            b"u",
+            b"a",
+            b"e",
+            b"0",
+            b"1",
+            b"2",
+            b"Q",
+            b"Px\n",
+            b"N",
+            b"\x88",
+            b"\x89",
+            b"h\0",
+            b"q\0",
+            b"\x94",
+            b"r\xff\xff\xff\x7f",
+            b"j\xff\xff\xff\x7f",
+            b"\x82\x01",
+            b"\x93",
+            b"X\x02\0\0\0os",
+            b"X\x06\0\0\0system",
+            b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
+            b"\x8d\xff\xff\xff\xff\0\0\0\0",
+            b"\x95\0\0\0\0\0\1\0\0",
+            b"X\x05\0\0\0model",
+            b"X\x06\0\0\0config",
+            b"X\x04\0\0\0step",
+            b"\x80\x04",
+            b"\x8f",
+            b"\x90",
+            b"\x91",
+            b"I9" + b"9" * 5000 + b"\n",
+            b".",
+        ]
+    )
 
     def check(case):
         program, good_head = case
@@ -540,7 +676,7 @@ def zip_of(path: Path, changes: dict[str, bytes], source: Path, compression: int
 def test_what_a_checkpoint_may_not_hold(small_run, tmp_path):
     source, path = small_run / checkpoint.LAST, tmp_path / "x.pt"
     zip_of(path, {}, source)
-    assert checkpoint.read(path)["step"] == 2  # the copy by itself is fine
+    assert checkpoint.read(path)["step"] == 2  # the unmodified copy is fine
     with zipfile.ZipFile(source) as archive:
         program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         size = archive.getinfo(next(name for name in archive.namelist() if name.endswith("data/0"))).file_size
@@ -609,7 +745,7 @@ def test_the_commands_name_a_bad_file_in_one_line(small_run, tmp_path, capsys, m
         assert codes[0] == 2
         assert f"{run / name}" in codes[1]
         assert codes[1].count("\n") == 1
-    else:  # the best model and the tokenizer are written anew
+    else:  # the best model and the tokenizer are rewritten
         assert codes == (0, "")
     shutil.copytree(small_run, run, dirs_exist_ok=True)
     (run / name).write_bytes(content)

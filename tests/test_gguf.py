@@ -1,4 +1,5 @@
-"""GGUF files: the oracle for names is gguf's own table, for tokens a few lines of SentencePiece, for all llama.cpp."""
+"""GGUF files, compared with gguf's own table of names, with a few lines of SentencePiece merging, and with
+llama.cpp."""
 
 import itertools
 import json
@@ -50,7 +51,7 @@ def sentencepiece_tokenizer():
 
 
 def read(path: Path) -> tuple[dict, dict]:
-    """The settings and the tensors, as numbers, of a file."""
+    """The settings of a file, and its tensors as numbers."""
     reader = gguf.GGUFReader(path)
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     return {name: field.contents() for name, field in reader.fields.items()}, tensors
@@ -71,7 +72,7 @@ def test_the_file_says_what_the_one_for_transformers_says(tmp_path, kind):
     for name, tensor in theirs.items():
         transposed = arch == "gpt2" and ".h." in name and tensor.ndim == 2
         found[names.get_name(name, (".weight", ".bias"))] = (tensor.T if transposed else tensor).numpy()
-    if kind == "fast":  # where llama.cpp has no tied matrix
+    if kind == "fast":  # for models without tied weights in llama.cpp
         found["output.weight"] = found["token_embd.weight"]
     assert found.keys() == tensors.keys()
     for name, tensor in found.items():
@@ -129,7 +130,7 @@ def test_dtypes(tmp_path, dtype):
 
 
 def merged(text: str, settings: dict) -> list[int]:
-    """Tokens of a text as SentencePiece merges them: always the best pair of neighbours, of equals the leftmost."""
+    """Tokens of a text by SentencePiece's rule: always merge the best pair of neighbours, the leftmost if equal."""
     tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
     ids, scores = {token: i for i, token in enumerate(tokens)}, settings["tokenizer.ggml.scores"]
     parts = list(text.replace(" ", "\u2581"))
@@ -166,12 +167,14 @@ def test_tokens(tmp_path, sentencepiece_tokenizer, kind):
     assert settings["tokenizer.ggml.bos_token_id"] == settings["tokenizer.ggml.eos_token_id"] == vocabulary.eos_id
     types = settings["tokenizer.ggml.token_type"]
     assert len(types) == vocabulary.vocab_size
-    assert types.count(gguf.TokenType.BYTE) == (255 if kind in ("byte", "without a space") else 256)  # less the space
+    assert types.count(gguf.TokenType.BYTE) == (
+        255 if kind in ("byte", "without a space") else 256
+    )  # without the space
     assert types[vocabulary.eos_id] == gguf.TokenType.CONTROL
 
 
 def bpe_with(pre_tokenizer, rows: int = 0, files: dict | None = None, **changes) -> HuggingFaceTokenizer:
-    """A byte-level tokenizer that cuts words in another way."""
+    """A byte-level tokenizer that splits words differently."""
     base = byte_level_bpe(qwen=True).tokenizer_json
     pre_tokenizer = json.loads(pre_tokenizer.__getstate__())
     packed = {**base, "pre_tokenizer": pre_tokenizer, "model": {**base["model"], **changes}}
@@ -179,7 +182,7 @@ def bpe_with(pre_tokenizer, rows: int = 0, files: dict | None = None, **changes)
 
 
 def words(kind: str):
-    """The ways to cut words that have a name in llama.cpp, as the models' own files have them."""
+    """The pre-tokenizers with a name in llama.cpp, as in the original files of the models."""
     pre, in_bytes = (
         tokenizers.pre_tokenizers,
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -215,7 +218,7 @@ def test_an_imported_tokenizer(tmp_path, kind):
     }
     assert tokens[settings["tokenizer.ggml.padding_token_id"]] == "<|im_start|>"
     assert settings["tokenizer.chat_template"] == "{{ messages }}"
-    assert settings["tokenizer.ggml.add_bos_token"] is False  # as its own settings say
+    assert settings["tokenizer.ggml.add_bos_token"] is False  # as in its own settings
 
 
 def test_what_llama_cpp_does_not_have_is_refused_with_the_way_out(tmp_path, capsys, sentencepiece_tokenizer):

@@ -15,8 +15,8 @@ from tests.conftest import small_flags
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
 
-# Imports once, and forks for each process: one trains to the end, one is killed in step 6, two steps behind a checkpoint, and
-# one that has seen neither goes on with what was killed.
+# Imports once, and forks for each process: one trains to the end, one is killed in step 6, two steps after a
+# checkpoint, and a fresh one resumes the killed run.
 TRAIN_KILL_RESUME = """
 import os, signal, sys
 import torch, train
@@ -70,7 +70,7 @@ def sections() -> dict[str, str]:
 
 
 def edits(section: str) -> list[tuple[str, str, str]]:
-    """The changes of a section as (file, text to find, text instead)."""
+    """The changes of a section as (file, old text, new text)."""
     found, file = [], ""
     (block,) = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
     for hunk in re.split(r"^(?=--- )|^@@\n", block, flags=re.MULTILINE):
@@ -85,7 +85,7 @@ def edits(section: str) -> list[tuple[str, str, str]]:
 
 
 def copy_of_the_code(folder: Path) -> Path:
-    """A checkout with what training needs, the extension that is built ahead included."""
+    """A checkout with the files that training needs, including the prebuilt extension."""
     code = folder / "code"
     shutil.copytree(ROOT / "minidisp", code / "minidisp", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "csrc", code / "csrc")
@@ -97,7 +97,7 @@ def copy_of_the_code(folder: Path) -> Path:
 
 
 def apply(section: str, code: Path) -> int:
-    """Make the changes, each of which must fit exactly one place; returns how many there were."""
+    """Apply the changes, each of which must match exactly one place; returns their number."""
     changes = edits(section)
     for file, before, after in changes:
         text = (code / file).read_text(encoding="utf-8")
@@ -108,7 +108,14 @@ def apply(section: str, code: Path) -> int:
 
 def python(code: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", script, *arguments], cwd=code, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=code,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_every_example_is_here():
@@ -145,7 +152,7 @@ def test_an_example_trains_and_resumes_exactly(corpus, tmp_path, title):
 
 
 def test_another_block_is_not_exported(corpus, tmp_path):
-    """A block that the format cannot say is refused, and not written as an ordinary one."""
+    """A block that the format cannot represent is rejected, not written as a standard one."""
     code = copy_of_the_code(tmp_path)
     apply(sections()["2. Another block"], code)
     script = """

@@ -66,7 +66,7 @@ def transformers():
 
 
 def randomise(model):
-    """Larger than at initialisation, biases and norms included, so that everything has an effect."""
+    """Larger than at initialisation, including biases and norms, so that everything has an effect."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -75,7 +75,7 @@ def randomise(model):
 
 
 def build(transformers, family: str, **options):
-    """A random model of transformers."""
+    """A transformers model with random weights."""
     if family == "gpt2":
         return randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, **options})))
     if family == "apertus":
@@ -160,7 +160,7 @@ def test_old_gpt2_files_have_no_prefix_and_keep_the_causal_mask(transformers, tm
     for layer in range(3):
         old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
         old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    old["lm_head.weight"] = old["wte.weight"].clone()  # tied, and stored all the same
+    old["lm_head.weight"] = old["wte.weight"].clone()  # tied, but stored nevertheless
     save_file(old, tmp_path / hf.WEIGHTS)
     assert_same_outputs(theirs, hf.load_model(tmp_path))
     old["lm_head.weight"] += 1
@@ -237,7 +237,7 @@ def test_export_gives_the_same_logits_in_transformers(transformers, tmp_path, ca
 
 
 def biases(model: GPT) -> int:
-    """How many parameters GPT-2 has beyond ours without biases."""
+    """The number of parameters that GPT-2 has in addition to ours without biases."""
     return GPT(dataclasses.replace(model.config, bias=True)).num_params() - model.num_params()
 
 
@@ -271,14 +271,14 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_the_text_back(
 
     for text in [*HARD, f"a{theirs.eos_token}b", "<unk>", "</s>", " " * 77 + "\n" + " " * 31, "x" * 9]:
         check(text)
-    # Words of the vocabulary in any order, where merges compete, and any text at all.
+    # Words of the vocabulary in any order, where merges compete, and arbitrary text.
     words = [token.decode() for token in vocabulary.token_bytes if len(token) > 1] or ["ab"]
     words = st.lists(st.sampled_from(words), max_size=12).map("".join)
     settings(max_examples=250, deadline=None, derandomize=True)(given(st.one_of(TEXT, words))(check))()
 
 
 def test_the_exported_bpe_merges_as_sentencepiece_does():
-    """Every text of up to 11 letters, for vocabularies of repetitive words: where cuts and overlaps compete most."""
+    """Every text of up to 11 letters, for vocabularies of repetitive words, where merges compete most."""
     texts = ["".join(letters) for n in range(1, 12) for letters in itertools.product("ab", repeat=n)]
     for seed in range(6):
         rng = random.Random(seed)
@@ -370,7 +370,7 @@ def scaled_embedding(self, idx, *rest, original=GPT._backbone, **options):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_model_that_was_changed_without_a_name_is_refused(tmp_path, monkeypatch, capsys, where, method, hack, arch):
-    """Same parameters, same config, another function of them: nothing but the numbers tells."""
+    """Same parameters and config, but a different function: only the outputs show it."""
     write_run(tmp_path / "run", ByteTokenizer(), arch=arch)
     monkeypatch.setattr(where, method, hack)
     assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
@@ -461,7 +461,7 @@ def gpt2(transformers, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2_corpus(gpt2, tmp_path_factory) -> Path:
-    """The text of `corpus` in the tokens of that model."""
+    """The text of `corpus` in that model's tokens."""
     folder = tmp_path_factory.mktemp("gpt2-corpus")
     text = write_text(folder / "text.txt")
     arguments = [
@@ -480,7 +480,7 @@ def gpt2_corpus(gpt2, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_evaluation_agrees_with_transformers(transformers, gpt2, gpt2_corpus, corpus, tmp_path, family):
-    """The same loss as a loop over transformers' own model and tokenizer, on a corpus in other tokens or in its own."""
+    """The same loss as a loop over transformers' model and tokenizer, on a corpus with its own or another tokenizer."""
     folder = gpt2
     if family == "qwen3":
         vocabulary = byte_level_bpe(qwen=True)
@@ -552,7 +552,7 @@ def test_training_goes_on_from_a_hugging_face_model(transformers, gpt2, gpt2_cor
 
 
 def test_the_settings_of_an_imported_tokenizer_go_out_as_they_came(transformers, gpt2, tmp_path):
-    """By way of a corpus and a run; and the hash, by which the two are known to fit, is that of the tokenizer alone."""
+    """Through a corpus and a run; the hash that decides whether the two match depends on the tokenizer only."""
     source, text = shutil.copytree(gpt2, tmp_path / "source"), write_text(tmp_path / "text.txt", words=900)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>", "<end>"]})
@@ -628,12 +628,12 @@ def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-# --- files from strangers ---------------------------------------------------------------------------------------------
+# --- untrusted files --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Exports of ours, so that refusals are tested without transformers."""
+    """Our own exports, so that rejections are tested without transformers."""
     folder = tmp_path_factory.mktemp("exports")
     for arch, fields in {"gpt2": {}, "qwen3": {"arch": "qwen3"}, "apertus": {"arch": "qwen3", "mlp": "relu2"}}.items():
         write_run(folder / f"run-{arch}", ByteTokenizer(), **fields)
@@ -783,7 +783,7 @@ def test_a_name_on_the_hub(models, tmp_path, monkeypatch):
     assert hf.load("owner/model")[0].config.n_layer == 2
     assert asked == [("owner/model", hf.FILES)]
     assert hf.is_folder("distilgpt2")
-    assert hf.load("gpt2")[0].config.n_layer == 2  # names from before there were owners
+    assert hf.load("gpt2")[0].config.n_layer == 2  # names from before the hub had owners
     assert asked[1:] == [("gpt2", hf.FILES)]
     assert not hf.is_folder("distilgpt3")
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in hf.FILES)
@@ -804,7 +804,7 @@ def test_missing_packages_are_named(models, tmp_path, monkeypatch):
         assert f"pip install {package}" in message
 
 
-# --- in other people's programs ---------------------------------------------------------------------------------------
+# --- in other programs ------------------------------------------------------------------------------------------------
 
 
 def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
@@ -865,7 +865,7 @@ def test_the_trainer_example_says_in_one_line_what_it_cannot_use(transformers, g
 
 
 def test_lm_evaluation_harness_runs_the_exported_folder(tmp_path, sentencepiece_tokenizer):
-    """A task of its own, offline; the harness's log-likelihoods are our model's."""
+    """A custom task, offline; the harness's log-likelihoods equal our model's."""
     pytest.importorskip("lm_eval")
     model = write_run(tmp_path / "run", sentencepiece_tokenizer, arch="qwen3")
     hf.export(tmp_path / "run", tmp_path / "folder")
@@ -901,7 +901,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def test_small_config_is_unchanged(corpus, tmp_path):
-    """A config.json from before the fields for Hugging Face models still reads, as what it was."""
+    """A config.json from before the fields for Hugging Face models can still be read, with the same meaning."""
     saved = to_dict(small_config(corpus, tmp_path))
     for name in ("norm_eps", "attention_bias"):
         del saved[name]
@@ -923,13 +923,13 @@ def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypa
     assert not list((tmp_path / "here").iterdir())
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "here")
-    assert hf.main(["export", str(run), "."]) == 0  # a container's working folder, say, which cannot be replaced
+    assert hf.main(["export", str(run), "."]) == 0  # for example a container's working folder, which cannot be replaced
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert hf.load_model(".").config.n_layer
 
 
 def test_an_export_fills_an_empty_folder_that_cannot_be_renamed(run, tmp_path, monkeypatch, capsys):
-    """As a mount point, or below a parent that is not ours, or through a link."""
+    """As a mount point, below a read-only parent, or through a link."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     inode = (tmp_path / "real").stat().st_ino
@@ -948,10 +948,18 @@ def refuse(path: Path, name: str) -> None:
 
 
 def test_of_an_imported_config_the_ids_of_special_tokens_alone_are_exported(models, tmp_path, capsys):
-    """The tokenizer of a run may be from anywhere: nothing in it may change what is computed with the weights."""
+    """The tokenizer of a run may have any origin: nothing in it may change the computation."""
     tokenizer = hf.load_tokenizer(models / "gpt2")
-    packed = {"bos_token_id": 3, "eos_token_id": [1, 5], "pad_token_id": 10**9, "auto_map": {"AutoConfig": "evil.Config"},
-              "activation_function": "relu", "layer_norm_epsilon": 0.5, "n_layer": 1, "model_type": "qwen3"}  # fmt: skip
+    packed = {
+        "bos_token_id": 3,
+        "eos_token_id": [1, 5],
+        "pad_token_id": 10**9,
+        "auto_map": {"AutoConfig": "evil.Config"},
+        "activation_function": "relu",
+        "layer_norm_epsilon": 0.5,
+        "n_layer": 1,
+        "model_type": "qwen3",
+    }
     tokenizer.files["config.json"] = json.dumps(packed)
     from minidisp.hf.exporter import _files
 
@@ -976,6 +984,6 @@ def test_a_loss_that_is_not_of_the_logits_is_not_exported(run, tmp_path, monkeyp
 
 
 def test_rotary_positions_are_said_to_every_version_of_transformers():
-    """Version 4 gives Apertus another scaling unless it is told that there is none."""
+    """Version 4 gives Apertus a different RoPE scaling unless the config says that there is none."""
     config = families.to_config(GPTConfig(n_layer=1, n_head=2, n_embd=16, arch="qwen3", mlp="relu2", tied=False))
     assert (config["rope_theta"], config["rope_scaling"]) == (1e4, None)

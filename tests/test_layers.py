@@ -1,4 +1,5 @@
-"""minidisp.ops.layers: each operator against float64, per instruction set, and the choice between it and torch's form."""
+"""minidisp.ops.layers: each operator against float64, per instruction set, and the choice between it and torch's
+form."""
 
 import math
 import os
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from minidisp.model import GPT, GPTConfig
 from minidisp.ops import layers, registered
 
-MISSING = registered("cpu")  # builds the extension, if need be
+MISSING = registered("cpu")  # builds the extension if necessary
 needs_operators = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # the processor's best where it has less
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")  # or the highest that the processor supports
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 ops = torch.ops.minidisp
@@ -37,7 +38,7 @@ def layer_norm(x, weight, bias, eps):
 
 
 def rotated(qkv, q_weight, k_weight, cos, sin, n_head, n_kv_head, eps):
-    """From the formula: channels i and i + D/2 of a head are turned by the angle of their position."""
+    """From the formula: channels i and i + D/2 of a head are rotated by the angle of their position."""
     D = len(q_weight)
     half, heads = D // 2, []
     for h, x in enumerate(qkv.split(D, dim=-1)):
@@ -80,7 +81,7 @@ def test_norms(monkeypatch, shape, dtypes, instructions):
         lambda x, w: ops.norm(x, w, None, 1e-2, False, dtypes[1]), lambda x, w: rms_norm(x, w, 1e-2), [x, weight], grad
     )
     if shape[-1] == 1:
-        return  # centred, nothing is left of it
+        return  # zero after centring
     for b in ([], [bias]):
         assert_right(
             lambda x, w, b=None: ops.norm(x, w, b, 1e-2, True, dtypes[1]),
@@ -112,7 +113,7 @@ def test_rotated_heads(monkeypatch, B, T, n_head, n_kv_head, D, instructions, dt
 
 
 def test_the_references_in_float64():
-    """And torch's forms, which float64 takes."""
+    """And torch's implementations, which are used for float64."""
     x, w = draw(2, 5, 12).double().requires_grad_(), draw(6, seed=1).double().requires_grad_()
     tables = [t.double() for t in angles(5, 6)]
     assert torch.autograd.gradcheck(lambda x, w: rotated(x.repeat(1, 1, 2), w, w, *tables, 2, 1, 1e-3), (x, w))
@@ -137,7 +138,7 @@ def test_gelu_of_every_bfloat16_is_torch_s(monkeypatch, instructions, approximat
     slopes = [torch.autograd.grad(y, x, grad)[0].nan_to_num(7.0) for y in (ours, theirs)]
     wide = x.detach().float().requires_grad_()
     in_float32 = torch.autograd.grad(F.gelu(wide, approximate=approximate), wide, grad.float())[0].bfloat16()
-    # On AVX2, torch's erf is another one in its bfloat16 kernel than in float32, in the tail below -4.7.
+    # On AVX2, torch's erf differs between its bfloat16 and float32 kernels in the tail below -4.7.
     agrees = in_float32.nan_to_num(7.0) == slopes[1]
     assert torch.equal(slopes[0][agrees], slopes[1][agrees])
     assert agrees.float().mean() > 0.995
@@ -193,7 +194,7 @@ def test_any_strides():
 
 @needs_operators
 def test_the_same_bits_again_on_one_and_three_threads():
-    """The same on any number of threads, but for sums over tokens, which are the same on the same number."""
+    """Equal for any number of threads, except for sums over tokens, which are equal for the same number."""
     threads = torch.get_num_threads()
     x, weight, g = draw(4096, 48).requires_grad_(), draw(48).requires_grad_(), draw(4096, 48)
     results = {1: [], 3: []}
@@ -287,13 +288,13 @@ def test_a_model_by_the_operators_and_by_torch(monkeypatch, changes, dtype):
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert (a - b).norm() <= tolerance * b.norm()
-    if dtype == torch.float32 and config.arch == "gpt2":  # nothing of it is computed in another way
+    if dtype == torch.float32 and config.arch == "gpt2":  # it is computed in the same way
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_hidden_states_stay_in_float32(arch):
-    """The last one, behind the final norm, too: its neighbour is a matrix product, but the dispersion loss reads it."""
+    """Including the last one, after the final norm: a matrix product follows, but the dispersion loss reads it."""
     model = GPT(GPTConfig(**SIZES, arch=arch))
     with torch.autocast("cpu", torch.bfloat16):
         hidden_states = model(torch.ones(2, 8, dtype=torch.int64), return_hidden_states=True).hidden_states
@@ -303,7 +304,7 @@ def test_hidden_states_stay_in_float32(arch):
 
 @needs_operators
 def test_compiled_models_take_torch_s_forms(monkeypatch):
-    """So that the compiler fuses; and it must not stop at the choice."""
+    """So that the compiler can fuse; and the choice must not break the graph."""
     config = GPTConfig(**SIZES, arch="qwen3", mlp="relu2")
     compiled = loss_and_gradients(
         config, torch.float32, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -360,10 +361,11 @@ def test_tables_first_made_in_inference_mode_serve_training():
 
 @needs_operators
 def test_bfloat16_where_onednn_has_none():
-    """As on a processor without AVX-512: there, oneDNN has no bfloat16 product, and torch's own is taken."""
+    """As on a processor without AVX-512, where oneDNN has no bfloat16 product and torch's own is used."""
     script = (
         "import torch; from minidisp import GPT, GPTConfig; torch.manual_seed(0); idx = torch.arange(8)[None]\n"
-        "model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50)); exact = model(idx, idx).loss\n"
+        "model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50))\n"
+        "exact = model(idx, idx).loss\n"
         "with torch.autocast('cpu', torch.bfloat16): loss = model(idx, idx).loss\n"
         "loss.backward(); assert abs(loss - exact) < 0.05, (loss, exact)"
     )

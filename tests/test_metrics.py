@@ -1,4 +1,4 @@
-"""minidisp.metrics against scipy, numpy and hand values."""
+"""minidisp.metrics against scipy, numpy and hand-computed values."""
 
 import json
 import math
@@ -178,7 +178,7 @@ def test_any_dtype(dtype):
 
 
 def test_the_two_ways_to_count_agree():
-    """_count_by_rows is what a GPU takes."""
+    """_count_by_rows is used on GPUs."""
     bins = torch.randint(0, BINS + 1, (3, 7, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     bins[0], bins[1, 2] = BINS - 1, 0
     counts = np.bincount(bins.flatten().numpy(), minlength=BINS + 1).tolist()
@@ -228,7 +228,7 @@ def test_nan_is_not_hidden():
     assert [math.isnan(mu) for mu in result["mean_cosine_by_layer"]] == [False, False, True, False, False]
     assert math.isnan(result["spearman"])
     share = sum(result["pair_histogram_by_layer"][2]) * 2 / BINS
-    assert share == pytest.approx(1 - 2 * 10 / (6 * 11 * 10))  # the pairs of one token in one of six sequences are gone
+    assert share == pytest.approx(1 - 2 * 10 / (6 * 11 * 10))  # without the pairs of one token in one of six sequences
 
 
 def test_result_is_plain_json():
@@ -293,7 +293,8 @@ def test_isoscore_star_agrees_with_the_published_algorithm():
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_isoscore_star_counts_directions(k):
-    """The authors' reading: with equal variance in k of d directions, in any basis, the score is (k - 1) / (d - 1)."""
+    """The authors' interpretation: with equal variance in k of d directions, in any basis, the score is (k - 1) / (d -
+    1)."""
     basis, _ = np.linalg.qr(np.random.default_rng(k).normal(size=(9, 9)))
     assert isoscore_star(basis[:, :k] @ basis[:, :k].T * 3.0) == pytest.approx((k - 1) / 8)
 
@@ -339,7 +340,7 @@ def measure_all(*batches):
 
 @pytest.mark.parametrize(("T", "C"), [(11, 32), (40, 12)])
 def test_the_further_metrics_agree_with_numpy(T, C):
-    """Everything again from the definitions, with an SVD per sequence and loops."""
+    """All metrics from their definitions, with an SVD per sequence and loops."""
     hidden_states = condensing(B=5, T=T, C=C)
     hidden_states[3][..., 2] *= 50  # a rogue dimension
     hidden_states[2][..., 1] = 4.0  # a constant one
@@ -396,14 +397,14 @@ def test_what_the_mean_cosine_hides():
     assert min(result["off_diagonal_mean_by_layer"][1:]) > 0.8
     for name in ("centred_mean_by_layer", "standardised_mean_by_layer"):
         assert np.abs(result[name]).max() < 0.03, name
-    # What the tokens of each text have in common, but not all texts, stays.
+    # A direction shared by the tokens of one text, but not by all texts, remains.
     result = measure_all((z, z + 3 * randn(60, 1, 64, seed=2)))
     assert result["centred_mean_by_layer"][1] == pytest.approx(0.9, abs=0.02)
     assert result["standardised_mean_by_layer"][1] == pytest.approx(0.9, abs=0.02)
 
 
 def test_the_position_alone_condenses_nothing():
-    z = randn(1, 64, 32).expand(100, 64, 32)  # position embeddings and nothing else
+    z = randn(1, 64, 32).expand(100, 64, 32)  # position embeddings only
     result = measure_all((z, z))
     assert abs(result["centred_mean_by_layer"][0]) < 0.03
     assert abs(result["standardised_mean_by_layer"][0]) < 0.03

@@ -39,7 +39,7 @@ def model(request) -> GPT:
 
 
 def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits (T, V) and hidden states of one sequence, written out from the papers with loops over heads and positions."""
+    """Logits (T, V) and hidden states of one sequence, written from the papers with loops over heads and positions."""
     config = model.config
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     T, D = len(idx), config.head_dim
@@ -54,7 +54,7 @@ def numpy_forward(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list[np.ndar
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
         return x * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
 
-    def rope(x):  # (T, D): channel i turns with channel i + D/2
+    def rope(x):  # (T, D): channel i is rotated with channel i + D/2
         out = x.copy()
         for t in range(T):
             for i in range(D // 2):
@@ -174,7 +174,7 @@ def test_chunked_loss_and_gradients_against_float64(dtype, autocast, small_chunk
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert (x.grad.dtype, weight.grad.dtype) == (dtype, dtype)
     products = dtype if dtype == torch.float64 else autocast or dtype
-    # A rounding of logits up to 10 in size is one of probabilities ten times as large.
+    # Rounding errors of logits up to 10 are ten times as large in the probabilities.
     rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
     rounding = max(rounding[products], rounding[dtype])
     want, *grads = exact_cross_entropy(x, weight, targets)
@@ -189,14 +189,14 @@ def test_chunked_loss_gradcheck(small_chunks):
     targets = torch.randint(-1, 11, (16,))
     for wanted in ((True, True), (True, False), (False, True)):
         inputs = [a.detach().requires_grad_(on) for a, on in zip((x, weight), wanted, strict=True)]
-        # Recomputed for each of gradcheck's many backward passes, as its backward can be taken once only.
+        # Recomputed for each of gradcheck's backward passes, since its backward can run only once.
         assert torch.autograd.gradcheck(
             lambda x, weight: checkpoint(chunked, x, weight, targets, use_reentrant=False), inputs
         )
 
 
 def test_chunked_loss_sums_thousands_of_tokens_in_float32():
-    """In bfloat16, whose steps at 8 are 1/32, neither the loss nor the weight's gradient may add up."""
+    """Neither the loss nor the weight's gradient may be summed in bfloat16, whose steps at 8 are 1/32."""
     torch.manual_seed(0)
     x, weight = torch.randn(5000, 16), torch.randn(50, 16).requires_grad_()
     targets = torch.randint(0, 50, (5000,))
@@ -222,14 +222,16 @@ def test_chunked_loss_as_an_operator(dtype, wanted, small_chunks):
     torch.manual_seed(0)
     x, weight = (torch.randn(n, 5, requires_grad=on) for n, on in zip((16, 11), wanted, strict=True))
     arguments = x, weight, torch.randint(-1, 11, (16,)), dtype, *wanted
-    # Its gradients are for its own backward pass, which scales them in place: that a compiler may do so is tested below.
+    # Its backward pass scales its gradients in place; that this is safe under the compiler is tested below.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.minidisp.linear_cross_entropy.default, arguments, test_utils=tests)
 
 
 def test_compiled_the_chunked_loss_stays_one_operator_in_one_graph(small_chunks, monkeypatch):
-    torch.compiler.reset()  # what other tests compiled would count, too
-    monkeypatch.setattr(layers, "fuses", lambda *_: False)  # torch's own forms in both, since compiled they are taken
+    torch.compiler.reset()  # otherwise graphs compiled by other tests would count
+    monkeypatch.setattr(
+        layers, "fuses", lambda *_: False
+    )  # torch's implementations in both, since compiled models use them
     torch.manual_seed(0)
     model, graphs = GPT(GPTConfig(**{**SMALL, "vocab_size": 2000})), []
     idx, targets = torch.randint(0, 2000, (2, 3, 16))
@@ -352,7 +354,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_the_cache_changes_no_token(model):
-    """Greedy generation with the cache equals running the whole text through the model again for every token."""
+    """Greedy generation with the cache equals running the whole text through the model for every token."""
     idx = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     slow = idx
     for _ in range(11):  # up to the whole context of 16
@@ -431,7 +433,7 @@ def test_generation_stops_at_any_of_several_stop_tokens():
 
 @pytest.mark.parametrize("every", [2, 5, 16])
 def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, every):
-    """As on devices that would be waited for: seeds whose samples end before, at and behind a look, or never."""
+    """As on devices that are rarely synchronised: samples that end before, at and after a check, or never."""
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
     options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(6) for stop in (0, 7)]
     options += [{"temperature": 0, "stop_token": model.generate(idx, n, temperature=0)[0, -1].item()} for n in (1, 2)]
@@ -509,9 +511,9 @@ def test_too_long_a_sequence_is_refused():
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_a_tree_of_texts_is_the_texts(arch):
-    """Texts that share beginnings, in one row behind another tree: the same logits as one by one."""
+    """Texts with common prefixes, in one row after another tree: the same logits as one by one."""
     model = GPT(GPTConfig(**SMALL, arch=arch)).eval().double()
-    #      3 -> 1 -> 4 and 3 -> 1 -> 5 -> 9, 3 -> 2; then a tree of its own, 7 -> 1
+    #      3 -> 1 -> 4 and 3 -> 1 -> 5 -> 9, 3 -> 2; then a separate tree, 7 -> 1
     idx = torch.tensor([[3, 1, 4, 5, 9, 2, 7, 1]])
     parents = torch.tensor([[0, 0, 1, 1, 3, 0, 6, 6]])
     depth = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1]])
@@ -534,7 +536,7 @@ def test_packed_examples_do_not_see_each_other(arch):
 
 
 class SlidingWindow(Attention):
-    """Another attention as one writes it: tokens see the last three, themselves included."""
+    """A custom attention as a user would write it: tokens attend to the last three, including themselves."""
 
     def forward(self, x, positions, context):
         qkv = self.c_attn(x)
@@ -554,7 +556,7 @@ def test_another_attention_is_the_same_in_training_generation_trees_and_packed_r
         p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double() / 4
     idx = torch.randint(SMALL["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(0))
     want, context = model(idx).logits, 2 * model.config.n_layer + 1
-    # A token further away than the windows of all layers together changes nothing, one that is nearer does.
+    # A token farther away than the windows of all layers combined has no effect; a nearer one has.
     long = torch.cat((idx, idx), dim=1)
     changed = long.clone()
     changed[:, 0] = (changed[:, 0] + 1) % SMALL["vocab_size"]
@@ -605,7 +607,7 @@ class Capped(GPT):
 
 
 class Biased(GPT):
-    """Its bias begins at 0, so its first logits are those of a model without."""
+    """Its bias starts at 0, so its first logits equal those of a model without it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -701,7 +703,7 @@ def test_sampling_keeps_no_more_than_it_will_see(monkeypatch):
 
 
 def test_every_sequence_draws_with_its_own_seed(model):
-    """As it would alone; and a top-p that float32 cannot represent keeps the most likely token."""
+    """As when sampled alone; and a top-p that float32 cannot represent keeps the most likely token."""
     model.float()
     idx = torch.randint(50, (3, 4), generator=torch.Generator().manual_seed(0))
     together = model.generate(idx, 20, top_p=0.9, seed=[5, 6, 7])
@@ -713,7 +715,7 @@ def test_every_sequence_draws_with_its_own_seed(model):
 
 
 def test_sequences_that_end_leave_the_batch(model, monkeypatch):
-    """What the others draw stays the same, and they alone are computed."""
+    """The other samples stay the same, and only they are computed."""
     model.float()
     idx = torch.randint(50, (8, 3), generator=torch.Generator().manual_seed(1))
     free = model.generate(idx, 12, seed=list(range(8)))[:, 3:]

@@ -1,4 +1,4 @@
-"""examples/minidisp.ipynb: stored clean, and it runs, as small as can be, from where Jupyter would start it."""
+"""examples/minidisp.ipynb: stored without output, and it runs, at the smallest scale, from Jupyter's folder."""
 
 import base64
 import json
@@ -27,12 +27,12 @@ def test_it_is_stored_clean():
     for cell in stored["cells"]:
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
-        assert cell["metadata"] == {}  # no times, no state of an editor
+        assert cell["metadata"] == {}  # no timestamps or editor state
     text = "\n".join(cells("code") + cells("markdown"))
     assert re.findall(r"""(?:^|[\s"'(=])(?:~|/\w|[A-Z]:\\)[\w./\\-]*""", text) == []  # absolute paths
     assert [line for line in text.splitlines() if len(line) > 120] == []
     assert set(stored["metadata"]) == {"kernelspec", "language_info"}
-    assert stored["metadata"]["language_info"] == {"name": "python"}  # no version that was somebody's
+    assert stored["metadata"]["language_info"] == {"name": "python"}  # no author's Python version
 
 
 def test_its_links_lead_somewhere():
@@ -43,10 +43,10 @@ def test_its_links_lead_somewhere():
 
 
 def test_it_runs(tmp_path, monkeypatch):
-    """All cells, from its own folder in a fresh copy of the project; then the first ones again, as after a change."""
+    """All cells, from the notebook's folder in a fresh copy of the project; then the first ones again."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    copy = tmp_path / "a copy"  # a name that a shell would take apart
+    copy = tmp_path / "a copy"  # a name that a shell would split
     for name in ("minidisp", "examples", "data", "csrc"):
         made = (
             "__pycache__",
@@ -56,7 +56,7 @@ def test_it_runs(tmp_path, monkeypatch):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".downloads", *made))
     for name in ("train.py", "eval.py"):
         shutil.copy(ROOT / name, copy)
-    for name in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):  # nothing of whoever runs the tests
+    for name in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):  # independent of the user who runs the tests
         monkeypatch.setenv(name, str(tmp_path / name))
     for name, value in {"MINIDISP_SMOKE": "1", "MINIDISP_FUSED": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -88,7 +88,7 @@ def test_it_runs(tmp_path, monkeypatch):
 
 
 def test_outside_a_checkout_it_clones_one(tmp_path, monkeypatch):
-    """The first code cell, in an empty folder: it says what it needs, then clones, and the next time finds the clone."""
+    """The first code cell, in an empty folder: it reports what it needs, then clones, and later finds the clone."""
     git = shutil.which("git")
     if not git:
         pytest.skip("needs git")
@@ -110,5 +110,5 @@ def test_outside_a_checkout_it_clones_one(tmp_path, monkeypatch):
     monkeypatch.chdir(here)  # the kernel was restarted
     exec(setup, {})
     assert Path.cwd() == here / "minidisp"
-    exec(setup, {})  # and the cell was run once more
+    exec(setup, {})  # and the cell was run again
     assert Path.cwd() == here / "minidisp"

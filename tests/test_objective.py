@@ -38,13 +38,13 @@ def test_the_sum_has_the_weights_of_the_step():
         values = objective(a_forward(step))
         assert values["loss"].item() == 15 + 0.5 * 2 * step * 15**2 - 3 * 5
         assert objective.scheduled_weights(step) == {"a_weight": float(step)}
-    values = objective(a_forward(0))  # its weight is 0, so that it is not even computed
+    values = objective(a_forward(0))  # its weight is 0, so it is not computed
     assert values.keys() == {"ce", "b", "loss"}
     assert values["loss"].item() == 0
 
 
 def test_the_diagnosis_sums_as_training_does(corpus):
-    """A term that is NaN counts only in the steps in which it has a weight."""
+    """A NaN term matters only in steps in which it has a weight."""
     config = dataclasses.replace(small_config(corpus, "unused"), vocab_size=257)
     model = GPT(config)
     terms = [
@@ -57,11 +57,11 @@ def test_the_diagnosis_sums_as_training_does(corpus):
         assert first_bad_tensor(model, Objective(terms), iter(forwards)).startswith(culprit)
 
 
-# --- masked targets -----------------------------------------------------------------------------------------------------
+# --- masked targets ---------------------------------------------------------------------------------------------------
 
 
 def mask(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Targets of which sequences have very different shares, and some none at all: decided by the tokens alone."""
+    """Masks with very different shares per sequence, some with no targets at all; they depend on the tokens only."""
     masked = y.copy()
     for row, tokens in zip(masked, x, strict=True):
         row[: (int(tokens.sum()) * 7) % (len(row) + 9)] = -1
@@ -89,7 +89,7 @@ def lines(run) -> list[dict]:
 
 
 def test_masked_targets_do_not_depend_on_the_micro_batches(corpus, tmp_path, masked):
-    """The loss is the mean over the counted targets of a step, however the step is split, one sequence at a time included."""
+    """The loss is the mean over the counted targets of a step for every split, even into single sequences."""
     splits = {"whole": (12, 1), "thirds": (4, 3), "single": (1, 12)}
     losses, weights = {}, {}
     for name, (batch_size, grad_accum) in splits.items():
@@ -170,7 +170,7 @@ def test_validation_counts_the_counted_targets_alone(corpus, tmp_path, masked):
     assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
-# --- the schedule of the dispersion loss's weight, and what is logged of an interval ------------------------------------
+# --- the schedule of the dispersion loss's weight, and what is logged of an interval ----------------------------------
 
 
 def test_a_scheduled_weight_is_logged_and_in_force(corpus, tmp_path):
@@ -189,7 +189,7 @@ def test_a_scheduled_weight_is_logged_and_in_force(corpus, tmp_path):
             assert line["loss"] == pytest.approx(line["ce"] + weight * line.get("dispersion", 0.0), abs=1e-6)
     train.main(small_config(corpus, tmp_path / "plain"))
     plain, delayed = (lines(tmp_path / name) for name in ("plain", "delayed-0.5"))
-    for a, b in zip(plain[:7], delayed[:7], strict=True):  # until then, it is plain training, bit for bit
+    for a, b in zip(plain[:7], delayed[:7], strict=True):  # until then, it equals plain training, bit for bit
         if "ce" in a:
             assert (a["ce"], a["grad_norm"]) == (b["ce"], b["grad_norm"])
     assert "dispersion" not in plain[1]

@@ -1,4 +1,4 @@
-"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, and as good as the reference."""
+"""minidisp.ops: the fused and the streamed dispersion loss against the oracle, as accurate as the reference."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ from minidisp.ops.__main__ import check, self_test
 from minidisp.ops.dispersion import FUSED_VARIANTS, STREAMED_VARIANTS
 
 BUILD = build._build
-MISSING = registered("cpu")  # why there is no extension, or ""
+MISSING = registered("cpu")  # why the extension is not available, or ""
 FUSED = not MISSING
 needs_fused = pytest.mark.skipif(not FUSED, reason=MISSING)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -53,7 +53,7 @@ def value_and_gradient(z, variant, impl, device="cpu", **options):
 
 
 def errors(z, variant, impl, truth, device="cpu", **options):
-    """Of the value, relative to 1 + |value|, and of the gradient, its norm relative to the true one's."""
+    """Errors of the value, relative to 1 + |value|, and of the gradient, relative to the norm of the exact one."""
     value, gradient = value_and_gradient(z, variant, impl, device, **options)
     exact, exact_gradient = truth
     norm = exact_gradient.norm().item() or 1.0
@@ -61,7 +61,7 @@ def errors(z, variant, impl, truth, device="cpu", **options):
 
 
 def assert_as_good_as_reference(z, variant, impl, device, rounding=1e-6, times=2, **options):
-    """At most twice the reference's error, both against float64; below rounding both count as exact."""
+    """At most twice the reference's error, both against float64; errors below rounding count as zero."""
     truth = value_and_gradient(z.double(), variant, "reference", **options)
     value, gradient = errors(z, variant, impl, truth, device, **options)
     plain_value, plain_gradient = errors(z, variant, "reference", truth, device, **options)
@@ -82,7 +82,7 @@ def test_against_the_oracle(impl, variant, device, case, tau):
     value, gradient = errors(z, variant, impl, exact, device, tau=tau, clamp=0.1)
     plain_value, plain_gradient = errors(z, variant, "reference", exact, device, tau=tau, clamp=0.1)
     assert value <= max(2 * plain_value, 3e-7)
-    if exact[1].norm() > 1e-6 / (0.01 + z.norm(dim=-1).max()):  # else it is the rounding of terms that cancel
+    if exact[1].norm() > 1e-6 / (0.01 + z.norm(dim=-1).max()):  # otherwise rounding errors of cancelling terms dominate
         assert gradient <= max(2 * plain_gradient, 2e-6)
 
 
@@ -107,7 +107,7 @@ def test_odd_sizes(impl, variant, device, shape, spread, number):
         pytest.skip("has no threads of its own")
     with threads(number):
         for tau in (1.0, 1e-3):
-            # A GPU rounds otherwise, and of two nearly parallel tokens little else is left.
+            # A GPU rounds differently, and for two nearly parallel tokens mostly rounding errors remain.
             times = 4 if device == "cuda" and shape[1] == 2 else 2
             assert_as_good_as_reference(z, variant, impl, device, times=times, tau=tau)
 
@@ -126,7 +126,7 @@ def threads(number):
 @pytest.mark.parametrize("variant", FUSED_VARIANTS)
 @pytest.mark.parametrize(("number", "B"), [(3, 1), (3, 5), (4, 2), (4, 7), (7, 3), (7, 6), (16, 1)])
 def test_teams_of_threads(variant, number, B):
-    """Sequences that cannot be dealt out evenly: teams of two with a gradient each; larger ones share it, in turns."""
+    """Sequences that do not divide evenly over threads: teams of two have a gradient each, larger teams share one."""
     for T in (2, 37, 300):
         z = randn(B, T, 40).float()
         with threads(number):
@@ -213,7 +213,7 @@ def test_no_second_derivative(impl, variant, device):
     "shape", [(2, 129, 64), (40, 1024, 32), (1, 6000, 16), (1, 5001, 37), (2, 300, 770), (70000, 2, 8)]
 )
 def test_cuda_crosses_tiles_groups_and_strips(variant, dtype, shape):
-    """Against the streamed implementation in float64: the reference would need all pairs at once."""
+    """Compared with the streamed implementation in float64, since the reference would need all pairs at once."""
     for spread in (1.0, 0.1):
         z = (randn(shape[0], 1, shape[2], seed=1) * (spread < 1) + spread * randn(*shape)).to("cuda", dtype)
         results = []
@@ -235,17 +235,17 @@ def test_cuda_crosses_tiles_groups_and_strips(variant, dtype, shape):
 @pytest.mark.parametrize("shape", [(32, 1024, 768), (1, 8192, 4096), (1, 20000, 33)])
 def test_cuda_memory_stays_small(variant, dtype, shape):
     z = torch.randn(shape, device="cuda", dtype=dtype)
-    torch.ops.minidisp.dispersion(z[:1, :9], variant, 1.0, 0.25, 1e-2, True)  # cuBLAS takes its own workspace
+    torch.ops.minidisp.dispersion(z[:1, :9], variant, 1.0, 0.25, 1e-2, True)  # cuBLAS allocates its own workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.ops.minidisp.dispersion(z, variant, 1.0, 0.25, 1e-2, True)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - 4 * z.numel()
-    assert extra <= 7 * 2**24 + 64 * shape[0] * shape[1]  # 112 MB, and some numbers per token
+    assert extra <= 7 * 2**24 + 64 * shape[0] * shape[1]  # 112 MB, and a few numbers per token
 
 
-# Instruction sets of the CPU, and matrix tiles
+# Instruction sets of the CPU, and AMX tiles
 
 SETS = ["baseline", "avx2", "avx512", "amx"]
 BEST = torch.ops.minidisp.instruction_set() if FUSED else "baseline"
@@ -266,14 +266,19 @@ needs_tiles = pytest.mark.skipif(BEST != "amx", reason="no AMX here")
 def test_every_instruction_set_is_exact(instructions, T, monkeypatch):
     monkeypatch.setenv("MINIDISP_CPU", instructions)
     wide = (randn(2, 1, 71, seed=1) + randn(2, T, 71)).float()
-    for z in (wide, wide[:, :, 1:65], wide[:, :, ::2], wide.mT.contiguous().mT):  # rows off 64 bytes, features apart
+    for z in (
+        wide,
+        wide[:, :, 1:65],
+        wide[:, :, ::2],
+        wide.mT.contiguous().mT,
+    ):  # rows not aligned to 64 bytes, strided features
         for variant in FUSED_VARIANTS if z is wide and T < 1000 else ("angular_spread",):
             assert_as_good_as_reference(z, variant, "fused", "cpu")
 
 
 @contextlib.contextmanager
 def rounding_allowed(how):
-    """In either of the two ways in which a caller lets products round."""
+    """With both of the settings that allow rounded products."""
     with contextlib.ExitStack() as stack:
         if how == "autocast":
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
@@ -283,7 +288,7 @@ def rounding_allowed(how):
 
 
 def tokens_of(kind, B, T, C):
-    """Hidden states: independent, or with a mean, nearly parallel, in groups, or drifting from token to token."""
+    """Hidden states: independent, with a mean, nearly parallel, in groups, or drifting from token to token."""
     noise, centre = randn(B, T, C), randn(B, 1, C, seed=1)
     if kind.startswith("parallel"):
         return centre + float(kind[8:]) * noise
@@ -363,7 +368,7 @@ def test_without_amx_rounding_changes_nothing(monkeypatch):
 
 @every_run
 def test_the_gradient_comes_after_that_of_the_layers_above(impl, variant, device):
-    """Where it can be added to theirs; the other way round, all layers' would be there at once."""
+    """When it can be added to theirs; otherwise the gradients of all layers would be in memory at once."""
     x = randn(2, 40, 16).float().to(device).requires_grad_()
     z = 2 * x
     above = 3 * z
@@ -501,7 +506,7 @@ def test_names():
     ],
 )
 def test_what_is_said_is_what_runs_and_only_that_is_built(impl, variant, dtype, device, chosen, words, monkeypatch):
-    """Per variant, dtype and device; the search for the extension and the operators themselves are watched."""
+    """Per variant, dtype and device; calls of the search for the extension and of the operators are recorded."""
     searched, ran = [], []
     monkeypatch.setattr(
         build, "find_or_build", lambda device: searched.append(device) or build.Extension("x", "prebuilt")
@@ -547,7 +552,7 @@ def test_the_path_is_said_when_it_has_just_been_built(extension, words, monkeypa
 
 @pytest.fixture
 def unbuilt(tmp_path, monkeypatch):
-    """As in a process that has not looked for the extension yet, where nothing has been built."""
+    """As in a process that has not looked for the extension yet, with nothing built."""
     for function in (build.find, build.find_or_build):
         monkeypatch.setattr(build, function.__name__, functools.cache(function.__wrapped__))
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
@@ -559,7 +564,7 @@ def unbuilt(tmp_path, monkeypatch):
 
 
 def put_binary(folder, content=b"some code"):
-    """As a build leaves it."""
+    """A folder as left by a build."""
     (folder / build.BINARY).write_bytes(content)
     (folder / build.DONE).write_text(build.checksum(folder / build.BINARY))
     return folder
@@ -595,12 +600,12 @@ def test_the_compiler_is_a_command(tmp_path, monkeypatch):
         assert bool(build.missing_tool()) == (not command)
         assert value.strip() in build.missing_tool() or command
     monkeypatch.delenv("CXX")
-    for name in ("clang++", "g++", "c++"):  # the last one added is the first one taken
+    for name in ("clang++", "g++", "c++"):  # the last one added is used first
         path = program(tmp_path / "a" / name)
         assert build.compiler() == [path]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CXX", "a/g++ -m64")
-    assert build.compiler() == [str(tmp_path / "a" / "g++"), "-m64"]  # ninja starts it elsewhere
+    assert build.compiler() == [str(tmp_path / "a" / "g++"), "-m64"]  # ninja starts it in another folder
 
 
 @on_linux
@@ -629,7 +634,7 @@ def test_without_a_compiler_one_line_says_so(unbuilt, tmp_path, monkeypatch):
 def test_without_a_folder_to_build_in_one_line_says_what_to_set(unbuilt, tmp_path, monkeypatch):
     import pwd
 
-    (tmp_path / "cache").touch()  # a file: read-only folders are none to root
+    (tmp_path / "cache").touch()  # a file, since root can write to read-only folders
     assert re.fullmatch("streamed in PyTorch: .*cache.*: Not a directory; set TORCH_EXTENSIONS_DIR.*", describe("cpu"))
     build.find.cache_clear(), build.find_or_build.cache_clear()
 
@@ -657,7 +662,7 @@ def test_what_others_could_have_put_there_is_not_run(unbuilt, how, built, monkey
     if built:
         put_binary(folder)
     if how == "of another user":
-        if os.getuid() == 0:  # whom everybody trusts
+        if os.getuid() == 0:  # root, whom everyone trusts
             os.chown(folder, 4321, -1)
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     else:
@@ -707,12 +712,12 @@ def test_a_binary_that_the_loader_refuses_stops_nothing_and_its_reason_is_shown(
 @on_linux
 @pytest.mark.parametrize("damage", ["cut off", "empty", "missing", "changed", "no checksum"])
 def test_a_damaged_binary_in_the_cache_is_built_again(unbuilt, damage, monkeypatch):
-    """Loading a shared library that is cut off would end the process with SIGBUS."""
+    """Loading a truncated shared library would kill the process with SIGBUS."""
     folder = put_binary(build.make_cache_folder(), bytes(range(256)) * 100)
     binary = folder / build.BINARY
     if damage == "missing":
         binary.unlink()
-    elif damage == "no checksum":  # of a build that was killed, or of a disk that was full
+    elif damage == "no checksum":  # from a killed build or a full disk
         (folder / build.DONE).write_text("")
     else:
         content = binary.read_bytes()
@@ -745,7 +750,7 @@ def test_a_prebuilt_library_that_is_cut_off_is_not_loaded(unbuilt, tmp_path, mon
         ("error: expected ';'\n\nexit code 1\n", 0, False),
         ("error: expected ';'\n\nexit code 1\n", 25 * 3600, True),
         ("", 0, True),  # a full disk
-        ("error: expec", 0, True),  # killed while it was written
+        ("error: expec", 0, True),  # killed while writing it
         ("fatal error: Killed signal terminated program cc1plus\n\nto be tried again\n", 0, True),
     ],
 )
@@ -779,7 +784,7 @@ def test_what_a_compiler_fails_of_decides_whether_it_is_tried_again(unbuilt, how
 @pytest.mark.slow
 @on_linux
 def test_a_compiler_that_outlives_a_killed_build_keeps_the_lock(tmp_path):
-    """Or two builds would write into one folder."""
+    """Otherwise two builds would write to the same folder."""
     compiler = tmp_path / "c++"
     compiler.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nsleep 2\ntouch {tmp_path}/ended\nexit 1\n")
     compiler.chmod(0o755)
@@ -821,13 +826,13 @@ def test_the_diagnosis_takes_no_arguments(arguments, code, words):
 
 @on_linux
 def test_each_instruction_set_has_a_cache_of_its_own(unbuilt, monkeypatch):
-    """Machines with unlike processors may share a home folder."""
+    """Machines with different processors may share a home folder."""
     folders = set()
     for asked, processor in (("", "avx2"), ("", "avx512"), ("avx2", "avx512"), ("amx", "avx2")):
         monkeypatch.setenv("MINIDISP_CPU", asked)
         monkeypatch.setattr(build, "processor_instruction_set", lambda found=processor: found)
         folders.add(build.cache_folder())
-    assert len(folders) == 3  # asked for, all are compiled
+    assert len(folders) == 3  # compiles all of them on request
     only = [part for part in build.units(False, "avx2")[0].command if "MINIDISP_ONLY" in part]
     assert only == ["-DMINIDISP_ONLY=1"]
     assert not [part for unit in build.units(False, "all") for part in unit.command if "MINIDISP_ONLY" in part]
@@ -845,7 +850,8 @@ def test_one_built_before_is_found_without_a_tool_or_a_lock(unbuilt, monkeypatch
 
 def run_child(tmp_path, **environment):
     script = (
-        "import torch; from minidisp.ops import dispersion as ops; arguments = 'auto', 'angular_spread', torch.float32, 'cpu'; "
+        "import torch; from minidisp.ops import dispersion as ops; "
+        "arguments = 'auto', 'angular_spread', torch.float32, 'cpu'; "
         "print(ops.select(*arguments)[0]); print(ops.describe(*arguments))"
     )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
@@ -878,7 +884,7 @@ def test_a_failed_build_is_remembered_and_stops_nothing(tmp_path):
 @on_linux
 @pytest.mark.parametrize("good", [True, False])
 def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
-    """As on a machine with a GPU and the extension built for it; the child process is a script that counts calls."""
+    """As on a machine with a GPU and an extension for it; the child process is a script that counts its calls."""
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/calls\necho errors 1e-01\nexit {0 if good else 1}\n")
     child.chmod(0o755)
@@ -957,7 +963,7 @@ def test_what_the_check_takes_for_transient(error, code, monkeypatch, capsys):
 
 @on_linux
 def test_the_cuda_toolkit_is_where_nvcc_says(tmp_path, monkeypatch):
-    """torch looks above nvcc's folder, which is wrong where nvcc is a script that calls another one."""
+    """torch looks in the parent of nvcc's folder, which is wrong if nvcc is a script that calls another one."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     nvcc = tmp_path / "nvcc"
@@ -1004,7 +1010,7 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernel(unbuilt, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("variant", ["angular_spread", "orthogonalization", "decorrelation", "mean_cosine"])
 def test_the_streamed_value_stays_exact_for_many_tokens(variant):
-    """Nearly parallel tokens: millions of almost equal pairs are added up, and their rounding errors with them."""
+    """Nearly parallel tokens: rounding errors of millions of almost equal pairs add up."""
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(1, 12_000, 24, generator=generator) * 0.3 + torch.randn(1, 1, 24, generator=generator) * 2
     exact = dispersion.dispersion_loss(z.double(), variant, impl="streamed")
@@ -1016,7 +1022,7 @@ def test_the_streamed_form_is_exact_at_any_matmul_precision():
     z = (randn(1, 1, 64, seed=1) + 0.01 * randn(1, 100, 64)).float()
     exact = value_and_gradient(z, "angular_spread", "streamed")[1]
     try:
-        torch.set_float32_matmul_precision("medium")  # bfloat16 on CPUs that have it
+        torch.set_float32_matmul_precision("medium")  # bfloat16 on CPUs that support it
         assert torch.equal(value_and_gradient(z, "angular_spread", "streamed")[1], exact)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -1026,7 +1032,7 @@ def test_the_streamed_form_is_exact_at_any_matmul_precision():
 def test_the_self_test_notices_wrong_numbers(monkeypatch):
     right = ops.dispersion.run
     for factor, good in ((1, True), (1.02, False), (math.nan, False)):
-        # What is tested is wrong, and the streamed one that it is held against is right.
+        # The tested implementation is wrong, and the streamed one that it is compared with is right.
         wrong = lambda chosen, *z, by=factor: right("streamed", *z) * (by if chosen == "fused" else 1)  # noqa: E731
         monkeypatch.setattr(ops.dispersion, "run", wrong)
         text, passed = self_test("fused", "cpu")
@@ -1065,7 +1071,7 @@ def test_the_operator_refuses_what_it_cannot_do():
         op(torch.ones(1, 3, 4), "mean_cosine", 1.0, 0.25, 0.01, False)
 
 
-# What backward is handed
+# The inputs of backward
 
 
 class WithoutGradient(torch.autograd.Function):
@@ -1080,7 +1086,7 @@ class WithoutGradient(torch.autograd.Function):
 
 @pytest.mark.parametrize("name", ["fused", "streamed", "attention", "cross-entropy"])
 def test_backward_is_handed_no_zeros_and_takes_no_gradient(name):
-    """The operators also return what has no gradient: autograd would make zeros of that size for it."""
+    """The operators also return tensors without gradient, for which autograd would allocate zeros."""
     x = torch.randn(2, 9, 24, requires_grad=True)
 
     def value():

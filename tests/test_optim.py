@@ -78,7 +78,8 @@ def test_embeddings_have_a_learning_rate_of_their_own(optimizer, tied):
 
 def test_to_build_and_step_optimisers_imports_no_compiler():
     code = (
-        "import sys, torch; from minidisp import GPT; from minidisp.config import Config; from minidisp.optim import *\n"
+        "import sys, torch; from minidisp import GPT; from minidisp.config import Config\n"
+        "from minidisp.optim import *\n"
         "for name in OPTIMIZERS:\n"
         "    config = Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, optimizer=name); model = GPT(config)\n"
         "    idx = torch.zeros(1, 4, dtype=torch.long); model(idx, idx).loss.backward()\n"
@@ -105,7 +106,7 @@ def test_one_step_of_adamw_is_the_formula():
         torch.testing.assert_close(p.detach().double(), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 500, 1 << 24])  # one matrix, a few, all of a shape
+@pytest.mark.parametrize("at_once", [1, 500, 1 << 24])  # one matrix, a few, all of one shape
 def test_muon_together_is_torch_s_one_by_one(monkeypatch, at_once):
     monkeypatch.setattr(Muon, "AT_ONCE", at_once)
     monkeypatch.setattr(optim, "newton_schulz_dtype", lambda device_type: torch.bfloat16)
@@ -146,7 +147,7 @@ def exact_muon(weight, grads, lr, decay, momentum=0.95):
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
 def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch, dtype, error):
-    """The two round differently: in bfloat16 a step is right to 2 % of its size."""
+    """The two round differently: in bfloat16, a step is accurate to 2 % of its size."""
     monkeypatch.setattr(optim, "newton_schulz_dtype", lambda device_type: dtype)
     config = Config(**SMALL, optimizer="muon", lr=0.1, weight_decay=0.5)
     found = []

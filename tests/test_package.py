@@ -1,4 +1,4 @@
-"""What pip installs: every module and data file of minidisp, in a wheel and in an editable install."""
+"""pip installs every module and data file of minidisp, in a wheel and in an editable install."""
 
 import importlib.util
 import json
@@ -20,19 +20,19 @@ if not importlib.util.find_spec("setuptools"):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of what a clone holds, so that nothing built before is in the way."""
+    """A copy of the files of a clone, without earlier builds."""
     tree = tmp_path_factory.mktemp("clone")
     for name in FILES:
         shutil.copy(ROOT / name, tree)
     for name in ("minidisp", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    (tree / "minidisp" / "later").mkdir()  # a sub-package that pyproject.toml cannot know
+    (tree / "minidisp" / "later").mkdir()  # a sub-package that pyproject.toml does not list
     (tree / "minidisp" / "later" / "__init__.py").touch()
     return tree
 
 
 def build(hook: str, tree: Path, out: Path) -> Path:
-    """What pip does with --no-build-isolation: one of the hooks of PEP 517 and 660. Unpacked."""
+    """Like pip with --no-build-isolation: calls a hook of PEP 517 or 660, and unpacks the wheel."""
     script = f"import sys; from setuptools import build_meta; print(build_meta.{hook}(sys.argv[1]))"
     environment = {**os.environ, "MINIDISP_BUILD": "0"}
     child = subprocess.run(
@@ -45,7 +45,7 @@ def build(hook: str, tree: Path, out: Path) -> Path:
 
 
 def run(script: str, *arguments: object) -> str:
-    """A script in a process that sees neither this folder nor PYTHONPATH, nor another minidisp that is installed."""
+    """Run a script in a process that sees neither this folder, nor PYTHONPATH, nor another installed minidisp."""
     clean = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
     )

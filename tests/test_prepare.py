@@ -1,4 +1,4 @@
-"""data/prepare.py: what becomes of documents, what is refused, and that a corpus is there whole or not at all."""
+"""data/prepare.py: the handling of documents, rejected input, and atomic creation of corpora."""
 
 import errno
 import gzip
@@ -82,7 +82,7 @@ def jsonl(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Run the command with --out tmp_path/out; returns its exit code, and what it wrote to stdout and stderr."""
+    """Run the command with --out tmp_path/out; returns its exit code, stdout and stderr."""
 
     def run(*argv: str | Path) -> tuple[int, str, str]:
         code = prepare.main([*map(str, argv), "--out", str(tmp_path / "out")])
@@ -95,7 +95,7 @@ def assert_nothing_left(folder: Path, but: tuple[str, ...] = ()) -> None:
     assert [path.name for path in folder.iterdir() if path.name.startswith((".", "out")) and path.name not in but] == []
 
 
-# --- what becomes of documents ----------------------------------------------------------------------------------------
+# --- the handling of documents ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [["--tokenizer", "byte"], ["--vocab-size", "310"]])
@@ -237,7 +237,7 @@ def test_file_blocks_end_at_lines(tmp_path, monkeypatch):
     assert all(block.endswith("\n") for block in blocks[:6])
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- rejected input ---------------------------------------------------------------------------------------------------
 
 GOOD = b'{"text": "a"}\n'
 BAD_INPUT = {
@@ -345,7 +345,7 @@ def test_help_shows_examples(capsys):
     assert all(name in text for name in prepare.BUILT_IN)
 
 
-# --- whole or not at all ----------------------------------------------------------------------------------------------
+# --- atomic creation --------------------------------------------------------------------------------------------------
 
 
 def test_existing_corpus_is_kept(run, tmp_path, jsonl):
@@ -490,7 +490,7 @@ def test_signals_clean_up(tmp_path, number, code):
 
 @pytest.mark.skipif(prepare.fcntl is None, reason="no file locks")
 def test_two_at_once_prepare_it_once(tmp_path, jsonl, capsys):
-    """As the processes of a torchrun on a fresh clone do."""
+    """As the processes of torchrun do in a fresh clone."""
     calls = []
     whole = sources.input_files([str(jsonl)], "text")
 
@@ -523,7 +523,7 @@ def test_prepare_does_not_import_torch():
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at every address; `faults` says for each request in turn what goes wrong."""
+    """Serves `content` at every address; `faults` lists the failure of each request in order."""
 
     def __init__(self, content: bytes):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -690,7 +690,7 @@ def test_wikitext_articles(tmp_path):
 def test_tinystories_are_separated(tmp_path, monkeypatch):
     stories = [f"Once there were {i} cats.\n\nThe end." for i in range(50)]
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
-    for block_chars in (10, 1 << 18):  # separators that cross blocks, too
+    for block_chars in (10, 1 << 18):  # including separators that cross blocks
         monkeypatch.setattr(sources, "BLOCK_CHARS", block_chars)
         found = ["".join(document.blocks) for document in downloads.tinystories(tmp_path / "stories.txt")]
         assert found == stories
@@ -701,7 +701,7 @@ def test_tinystories_are_separated(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the package datasets that records how it is called; `rows` is what it streams."""
+    """A stand-in for the package datasets that records its calls and streams `rows`."""
     hub = types.SimpleNamespace(calls=[], rows=[{"text": text} for text in make_texts()])
 
     def load_dataset(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Tables, figures, the HTML page in a real browser, and the loggers of other tools."""
+"""Tables, figures, the HTML page in a real browser, and the TensorBoard and wandb loggers."""
 
 import html
 import json
@@ -33,16 +33,35 @@ def no_figures():
 
 
 def made_up_scores(name="a", n_layer=3, tokenizer="t"):
-    """Scores such as eval.py makes them."""
+    """Scores like those of eval.py."""
     rng = np.random.default_rng(len(name))
     by_layer = {
         f"{key}_by_layer": rng.random(n_layer + 1).tolist() for key in ("mean_cosine", *(f[0] for f in report.FURTHER))
     }
     histogram = (rng.random((n_layer + 1, 128)) * 8).tolist()
-    condensation = {"sequences": 5, "tokens_per_sequence": 8, "spearman": math.nan, "kendall": 0.25, "last_half_mean": 0.125,
-                    "last_1_to_5_means": [0.5] * n_layer, "histogram_by_layer": histogram, "pair_histogram_by_layer": histogram, **by_layer}  # fmt: skip
-    return {"name": name, "tokenizer": tokenizer, "tokens": 1234, "bytes": 5000, "words": 900, "loss": 2.5, "perplexity": math.exp(2.5),
-            "bits_per_byte": 0.9, "word_perplexity": 1e12, "condensation": condensation}  # fmt: skip
+    condensation = {
+        "sequences": 5,
+        "tokens_per_sequence": 8,
+        "spearman": math.nan,
+        "kendall": 0.25,
+        "last_half_mean": 0.125,
+        "last_1_to_5_means": [0.5] * n_layer,
+        "histogram_by_layer": histogram,
+        "pair_histogram_by_layer": histogram,
+        **by_layer,
+    }
+    return {
+        "name": name,
+        "tokenizer": tokenizer,
+        "tokens": 1234,
+        "bytes": 5000,
+        "words": 900,
+        "loss": 2.5,
+        "perplexity": math.exp(2.5),
+        "bits_per_byte": 0.9,
+        "word_perplexity": 1e12,
+        "condensation": condensation,
+    }
 
 
 def made_up_metrics(n_layer=3, steps=(0, 10, 20)):
@@ -50,8 +69,18 @@ def made_up_metrics(n_layer=3, steps=(0, 10, 20)):
     lines = []
     for step in steps:
         lines.append({"step": step, "loss": 3.0 - step / 50, "ce": 3.0 - step / 50})
-        lines.append({"step": step, "val_loss": 3.1 - step / 50, "bits_per_byte": 1.0, "last_half_mean": 0.2, "spearman": None,
-                      "kendall": 1.0, "mean_cosine_by_layer": [0.1] * (n_layer + 1), "histogram_by_layer": histogram})  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "val_loss": 3.1 - step / 50,
+                "bits_per_byte": 1.0,
+                "last_half_mean": 0.2,
+                "spearman": None,
+                "kendall": 1.0,
+                "mean_cosine_by_layer": [0.1] * (n_layer + 1),
+                "histogram_by_layer": histogram,
+            }
+        )
     return lines
 
 
@@ -151,7 +180,7 @@ def test_no_loss_figure_without_metrics(tmp_path):
 
 @pytest.mark.slow
 def test_the_environment_does_not_matter(tmp_path):
-    """As in a notebook, without a home or display, with a matplotlibrc that asks for what is not there."""
+    """As in a notebook, without a home folder or display, with a matplotlibrc that requires missing programs."""
     rc = tmp_path / "matplotlibrc"
     rc.write_text("backend: nonsense\ntext.usetex: True\nfont.size: 99\nlines.linewidth: none of it\n")
     metrics = tmp_path / "metrics.json"
@@ -208,7 +237,7 @@ def test_a_finished_run_does_not_fail_for_its_figures(corpus, tmp_path, monkeypa
     assert train.cli(small_flags(data=corpus, out=out, max_steps=2)) == 0
     shown = capsys.readouterr()
     warnings = [line for line in shown.err.splitlines() if "figures" in line]
-    if reason == "no matplotlib":  # said in the first lines, before the first step, and not again
+    if reason == "no matplotlib":  # reported once, before the first step
         assert "no figures: matplotlib is not installed" in shown.out[: shown.out.index("step ")]
         assert warnings == []
     else:
@@ -249,7 +278,7 @@ def test_a_heat_map_shows_the_range_of_its_data():
 
 
 def test_the_loss_axis_begins_after_the_warm_up():
-    """Step 0, at 8.3, does not take the whole axis: two runs at 3.0 can be distinguished."""
+    """Step 0, at 8.3, does not determine the axis: two runs at 3.0 can be distinguished."""
     lines = [{"step": 0, "val_loss": 8.3}]
     for step in range(1, 101):
         lines.append({"step": step, "ce": 3 + 5 * np.exp(-step / 5), "lr": min(step / 10, 1) * 1e-3, "grad_norm": 1.0})
@@ -281,12 +310,13 @@ def test_the_curves_of_runs_from_their_metrics_alone(tmp_path, capsys):
         assert curves.main(flags) == 0
         assert out.stat().st_size > 1000
     shown = capsys.readouterr().out
-    for run in runs:  # two folders of one name
+    for run in runs:  # two folders with the same name
         assert f"{run}: step 20, training loss 2.600, validation loss 2.700" in shown
 
 
 def test_curves_do_not_import_torch(tmp_path):
-    script = "import sys; from minidisp.report.__main__ import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    script = "import sys; from minidisp.report.__main__ import main; code = main(); "
+    script += "assert 'torch' not in sys.modules; sys.exit(code)"
     run, out = run_folder(tmp_path / "run"), tmp_path / "curves.png"
     subprocess.run([sys.executable, "-c", script, str(run), "--out", str(out)], check=True, timeout=120)
     assert out.exists()
@@ -344,7 +374,7 @@ def make_page(names, metrics, n_layer=3):
 
 
 class Outside(HTMLParser):
-    """Collects what would load something, and all event handlers."""
+    """Collects everything that would load a resource, and all event handlers."""
 
     def __init__(self):
         super().__init__()
@@ -384,14 +414,32 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def browse(path, tmp_path, width=1000, dark=False) -> str:
-    """The page as a browser has made it, its scripts included; any error of a script fails."""
+    """The page as rendered by a browser, with scripts; any script error fails."""
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-         f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert not re.findall(r"CONSOLE.*", done.stderr)  # errors of scripts, and whatever the page was refused
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            f"--window-size={width},900",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--virtual-time-budget=2000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert not re.findall(r"CONSOLE.*", done.stderr)  # script errors, and requests that the page's policy blocked
     return done.stdout
 
 
@@ -401,26 +449,37 @@ def test_the_page_in_a_browser(tmp_path):
     page = make_page(["first", EVIL], [made_up_metrics(), made_up_metrics(steps=(10, 40))])
     drive = """
       const log = [];
-      const pixels = () => [...document.querySelectorAll("canvas")].map((c) => c.hidden ? "hidden" : c.toDataURL().length + c.toDataURL().slice(-80));
+      const image = (c) => c.toDataURL().length + c.toDataURL().slice(-80);
+      const pixels = () => [...document.querySelectorAll("canvas")].map((c) => c.hidden ? "hidden" : image(c));
       const set = (id, value, event) => { $(id).value = value; $(id).dispatchEvent(new Event(event)); };
       const seen = [];
-      for (const step of [0, 1, 2, 3]) { set("map-step", step, "input"); seen.push(pixels()); log.push($("map-step-out").textContent); }
+      for (const step of [0, 1, 2, 3]) {
+        set("map-step", step, "input");
+        seen.push(pixels());
+        log.push($("map-step-out").textContent);
+      }
       log.push(seen[0][1] === "hidden", seen[1][1] !== "hidden");
       log.push(document.querySelectorAll("figcaption")[0].textContent);
       const kinds = [...$("map-kind").options].map((o) => { set("map-kind", o.value, "change"); return pixels()[0]; });
       log.push(new Set(kinds).size, $("map-steps").hidden);
-      const paths = [...$("layer-metric").options].map((o) => { set("layer-metric", o.value, "change"); return $("layer-chart").querySelector("path").getAttribute("d"); });
+      const paths = [...$("layer-metric").options].map((o) => {
+        set("layer-metric", o.value, "change");
+        return $("layer-chart").querySelector("path").getAttribute("d");
+      });
       log.push(new Set(paths).size, $("layer-chart").querySelectorAll("circle").length);
       for (const o of $("step-metric").options) set("step-metric", o.value, "change");
       log.push(document.querySelectorAll("[data-legend] span")[1].textContent);
-      const out = document.createElement("pre"); out.id = "log"; out.textContent = JSON.stringify(log); document.body.append(out);
+      const out = document.createElement("pre");
+      out.id = "log";
+      out.textContent = JSON.stringify(log);
+      document.body.append(out);
     """
     path = tmp_path / "page.html"
     path.write_text(page.replace("drawAll();\n</script>", f"drawAll();\n{drive}</script>"), encoding="utf-8")
     dom = browse(path, tmp_path)
     log = json.loads(html.unescape(re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)[1]))
     assert log[:4] == ["0", "10", "20", "40"]
-    assert log[4:6] == [True, True]  # the second run had nothing measured at step 0
+    assert log[4:6] == [True, True]  # the second run has no evaluation at step 0
     assert log[6] == "first: step 20, validation loss 2.7"
     assert log[7:9] == [3, True]
     assert log[9:11] == [1 + len(report.FURTHER), 8]
@@ -438,7 +497,8 @@ READ = """
   const chart = $("step-chart"), box = chart.getBoundingClientRect();
   chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 90 }));
   out.textContent = JSON.stringify({
-    over, dark: getComputedStyle(document.body).backgroundColor, sizes: shown.map((c) => c.viewBox.baseVal.width / c.clientWidth),
+    over, dark: getComputedStyle(document.body).backgroundColor,
+    sizes: shown.map((c) => c.viewBox.baseVal.width / c.clientWidth),
     readout: [...chart.querySelectorAll("g[visibility=visible] text")].map((t) => t.textContent),
     sticky: getComputedStyle(document.querySelector("tbody th")).position, winner: $("winner").textContent,
     legend: document.querySelectorAll("[data-legend] .winner").length, samples: $("samples").textContent,
@@ -449,18 +509,29 @@ READ = """
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [500, 1000, 1900])  # a window is at least 500 wide
+@pytest.mark.parametrize("width", [500, 1000, 1900])  # a window is at least 500 pixels wide
 def test_the_page_at_three_widths_in_both_colour_schemes(tmp_path, width, dark):
-    """No script fails, nothing is wider than the window, text is not scaled, hovering shows values, the winner is marked."""
+    """No script errors, nothing wider than the window, unscaled text, values on hover, the winner marked."""
     scores = [{**made_up_scores(f"{name}-s{seed}"), "samples": [{"seed": 3, "prompt": "a <b>", "continuation": " &c"}]}
               for name in ("plain", "better") for seed in (0, 1, 2)]  # fmt: skip
-    groups = [{"name": name, "runs": [f"{name}-s{seed}" for seed in (0, 1, 2)], "seeds": [0, 1, 2], "mean": mean, "sd": 0.1}
-              for name, mean in (("plain", 1.0), ("better", 0.9))]  # fmt: skip
+    groups = [
+        {"name": name, "runs": [f"{name}-s{seed}" for seed in (0, 1, 2)], "seeds": [0, 1, 2], "mean": mean, "sd": 0.1}
+        for name, mean in (("plain", 1.0), ("better", 0.9))
+    ]
     groups[1]["versus_first"] = {"pairs": 3, "mean": -0.1, "sd": 0.1, "low": -0.15, "high": -0.05, "verdict": "better"}
     for i, score in enumerate(scores):
         score["over_seeds"] = {"bits_per_byte": groups[i // 3]}
-    metrics = [{**line, "tokens": 8 * line["step"], "seconds": line["step"] * 20, "lr": 1e-3, "grad_norm": 1 + line["step"],
-                "tokens_per_second": 5} for line in made_up_metrics()]  # fmt: skip
+    metrics = [
+        {
+            **line,
+            "tokens": 8 * line["step"],
+            "seconds": line["step"] * 20,
+            "lr": 1e-3,
+            "grad_norm": 1 + line["step"],
+            "tokens_per_second": 5,
+        }
+        for line in made_up_metrics()
+    ]
     page = report.html_page("text", ["a"], [report.score_table(scores)], [], scores, [metrics] * 6)
     path = tmp_path / "page.html"
     path.write_text(page.replace("drawAll();\n</script>", f"drawAll();\n{READ}</script>"), encoding="utf-8")
@@ -603,14 +674,14 @@ def test_wandb_goes_on_with_the_same_run(corpus, tmp_path, monkeypatch):
     first, resumed, anew, late = (options["id"] for options in begun)
     assert first == resumed
     assert len({first, anew, late}) == 3
-    assert {options["resume"] for options in begun} == {"allow"}  # also where it was removed there meanwhile
+    assert {options["resume"] for options in begun} == {"allow"}  # even if it was removed there in the meantime
     (out / "wandb_id").write_bytes(b"../\xff x")
     with pytest.raises(InputError, match=r"wandb_id does not hold a wandb run id"):
         train.main(small_config(corpus, out, wandb=True, max_steps=2, resume=True))
 
 
 def test_tensorboard_of_a_run_that_starts_again(tmp_path):
-    """Stopped before its first checkpoint, or at one: what metrics.jsonl has lost is hidden, and nothing else."""
+    """Stopped before its first checkpoint, or at one: only lines missing from metrics.jsonl are discarded."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     metrics = tmp_path / "metrics.jsonl"
     for kept, resume in (([], False), ([], True), ([0, 1], True), ([0, 1, 2], True)):

@@ -1,4 +1,4 @@
-"""Rows of examples by their fields: what each becomes, and what is refused, with file and line."""
+"""Rows of examples by their fields: their conversion, and rejected rows, with file and line."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from minidisp.data import Dataset
 
 
 def said(*turns: str) -> list[dict]:
-    """user, assistant, user, ...; a turn that begins with "s:" is from the system."""
+    """user, assistant, user, ...; a turn that starts with "s:" is from the system."""
     messages = [{"role": "system", "content": turn[2:]} for turn in turns[:1] if turn.startswith("s:")]
     rest = turns[len(messages) :]
     return messages + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(rest)]
@@ -24,11 +24,17 @@ KINDS = {
     "alpaca without input": ({"instruction": "Hi", "input": "", "output": "Ho"}, said("Hi", "Ho")),
     "alpaca without the field": ({"instruction": "Hi", "output": "Ho"}, said("Hi", "Ho")),
     "sharegpt": (
-        {"conversations": [{"from": "system", "value": "x"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {
+            "conversations": [
+                {"from": "system", "value": "x"},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
         said("s:x", "a", "b"),
     ),
     "both": ({"prompt": "p", "prompt_id": "1", "messages": said("a", "b")}, said("a", "b")),
-}  # fmt: skip
+}
 BAD = [
     ({"prompt": "a", "completion": ""}, "empty completion", "message 2"),
     ({"prompt": "a", "completion": " \n"}, "empty completion", "message 2"),
@@ -40,15 +46,19 @@ BAD = [
     ({"messages": said("a")}, "no completion", "nothing to learn"),
     ({"messages": ["a"]}, "not a message", r"messages\[0\]"),
     ({"messages": [{"role": "user"}]}, "not a message", r"messages\[0\]"),
-    ({"messages": [*said("a", "b"), {"role": "tool", "content": "c"}]}, "unknown role", r"messages\[2\]: the role \"tool\""),
-    ({"conversations": [{"from": "bing", "value": "c"}]}, "unknown role", "\"bing\""),
+    (
+        {"messages": [*said("a", "b"), {"role": "tool", "content": "c"}]},
+        "unknown role",
+        r"messages\[2\]: the role \"tool\"",
+    ),
+    ({"conversations": [{"from": "bing", "value": "c"}]}, "unknown role", '"bing"'),
     ({"messages": said("a", "b")[1:]}, "begins with the assistant", "message 1"),
     ({"messages": [*said("s:x", "a", "b")[:1], *said("a", "b")[1:]]}, "begins with the assistant", "message 2"),
     ({"messages": [*said("a"), *said("b", "c")]}, "two turns in a row", "messages 1 and 2 are both from the user"),
     ({"messages": [*said("a", "b"), *said("c", "d")[1:]]}, "two turns in a row", "message 3"),
     ({"messages": [*said("a", "b"), {"role": "system", "content": "c"}]}, "system message later on", "message 3"),
     ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "b"}]}, "null", "content"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +148,8 @@ def test_an_example_among_texts_is_a_bad_row(tmp_path, capsys):
 def test_what_a_template_refuses_is_a_bad_row(tmp_path, capsys):
     from test_template import bpe
 
-    source = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    source = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    source += "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     bpe(tmp_path, source).save(tmp_path / "tokenizer.model")
     rows = [*good(60), {"prompt": "no", "completion": "x"}]
     flags = make(tmp_path / "rows.jsonl", rows)

@@ -1,4 +1,4 @@
-"""What keeps a run safe: good checkpoints, threads, launchers, compilers, and what the terminal says."""
+"""The safety of runs: good checkpoints, threads, launchers, compilers, and terminal output."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from tests.conftest import small_config, small_flags
 ROOT = Path(train.__file__).parent
 
 
-# --- a checkpoint that is called good ---------------------------------------------------------------------------------
+# --- checkpoints that are called good ---------------------------------------------------------------------------------
 
 
 def outputs_are_finite(run: Path) -> bool:
@@ -43,7 +43,7 @@ def outputs_are_finite(run: Path) -> bool:
 
 @pytest.mark.parametrize("lr", ["1e8", "1e30", "1e38"])
 def test_what_is_called_good_has_been_seen_to_work(corpus, tmp_path, capsys, lr):
-    """The weights after a huge step are finite, at first, and give NaN: no such checkpoint replaces a good one."""
+    """After a huge step, the weights are still finite but give NaN: such a checkpoint must not replace a good one."""
     run = tmp_path / "run"
     flags = small_flags(max_steps=40, lr=lr, warmup_steps=0, grad_clip=0, save_every=1, eval_every=100)
     code = train.cli([*flags, "--data", str(corpus), "--out", str(run)])
@@ -85,7 +85,7 @@ def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path):
 def test_a_changed_training_loss_is_what_trains_and_evaluation_keeps_the_cross_entropy(
     corpus, tmp_path, monkeypatch, capsys
 ):
-    """Also where large vocabularies have a fast form of the cross-entropy."""
+    """Also with the fast cross-entropy for large vocabularies."""
     plain, found = loss.plain, []
     for factor, fast in ((1.0, 1), (3.0, 1), (3.0, None)):
         monkeypatch.setattr(loss, "plain", lambda logits, targets, by=factor: by * plain(logits, targets))
@@ -103,7 +103,7 @@ def test_a_changed_training_loss_is_what_trains_and_evaluation_keeps_the_cross_e
 
 
 def test_training_in_a_thread(corpus, tmp_path):
-    """As web demos do; signals belong to the main thread."""
+    """As in web demos; signals belong to the main thread."""
     summaries = []
     thread = threading.Thread(target=lambda: summaries.append(train.main(small_config(corpus, tmp_path / "run"))))
     thread.start()
@@ -123,7 +123,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RU
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}, False),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, True),
         ({"TORCHELASTIC_RUN_ID": "x"}, True),
-        ({"SLURM_NTASKS": "4"}, False),  # an allocation, in which nothing was started yet
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation in which no job step was started
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
@@ -152,7 +152,7 @@ def test_the_launcher_is_read_off_the_environment(monkeypatch, variables, expect
 
 @pytest.mark.slow
 def test_processes_without_torchrun_train_one_run(corpus, tmp_path):
-    """As srun and mpirun start them: RANK, WORLD_SIZE, MASTER_ADDR and nothing of torchrun's."""
+    """As started by srun and mpirun: RANK, WORLD_SIZE and MASTER_ADDR, but no variables of torchrun."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
     command = [
@@ -165,9 +165,16 @@ def test_processes_without_torchrun_train_one_run(corpus, tmp_path):
         str(tmp_path / "run"),
     ]
     started = [
-        subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     printed = [process.communicate(timeout=200)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     assert "2 processes" in printed[0]
@@ -182,7 +189,7 @@ def test_compiling_without_a_compiler_is_one_line(corpus, tmp_path, monkeypatch,
     assert "compiler" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    assert not device.compiles("auto", torch.device("cuda"))  # which goes on without
+    assert not device.compiles("auto", torch.device("cuda"))  # training continues without it
     assert "not compiled" in capsys.readouterr().err
     assert not device.compiles("auto", torch.device("cpu"))
     assert not device.compiles("off", torch.device("cuda"))
@@ -190,16 +197,18 @@ def test_compiling_without_a_compiler_is_one_line(corpus, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line(corpus, tmp_path, monkeypatch):
-    """The first step compiles, and what goes wrong there has pages of traceback."""
+    """The first step compiles, and compiler errors have pages of traceback."""
     environment = {**os.environ, "CXX": shutil.which("false"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     flags = [*small_flags(max_steps=1), "--data", str(corpus), "--out", str(tmp_path / "run"), "--compile", "on"]
-    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: torch.compile failed")
 
 
-# --- what the terminal says -------------------------------------------------------------------------------------------
+# --- terminal output --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +274,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
 
 
 def test_init_from_brings_its_architecture_and_refuses_what_was_typed_otherwise(corpus, run, tmp_path, capsys):
-    """Also where what was typed is what the flag has by default."""
+    """Even if the given value is the flag's default."""
     base = ["--init-from", str(run), "--data", str(corpus), "--max-steps", "1", "--device", "cpu"]
     further = tmp_path / "further.json"
     saved = json.loads((run / "config.json").read_text())
@@ -295,7 +304,7 @@ def test_a_world_shares_a_batch_evenly_or_says_what_to_change():
         World(rank=0, size=2).share_of(7)
 
 
-# --- less memory, and an average --------------------------------------------------------------------------------------
+# --- less memory, and weight averages ---------------------------------------------------------------------------------
 
 
 def weights(run: Path, name: str = checkpoint.LAST) -> dict[str, torch.Tensor]:
@@ -377,7 +386,7 @@ def test_recomputing_under_compile_gives_the_same_gradients(corpus, tmp_path):
 
 
 def test_an_average_of_the_weights_is_that_of_the_formula(corpus, tmp_path):
-    """Taken along by hand from the checkpoints of every step, in float64."""
+    """Compared with an average computed by hand from the checkpoints of every step, in float64."""
     run, decay = tmp_path / "run", 0.7
     train.main(small_config(corpus, run, ema=decay, save_every=1, keep=20, eval_every=4))
     train.main(small_config(corpus, tmp_path / "start", max_steps=0))
@@ -419,7 +428,7 @@ def test_a_decay_that_is_none_is_refused(decay):
 
 
 def test_the_average_is_never_older_than_the_checkpoint(corpus, tmp_path, monkeypatch, capsys):
-    """Also where the run ends between the two: a finished run writes nothing when it is resumed."""
+    """Even if the run ends between the two: resuming a finished run writes nothing."""
     flags = small_flags(ema=0.5, max_steps=4, save_every=2, eval_every=4)
     assert train.cli([*flags, "--data", str(corpus), "--out", str(tmp_path / "whole")]) == 0
     save = checkpoint.save
@@ -458,7 +467,7 @@ def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_pat
     assert "Traceback" not in error
 
 
-# --- resuming at its edges --------------------------------------------------------------------------------------------
+# --- edge cases of resuming -------------------------------------------------------------------------------------------
 
 
 def metrics(run: Path) -> list[dict]:
@@ -484,7 +493,7 @@ def test_a_float32_run_goes_on_in_float16_and_back(corpus, tmp_path):
 
 
 def test_the_best_of_steps_that_are_taken_again_is_forgotten(corpus, tmp_path, monkeypatch):
-    """A run that is killed behind its last checkpoint, and goes on otherwise."""
+    """A run that is killed after its last checkpoint, and continues differently."""
     config = small_config(corpus, tmp_path / "run", max_steps=8, save_every=4, eval_every=2, lr=0.01)
     forward_backward, steps = train.Trainer.forward_backward, []
 
@@ -536,21 +545,25 @@ def test_damaged_metrics_of_a_run_that_is_replaced_do_not_matter(corpus, tmp_pat
     assert metrics(tmp_path / "run")[-1]["step"] == 1
 
 
-# --- signals, streams and what is printed ------------------------------------------------------------------------------
+# --- signals, streams and output --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("trap", "stops"), [("trap '' INT;", False), pytest.param("", True, marks=pytest.mark.slow)])
 def test_a_signal_that_was_inherited_as_ignored_stays_ignored(corpus, tmp_path, trap, stops):
-    """As shells start background jobs of scripts. SIGTERM stops such a training, with a checkpoint."""
+    """As in background jobs of shell scripts. SIGTERM stops such a run, with a checkpoint."""
     run = tmp_path / "run"
     metrics = run / "metrics.jsonl"
     flags = small_flags(
         data=corpus, out=run, max_steps=100_000, save_every=100_000, eval_every=100_000, schedule="constant"
     )
     process = subprocess.Popen(
-        ["sh", "-c", f'{trap} exec "$0" "$@"', sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ["sh", "-c", f'{trap} exec "$0" "$@"', sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
 
     def steps() -> int:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -597,8 +610,11 @@ def test_an_ignored_signal_is_not_caught(monkeypatch):
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "data/prepare.py", "-m minidisp.hf"])
 def test_an_interrupt_while_importing_is_one_line(program):
-    """Wherever it comes: a sitecustomize sends it when a module is looked for."""
-    hook = "import os, signal, sys\nclass F:\n  def find_spec(self, name, *_):\n    if name == {!r}: os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, F())\n"
+    """At any time: a sitecustomize sends it when a certain module is imported."""
+    hook = (
+        "import os, signal, sys\nclass F:\n  def find_spec(self, name, *_):\n"
+        "    if name == {!r}: os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, F())\n"
+    )
     module = "numpy" if program == "data/prepare.py" else "torch"
     start = (
         "runpy._run_module_as_main(sys.argv.pop(1))"
@@ -606,9 +622,18 @@ def test_an_interrupt_while_importing_is_one_line(program):
         else "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"{hook.format(module)}import runpy; sys.argv = {[*program.split(), '--help']!r}; sys.path.insert(0, '.'); {start}"],
-        cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"{hook.format(module)}import runpy; sys.argv = {[*program.split(), '--help']!r}; "
+            f"sys.path.insert(0, '.'); {start}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert (done.returncode, done.stderr) == (130, "interrupted\n"), done
 
 
@@ -621,7 +646,7 @@ def test_an_interrupt_while_importing_is_one_line(program):
     ],
 )
 def test_closed_streams_are_no_error(corpus, run, tmp_path, closed, program):
-    """pythonw and some services start programs so. Nothing that is printed may end up in a file of the run."""
+    """As started by pythonw and some services. Output must not end up in a file of the run."""
     out, scores = tmp_path / "run", tmp_path / "r.json"
     if program == "train.py":
         flags = small_flags(data=corpus, out=out, max_steps=2, eval_every=1, save_every=1)
@@ -629,8 +654,12 @@ def test_closed_streams_are_no_error(corpus, run, tmp_path, closed, program):
         flags = [str(run), "--json", str(scores), "--tokens", "200"]
     for words, code in ((flags, 0), (["--nonsense"], 2)):
         done = subprocess.run(
-            ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, program, *words], cwd=ROOT, capture_output=True, text=True, check=False
-        )  # fmt: skip
+            ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, program, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, (words, done)
         assert "Traceback" not in done.stderr
     if program == "train.py":
@@ -672,9 +701,19 @@ def test_what_could_command_a_terminal_is_escaped():
 
 @pytest.mark.parametrize(
     "words",
-    [["--out", f"runs/{HOSTILE[:-2]}"], ["--data", f"x{HOSTILE[5]}"], [f"--{HOSTILE[:5]}"], ["--config", "\n\x1b[2J" * 2000], ["--preset", "\x1b[1m"],
-     ["--lr", "\x1b[2J\n"], ["--resume", "--out", "\x1b[2J/\u202e"], ["--init-from", "\x9b"], ["--" + "y" * 300_000], ["--seed", "9" * 5000]],
-)  # fmt: skip
+    [
+        ["--out", f"runs/{HOSTILE[:-2]}"],
+        ["--data", f"x{HOSTILE[5]}"],
+        [f"--{HOSTILE[:5]}"],
+        ["--config", "\n\x1b[2J" * 2000],
+        ["--preset", "\x1b[1m"],
+        ["--lr", "\x1b[2J\n"],
+        ["--resume", "--out", "\x1b[2J/\u202e"],
+        ["--init-from", "\x9b"],
+        ["--" + "y" * 300_000],
+        ["--seed", "9" * 5000],
+    ],
+)
 def test_messages_are_one_line_of_what_can_be_printed(words, capsys):
     assert train.cli([word.replace("\0", "") for word in words]) == 2
     error = capsys.readouterr().err
@@ -711,7 +750,7 @@ def test_samples_and_prompts_are_shown_escaped_and_kept_as_they_are(run, tmp_pat
     assert sample["continuation"] == HOSTILE + "\n\tz"
 
 
-# --- what a run ran on --------------------------------------------------------------------------------------------------
+# --- the environment of a run -----------------------------------------------------------------------------------------
 
 
 def test_the_limits_of_containers_count(tmp_path, monkeypatch):
@@ -727,7 +766,7 @@ def test_the_limits_of_containers_count(tmp_path, monkeypatch):
     assert sorted(device.cgroup_limits(tmp_path)) == [5_000_000_000, 7_000_000_000]
     put(
         "proc/self/cgroup", "0::/../../elsewhere/of/the/host\n"
-    )  # as a container sees it: its group is mounted at the top
+    )  # as seen in a container: its group is mounted at the top
     put("sys/fs/cgroup/memory.max", "3000000000\n")
     assert list(device.cgroup_limits(tmp_path)) == [3_000_000_000]
     put(
@@ -776,7 +815,7 @@ def test_the_commit_is_of_the_codes_own_repository(tmp_path, monkeypatch):
     git("commit", "-qm", "inner", where=inner)
     assert device.git("rev-parse", "HEAD") == git("rev-parse", "HEAD", where=inner)
     mine = git("rev-parse", "HEAD", where=inner)
-    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as inside a hook
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a git hook
     assert device.git("rev-parse", "HEAD") == mine
 
 

@@ -1,4 +1,4 @@
-"""Text as people have it: files of every kind, folders, links, pipes, bad rows, inputs that change, names of all sorts."""
+"""Text in real-world form: all kinds of files, folders, links, pipes, bad rows, changing inputs, unusual names."""
 
 import csv
 import errno
@@ -30,7 +30,7 @@ BYTES = ["--name", "t", "--tokenizer", "byte"]
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Run the command in tmp_path with --out out; returns its exit code, and what it wrote to stdout and stderr."""
+    """Run the command in tmp_path with --out out; returns its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: object) -> tuple[int, str, str]:
@@ -52,7 +52,7 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
 
 
 def text_of(folder: Path = Path("out")) -> str:
-    """The text of a corpus that was cut by position."""
+    """The text of a corpus that was split by position."""
     return "".join(documents[0] for documents in documents_of(folder).values())
 
 
@@ -102,7 +102,7 @@ def test_bad_rows_of_a_table(run, monkeypatch, bad, reason, message):
     rows = [f"{text},{i}\n".encode() for i, text in enumerate(texts)]
     Path("a.csv").write_bytes(b"".join([b"text,id\n", *rows[:40], bad, b"\n", *rows[40:]]))
     refused(run("--input", "a.csv", *BYTES), "a.csv", message)
-    whole = reason != "too long"  # after the others, nobody can tell where a row begins
+    whole = reason != "too long"  # after the others, the start of a row cannot be determined
     code, table, err = run("--input", "a.csv", *BYTES, "--bad-rows", "skip", *([] if whole else ["--one-document"]))
     assert code == 0, err
     assert table.endswith(f"left out: 1 {reason}\n")
@@ -287,7 +287,7 @@ def test_bad_rows_stop_or_are_counted(run, monkeypatch, reason):
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json"])
 def test_a_row_of_too_many_values_is_not_parsed(run, monkeypatch, ending):
-    """A megabyte of [[],[],... takes twenty megabytes as Python's lists, and compresses to a kilobyte."""
+    """A megabyte of [[],[],... takes twenty megabytes as Python lists, and compresses to a kilobyte."""
     monkeypatch.setattr(sources, "MAX_ROW_VALUES", 300_000)
     rows = [json.dumps({"text": text}) for text in make_texts()] + ['{"text": [' + "[]," * 1_000_000 + "[]]}"]
     Path(f"a{ending}.gz").write_bytes(
@@ -413,7 +413,7 @@ def test_nothing_but_bad_rows(run):
 
 @pytest.fixture
 def tree(run):
-    """A folder with a text in each of its files, and their names without hidden ones and those of other kinds."""
+    """A folder with a text in each file, and the names of the files, except hidden ones and other types."""
     names = ["a.txt", "b.md", "sub/c.py", "sub/deep/d.txt", "sub/deep/e.txt.gz", "x[1]/f.txt", "x[1]/g.txt", "x1/h.txt"]
     for name in [*names, ".git/config.txt", "sub/.ipynb_checkpoints/c.py", ".hidden.txt", "cover.jpg"]:
         path = Path("in", name)
@@ -438,9 +438,15 @@ def test_folders_names_and_patterns(tree, capsys):
     assert inputs_of("in/s*/**/d.txt") == ["in/sub/deep/d.txt"]
     assert inputs_of("in/sub/**") == ["in/sub/c.py", "in/sub/deep/d.txt", "in/sub/deep/e.txt.gz"]
     for pattern, message in [
-        ("in/*.doc", "no such file"), ("in/nothing", "no such file"), ("in/a.txt/*", "no such file"),
-        ("", "no such file"), ("in/x?", "only folders match"), ("/dev/null", "not a regular file"), ("in/cover.jpg", "cover.jpg: only .txt"), ("in/*.jpg", "cover.jpg: only .txt"),
-    ]:  # fmt: skip
+        ("in/*.doc", "no such file"),
+        ("in/nothing", "no such file"),
+        ("in/a.txt/*", "no such file"),
+        ("", "no such file"),
+        ("in/x?", "only folders match"),
+        ("/dev/null", "not a regular file"),
+        ("in/cover.jpg", "cover.jpg: only .txt"),
+        ("in/*.jpg", "cover.jpg: only .txt"),
+    ]:
         with pytest.raises(InputError, match=message.replace(".", r"\.")):
             inputs_of(pattern)
     for name in ("meta.json", "tokenizer.model", "inputs.jsonl"):
@@ -535,7 +541,7 @@ def test_a_changed_input_is_said(run):
     assert run(*argv)[0] == 0
     before = files_of(Path("out"))
     for name in "abc":
-        os.utime(Path("in", f"{name}.txt"), ns=(0, 0))  # touched, copied or checked out again: the same text
+        os.utime(Path("in", f"{name}.txt"), ns=(0, 0))  # touched, copied or checked out again: same text
     assert "already exists and is intact" in run(*argv)[2]
 
     b = Path("in/b.txt")
@@ -560,7 +566,7 @@ def test_a_changed_input_is_said(run):
 
 
 def test_a_corpus_stands_on_its_own(run):
-    """The trainer needs nothing but the prepared files; those of earlier versions do not say what the input was."""
+    """The trainer needs only the prepared files; those of earlier versions do not record their input."""
     Path("a.txt").write_text("words and more words\n" * 10)
     argv = ["--input", "a.txt", *BYTES]
     assert run(*argv)[0] == 0
@@ -592,13 +598,13 @@ def test_a_file_that_grows_is_read_as_it_was(tmp_path, monkeypatch, later):
     file = files.Input("a.txt")
     append("a.txt", b"\xa9")
     for _ in range(3):
-        assert read(file) == "line\n" * 1000 + "caf"  # without the half of a character
+        assert read(file) == "line\n" * 1000 + "caf"  # without the incomplete character
         append("a.txt", later)
     append("b.jsonl", b'{"text": "one"}\n{"text": "tw')
     file = files.Input("b.jsonl", "jsonl")
     append("b.jsonl", b'o"}\n')
     assert read(file) == read(file) == "one"
-    append("c.txt", b"\xc3")  # at rest, it is an error
+    append("c.txt", b"\xc3")  # in a file that does not change, it is an error
     with pytest.raises(InputError, match="not UTF-8"):
         read(files.Input("c.txt"))
 
@@ -620,7 +626,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_long_survey_is_not_repeated(run, monkeypatch):
-    """Interrupted before anything is encoded, but after the text was read and the tokenizer trained."""
+    """Interrupted after the text was read and the tokenizer trained, before anything is encoded."""
     monkeypatch.setattr(prepare, "SAVE_EVERY_S", 0)
     write_jsonl(Path("a.jsonl"), make_texts())
     argv = ["--input", "a.jsonl", "--name", "t", "--vocab-size", "310"]
@@ -636,7 +642,7 @@ def test_a_long_survey_is_not_repeated(run, monkeypatch):
 
 @pytest.mark.parametrize("how", ["append", "rewrite"])
 def test_a_file_that_changes_between_two_readings(run, monkeypatch, how):
-    """As a log does that somebody writes to."""
+    """Like a log file that is being written."""
     Path("a.txt").write_text("line\n" * 1000)
     survey = prepare.survey
 
@@ -660,7 +666,7 @@ def test_a_file_that_changes_between_two_readings(run, monkeypatch, how):
 
 
 def test_the_sample_is_bounded_in_pieces_too(monkeypatch):
-    """Those of the lowest ranks, in the order of the text, however small the pieces are."""
+    """The documents of the lowest ranks, in the order of the text, for any size of pieces."""
     found = [pieces.Piece("train" if i % 5 else "val", f"name {i % 300}", True) for i in range(2000)]
     training = [piece.text for piece in found if piece.split == "train"]
     rank = {text: hashlib.sha256(text.encode()).digest()[8:16] for text in training}
@@ -718,7 +724,7 @@ def test_an_interrupted_preparation_goes_on(run, small_steps, monkeypatch, flags
     interruptions = 0
     while (result := run(*argv, "--overwrite"))[0] != 0:
         assert result[0] == 130
-        assert files_of(Path("out")) == expected  # the old one is there until the new one is
+        assert files_of(Path("out")) == expected  # the old one stays until the new one is complete
         assert "run the same command again" in result[2]
         interruptions += 1
         encoded.clear()
@@ -750,7 +756,7 @@ def test_what_was_interrupted_is_forgotten_when_the_input_is_another(run, small_
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_finished_work_outlives_any_number_of_failures(run, small_steps, monkeypatch, failure):
-    """Also one that comes before the resumed preparation has saved anything."""
+    """Including an interruption before the resumed preparation has saved anything."""
     write_jsonl(Path("a.jsonl"), make_texts(150))
     write, calls = pieces.ShardWriter.write, []
 
@@ -799,7 +805,7 @@ def test_unfinished_work_that_is_damaged_is_done_again(run, small_steps, monkeyp
 
 @pytest.fixture(params=["empty folder", "link", "volume", "volume that cannot be told from a folder"])
 def place(request, tmp_path, monkeypatch):
-    """A folder for a corpus that has to stay where it is; the path by which it is given."""
+    """A folder for a corpus that cannot be moved, and the path by which it is given."""
     real = tmp_path / "out"
     real.mkdir()
     if request.param == "link":
@@ -843,7 +849,7 @@ def test_an_existing_folder_is_filled_in_place(run, place, small_steps):
 @pytest.mark.parametrize("place", ["volume"], indirect=True)
 @pytest.mark.parametrize("moved", [0, 1, 2, 5, 9])
 def test_a_folder_is_filled_in_place_though_interrupted(run, place, small_steps, monkeypatch, moved):
-    """Killed in the middle: there is no half corpus, and the next command completes it."""
+    """Killed in the middle: there is no incomplete corpus, and the next command completes it."""
     write_jsonl(Path("a.jsonl"), make_texts(150))
     assert run("--input", "a.jsonl", *BYTES)[0] == 0
     write_jsonl(Path("a.jsonl"), make_texts(100, seed=1))
@@ -874,7 +880,7 @@ def test_ones_own_folder_below_another_s(run, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o777)
     (tmp_path / "theirs").chmod(0o555)
-    code = (  # imports first, as the packages may be readable for root alone, which may write everywhere
+    code = (  # imports first, since the packages may be readable only by root, who may write everywhere
         "import mmap, os, sys; sys.path.insert(0, sys.argv.pop(1)); from data import prepare\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "sys.exit(prepare.main())"
@@ -914,7 +920,7 @@ def test_a_killed_preparation_goes_on(run):
 
 
 class Stream:
-    """A data set that is streamed, and that breaks off after so many rows in all."""
+    """A streamed data set that breaks off after this many rows in total."""
 
     def __init__(self, rows: list[dict], breaks: list[int], read: list[int]):
         self.rows, self.breaks, self.read, self.at = rows, breaks, read, 0
@@ -941,7 +947,7 @@ class StreamWithState(Stream):
 @pytest.mark.parametrize("limit", [0, 100])
 def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
     monkeypatch.setattr(hub, "STATE_EVERY", 10)
-    texts, read = [f"{text} to the end" for text in make_texts(130)], []  # a word that also marks the last line
+    texts, read = [f"{text} to the end" for text in make_texts(130)], []  # a word that also appears in the last line
     rows = [{"text": text} for text in texts]
     rows.insert(33, {"text": None})
     breaks = [0, 47, 83]
@@ -960,7 +966,7 @@ def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
     assert all_documents_of(Path("out")) == sorted(texts[: limit or None])
     assert Dataset("out").meta["skipped"] == {"null": 1}
     if kind is StreamWithState:
-        assert len(read) < len(rows) + 20  # not from the start each time
+        assert len(read) < len(rows) + 20  # not from the start every time
     assert_nothing_left(Path(), but=("out",))
 
 
@@ -1014,7 +1020,7 @@ def test_a_name_that_means_two_corpora_is_refused(run, tmp_path, monkeypatch, ca
     with pytest.raises(InputError, match=rf"--data out could be {tmp_path}/out or {tmp_path}/data/out"):
         prepare.find_or_prepare("out")
     assert prepare.find_or_prepare("./data/out") == Path("data/out")
-    monkeypatch.chdir("data")  # where both are one
+    monkeypatch.chdir("data")  # if both are the same
     assert prepare.find_or_prepare("out").samefile(tmp_path / "data" / "out")
     monkeypatch.chdir("..")
     Path("out").rename("shakespeare")
@@ -1043,7 +1049,7 @@ def test_other_modules_of_the_name_do_not_matter(tmp_path, shadow):
         )
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert "nowhere" in result.stderr
-    # eval.py takes the module in the same way: the folder of a script comes before PYTHONPATH.
+    # eval.py imports modules in the same way: the folder of a script comes before PYTHONPATH.
     (tmp_path / "script.py").write_text(f"import sys; sys.path[0] = {str(root)!r}; import data; print(data.__file__)")
     found = subprocess.run(
         [sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True, check=True
@@ -1057,11 +1063,19 @@ def python(*arguments: object, path: Path = Path("/nowhere"), **options) -> subp
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
 
 
-@pytest.mark.parametrize("script", ["data/prepare.py", *(
-    f"{path.parent.name}/{path.name}" for name in ("bench", "experiments") for path in sorted((ROOT / name).glob("*.py"))
-)])  # fmt: skip
+@pytest.mark.parametrize(
+    "script",
+    [
+        "data/prepare.py",
+        *(
+            f"{path.parent.name}/{path.name}"
+            for name in ("bench", "experiments")
+            for path in sorted((ROOT / name).glob("*.py"))
+        ),
+    ],
+)
 def test_a_folder_beside_a_script_is_not_imported(tmp_path, script):
-    """A corpus unpacked into data/ may hold folders named like modules; so may the other folders of scripts."""
+    """A corpus unpacked into data/ may contain folders named like modules; so may other folders with scripts."""
     script = Path(script)
     here = tmp_path / script.parent
     here.mkdir()
@@ -1071,7 +1085,7 @@ def test_a_folder_beside_a_script_is_not_imported(tmp_path, script):
     for name in ("argparse", "email", "json", "pathlib", "random", "statistics", "numpy", "torch", "sentencepiece"):
         (here / name).mkdir()
         (here / name / "__init__.py").write_text("raise SystemExit('imported the wrong one')")
-    installed = tmp_path / "installed"  # in place of what takes long to import
+    installed = tmp_path / "installed"  # stand-ins for modules that take long to import
     installed.mkdir()
     for name in ("torch", "sentencepiece"):
         (installed / f"{name}.py").write_text("raise SystemExit('imported the right one')")

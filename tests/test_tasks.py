@@ -30,7 +30,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["gpt2", "qwen3"])
 def model(request, bpe_corpus):
-    """A model of random weights, larger than at initialisation, with a context of 24 tokens, and a tokenizer."""
+    """A model with random weights, larger than at initialisation, with a context of 24 tokens, and a tokenizer."""
     from minidisp.data import Dataset
     from minidisp.model import GPT, GPTConfig
 
@@ -56,7 +56,7 @@ def write(path, rows):
 
 
 def slow(model, tokenizer, context, continuation):
-    """(log p, greedy, tokens) of a continuation, by the rules of lm-evaluation-harness; what does not fit loses its beginning."""
+    """(log p, greedy, tokens) of a continuation, by the rules of lm-evaluation-harness, which truncate at the start."""
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     start = tokenizer.encode(stripped) if stripped else [tokenizer.eos_id]
@@ -88,10 +88,10 @@ def questions(rng, n):
 
 
 def test_choices_agree_with_a_loop_in_float64(model, tmp_path):
-    """Contexts that are empty, end in white space, are shared, or do not fit; duplicates; files of two kinds."""
+    """Contexts that are empty, end in whitespace, are shared, or do not fit; duplicates; two kinds of files."""
     rows = questions(np.random.default_rng(0), 14)
     rows.append({**rows[3], "choices": rows[3]["choices"][::-1]})
-    rows[0]["choices"] = [" same", " same"]  # of equals the first is taken
+    rows[0]["choices"] = [" same", " same"]  # of equal ones, the first is chosen
     rows[1]["choices"][0] = rows[1]["choices"][0].strip()  # no leading space
     pattern = write(tmp_path / "q.jsonl.gz", rows)
     read = tasks.read_choices(pattern)
@@ -111,7 +111,7 @@ def test_log_probabilities_agree_with_a_loop_in_float64(model):
     rows = [(row["context"], choice, "here") for row in questions(rng, 12) for choice in row["choices"]]
     passages = tasks.continuations(model[1], 24, rows)
     found = tasks.score(model[0], passages, CPU)
-    assert any(len(passage.ids) == 25 for passage in passages)  # some lost their beginning
+    assert any(len(passage.ids) == 25 for passage in passages)  # some lost their start
     for (context, choice, _), nats, greedy, passage in zip(rows, found.nats, found.greedy, passages, strict=True):
         total, all_likeliest, tokens = slow(*model, context, choice)
         assert nats == pytest.approx(-total, abs=2e-4)
@@ -176,7 +176,7 @@ def test_choices_in_the_json_file_and_on_the_page(run, bpe_run, task_files, tmp_
 
 
 def test_completions_are_scored_and_answered(run, task_files, tmp_path, capsys):
-    """Greedy answers are those that one prompt gets alone; perplexities come from the sum of the log-probabilities."""
+    """Greedy answers equal those for a single prompt; perplexities follow from the sum of the log-probabilities."""
     flags = ["--completions", str(task_files / "*ed.json"), "--max-new-tokens", "9", "--split", "none"]
     (scores,) = evaluation.main([str(run), *flags])
     found, (model, tokenizer) = scores["completions"], load(run)
@@ -279,7 +279,7 @@ def test_a_continuation_without_a_token_of_its_own_is_named(bpe_run):
 
 
 def test_a_conversation(run, monkeypatch, capsys):
-    """What is said before is part of the prompt as long as it fits; then a line says what is forgotten."""
+    """Earlier turns are part of the prompt as long as they fit; then a line reports what is dropped."""
     model, tokenizer = load(run)
     template, asked = Template.of(tokenizer), []
 
@@ -425,7 +425,7 @@ def test_a_top_p_below_float32_is_greedy(run):
 
 
 def test_examples_are_measured_one_by_one(examples, run, tmp_path, capsys):
-    """Completions alone, each example by itself, in float64 and one token after the other; then with text beside them."""
+    """Completions only, each example alone, in float64, one token after the other; then together with text."""
     from minidisp.data import Dataset
 
     assert prepared_alike(run, examples)
@@ -496,7 +496,7 @@ def test_a_tokenizer_that_loses_text_is_refused(corpus):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_other_families_through_transformers(bpe_run, bpe_corpus, tmp_path, capsys, family):
-    """Loss and condensation on held-out text equal a loop over transformers' own outputs; tasks are refused."""
+    """Loss and condensation on held-out text equal a loop over transformers' outputs; tasks are rejected."""
     transformers = pytest.importorskip("transformers")
     from minidisp.data import Dataset
     from minidisp.metrics import Condensation
@@ -533,7 +533,7 @@ def test_other_families_through_transformers(bpe_run, bpe_corpus, tmp_path, caps
     assert "supports held-out text only: leave out --sample" in capsys.readouterr().err
 
 
-# lm-evaluation-harness, where it is installed: pip install "minidisp[lm-eval]", with a clone in the working directory
+# lm-evaluation-harness, if installed: pip install "minidisp[lm-eval]", with a clone in the working directory
 
 
 def test_scores_equal_lm_evaluation_harness(bpe_run, tmp_path):
@@ -542,15 +542,25 @@ def test_scores_equal_lm_evaluation_harness(bpe_run, tmp_path):
     rng = np.random.default_rng(7)
     rows = [
         {**row, "context": row["context"].rstrip(" \n") or "x"} for row in questions(rng, 60)
-    ]  # it asserts against blank ones
+    ]  # it asserts that they are not blank
     rows = [{**row, "context": row["context"] + ["", " ", "\n"][i % 3]} for i, row in enumerate(rows)]
     scored = [{"context": words(rng, 4), "completion": " " + words(rng, 1)} for _ in range(50)]
     files = write(tmp_path / "q.jsonl", rows), write(tmp_path / "s.jsonl", scored)
     hf.export(bpe_run, tmp_path / "hf")
-    choices = {"task": "choices", "output_type": "multiple_choice", "doc_to_choice": lambda d: [c[1:] for c in d["choices"]],
-               "doc_to_target": lambda d: d["answer"], "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
-    completions = {"task": "completions", "output_type": "loglikelihood", "target_delimiter": "",
-                   "doc_to_target": lambda d: d["completion"], "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]}  # fmt: skip
+    choices = {
+        "task": "choices",
+        "output_type": "multiple_choice",
+        "doc_to_choice": lambda d: [c[1:] for c in d["choices"]],
+        "doc_to_target": lambda d: d["answer"],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    completions = {
+        "task": "completions",
+        "output_type": "loglikelihood",
+        "target_delimiter": "",
+        "doc_to_target": lambda d: d["completion"],
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
     configs = []
     for config, file in zip((choices, completions), files, strict=True):
         configs.append({**config, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},

@@ -1,4 +1,4 @@
-"""All tokenizers: lossless for every text, the same file every time, and clear about files that are none."""
+"""All tokenizers: lossless for every text, reproducible files, and clear errors for invalid files."""
 
 import hashlib
 import io
@@ -46,7 +46,7 @@ def trained() -> SentencePieceTokenizer:
 
 
 def byte_level_bpe(qwen: bool = False) -> HuggingFaceTokenizer:
-    """A small tokenizer built like GPT-2's, or like Qwen3's: NFC, words by a regular expression, more added tokens."""
+    """A small tokenizer like GPT-2's, or like Qwen3's: NFC, words by a regular expression, more added tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -65,7 +65,7 @@ def byte_level_bpe(qwen: bool = False) -> HuggingFaceTokenizer:
     if qwen:
         tokenizer.add_special_tokens(["<|im_start|>"])
         tokenizer.add_tokens(["<think>"])
-    tokenizer.enable_truncation(7)  # settings that some files have, and that would cut or fill up texts
+    tokenizer.enable_truncation(7)  # settings in some files that would truncate or pad texts
     tokenizer.enable_padding(length=9)
     return HuggingFaceTokenizer(HuggingFaceTokenizer.pack(json.loads(tokenizer.to_str()), "<|endoftext|>", 0))
 
@@ -101,7 +101,7 @@ def test_round_trip_of_random_text(trained):
 
 
 def test_a_hugging_face_tokenizer_gives_its_own_ids():
-    """Those of the package tokenizers with the file as it is, but for names of special tokens and uncomposed letters."""
+    """The same as the package tokenizers with the file, except for names of special tokens and uncomposed letters."""
     ours = byte_level_bpe(qwen=True)
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.tokenizer_json))
@@ -120,7 +120,7 @@ def test_a_hugging_face_tokenizer_gives_its_own_ids():
 
 
 def test_the_file_that_the_hub_has_for_gpt2():
-    """An older form: the model has no type, merges are strings, and settings that are defaults now are left out."""
+    """An older form: the model has no type, merges are strings, and settings that are defaults now are missing."""
     ours = byte_level_bpe()
     old = json.loads(json.dumps(ours.tokenizer_json))
     fields = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "vocab", "merges")
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_panics_or_drops_characters_is_refused(tmp_path, capfd,
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_text_that_a_tokenizer_cannot_keep_is_refused(capfd, threads):
-    """What no probe can find beforehand: a pattern that meets certain texts alone, and one that takes for ever on some."""
+    """Undetectable beforehand: a pattern that fails on certain texts only, and one that takes forever on some."""
     good = byte_level_bpe().tokenizer_json
     drops = HuggingFaceTokenizer(
         HuggingFaceTokenizer.pack(split_first(good, **removing({"String": "zq"})), "<|endoftext|>", 0)
@@ -278,11 +278,11 @@ def test_training_is_deterministic(trained):
 def test_indentation_and_line_ends_are_tokens(trained):
     assert trained.vocab_size == 320
     assert {b" " * 8, b"):\n"} <= set(trained.token_bytes)
-    assert b"12" not in trained.token_bytes  # digits stay single
+    assert b"12" not in trained.token_bytes  # digits are not merged
 
 
 def test_text_that_the_trainer_would_skip_is_used():
-    """Reserved characters and very long lines would make SentencePiece leave out what stands next to them."""
+    """Reserved characters and very long lines would make SentencePiece drop the text next to them."""
     for text in ("\u2585 qqqqqq " * 50, "\u2581qqqqqq\0" * 50, "qqqqqq " * 100_000):
         assert b"qqqqqq" in {token.strip() for token in train_sentencepiece([text], 264).token_bytes}
 
@@ -326,7 +326,7 @@ SCRIPTS = {
 
 
 def text_in(alphabet: str | tuple[int, int], n: int, seed: int, spaces: int) -> str:
-    """n characters, the first of the alphabet the most frequent ones, and so many spaces and newlines among them."""
+    """n characters, the first of the alphabet being the most frequent, and this many spaces and newlines among them."""
     characters = alphabet if isinstance(alphabet, str) else "".join(map(chr, range(alphabet[0], alphabet[1] + 1)))
     rng = random.Random(seed)
     text = rng.choices(characters, [1 / (i + 2) for i in range(len(characters))], k=n)
@@ -338,7 +338,7 @@ def text_in(alphabet: str | tuple[int, int], n: int, seed: int, spaces: int) -> 
 @pytest.mark.parametrize("vocab_size", [300, 4096])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_without_spaces(script, vocab_size):
-    """Where a space is rarer than one character in 2,000, SentencePiece has no piece for it."""
+    """If a space is rarer than one character in 2,000, SentencePiece has no piece for it."""
     for spaces in (0, 2, 400):
         text = text_in(SCRIPTS[script], 6000, len(script), spaces)
         tokenizer = train_sentencepiece([text], vocab_size, exact=False)
@@ -351,7 +351,7 @@ def test_every_script_without_spaces(script, vocab_size):
 
 
 def test_every_alphabet():
-    """Not only strings of all characters, but texts in a few of them, which is where training can go wrong."""
+    """Not only strings of all characters, but texts with only a few, where training can fail."""
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(

@@ -1,4 +1,4 @@
-"""The trainer: what a run leaves, what it repeats exactly, and what it refuses."""
+"""The trainer: its output files, exact reproducibility, and rejected input."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ from minidisp.runtime.run_folder import changed_settings
 from tests.conftest import small_config, small_flags
 
 ROOT = Path(train.__file__).parent
-TIMES = {"tokens_per_second", "seconds"}  # all that may differ between two equal runs
+TIMES = {"tokens_per_second", "seconds"}  # the only values that may differ between two equal runs
 
 
 def weights(run: Path) -> dict:
@@ -46,7 +46,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    """Weights, optimisers, random numbers: all that a run goes on from."""
+    """Weights, optimisers, random numbers: the whole state of a run."""
     states = [checkpoint.read(run / checkpoint.LAST) for run in (a, b)]
     for state in states:
         del state["seconds"], state["config"]["out"], state["config"]["resume"]
@@ -138,7 +138,7 @@ def test_weight_zero_is_plain_training(corpus, tmp_path):
 
 
 def test_embedding_lr_is_a_multiple_of_lr(corpus, tmp_path):
-    """After one step without decay, the embeddings have gone five times as far, and the rest equally far, bit for bit."""
+    """After one step without decay, embeddings have moved five times as far, and the rest equally far, bit for bit."""
     options = {"max_steps": 1, "tied": False, "weight_decay": 0.0}
     for scale in (1.0, 5.0):
         train.main(small_config(corpus, tmp_path / f"{scale}", embedding_lr=scale, **options))
@@ -169,7 +169,7 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, tmp_path, optimize
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     tolerance = (
         2e-5 if optimizer == "adamw" else 2e-3
-    )  # Muon orthogonalises in bfloat16, where rounding is a visible step
+    )  # Muon orthogonalises in bfloat16, where rounding errors are visible
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=tolerance)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
@@ -191,18 +191,18 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, tmp_path, optimize
             "dispersion_schedule": "linear:0.5",
             "dtype": "bfloat16",
         },
-        {"dispersion": 0.0, "dtype": "float16"},  # with a gradient scale that steps are skipped for
+        {"dispersion": 0.0, "dtype": "float16"},  # with a gradient scale, for which steps are skipped
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_resuming_equals_never_having_stopped(corpus, tmp_path, options):
-    """In the middle of an epoch (of 112 steps), between two saves: weights, optimisers, random numbers, metrics, best model."""
+    """In the middle of an epoch (of 112 steps), between two saves: weights, optimisers, random numbers, metrics."""
     options = {"dispersion": 0.1, "dispersion_tokens": 8, "dropout": 0.1, "keep": 1, "batch_size": 8, **options}
     train.main(small_config(corpus, tmp_path / "whole", **options))
     half = tmp_path / "halves"
     for steps in (4, 8):
         stop_after(steps, small_config(corpus, half, **options, resume=steps > 4))
-    # As if it had been killed later than that: what stands behind the checkpoint is run again, and logged once.
+    # As if it had been killed later: steps after the checkpoint are repeated, and logged once.
     with open(half / "metrics.jsonl", "a") as file:
         file.write(json.dumps({**lines(half)[-1], "step": 9}) + "\n")
     train.main(small_config(corpus, half, **options, resume=True))
@@ -214,7 +214,7 @@ def test_resuming_equals_never_having_stopped(corpus, tmp_path, options):
 
 
 def test_more_steps_than_planned(corpus, tmp_path):
-    """With a constant schedule that is the longer run, but for the evaluation at the first end; a cosine is stretched."""
+    """A constant schedule equals the longer run, except for the evaluation at the first end; a cosine stretches."""
     for schedule in ("constant", "cosine"):
         run, longer = tmp_path / schedule, tmp_path / f"{schedule}-longer"
         train.main(small_config(corpus, run, schedule=schedule, max_steps=6))
@@ -226,7 +226,7 @@ def test_more_steps_than_planned(corpus, tmp_path):
 
 
 def stop_after(steps: int, config) -> None:
-    """Train, and interrupt the process itself during step `steps`."""
+    """Train, and interrupt this process during step `steps`."""
     original = train.learning_rate
 
     def interrupting(step, config):
@@ -356,9 +356,19 @@ def test_the_command_trains(corpus, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, number, code):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *small_flags(max_steps=100_000), "--data", str(corpus), "--out", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *small_flags(max_steps=100_000),
+            "--data",
+            str(corpus),
+            "--out",
+            str(out),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 60
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 5:
         assert time.time() < deadline
@@ -472,21 +482,64 @@ def test_an_unwritable_folder_is_named(corpus, tmp_path, capsys):
 
 
 FIXED = {
-    "arch", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "block_size", "bias", "gelu", "tied", "rope_theta",
-    "vocab_size", "norm_eps", "attention_bias", "mlp", "zero_init", "recipe", "seed", "optimizer", "ema", "batch_size",
-    "grad_accum", "embedding_lr", "packing",
-}  # fmt: skip
+    "arch",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "head_dim",
+    "mlp_dim",
+    "block_size",
+    "bias",
+    "gelu",
+    "tied",
+    "rope_theta",
+    "vocab_size",
+    "norm_eps",
+    "attention_bias",
+    "mlp",
+    "zero_init",
+    "recipe",
+    "seed",
+    "optimizer",
+    "ema",
+    "batch_size",
+    "grad_accum",
+    "embedding_lr",
+    "packing",
+}
 
-# Values that another one cannot be derived for: most strings, and where the other settings allow little.
+# Fields for which no other value can be derived: most strings, and those that depend on other settings.
 CHANGES = {
-    "out": "elsewhere", "data": "elsewhere", "init_from": "x", "distill": "x", "dispersion_layers": "last", "dispersion_schedule": "linear:0.5", "preset": "mini", "recipe": "fast",
-    "n_kv_head": 1, "n_head": 4, "n_embd": 64, "head_dim": 8, "block_size": 16, "min_lr": 1e-5, "lr": 1e-4, "dropout": 0.2,
-    "active_forgetting": 3, "dispersion_tokens": 4, "dispersion_clamp": 0.1, "momentum": 0.8, "beta1": 0.8, "beta2": 0.8, "norm_eps": 1e-3, "ema": 0.9,
-}  # fmt: skip
+    "out": "elsewhere",
+    "data": "elsewhere",
+    "init_from": "x",
+    "distill": "x",
+    "dispersion_layers": "last",
+    "dispersion_schedule": "linear:0.5",
+    "preset": "mini",
+    "recipe": "fast",
+    "n_kv_head": 1,
+    "n_head": 4,
+    "n_embd": 64,
+    "head_dim": 8,
+    "block_size": 16,
+    "min_lr": 1e-5,
+    "lr": 1e-4,
+    "dropout": 0.2,
+    "active_forgetting": 3,
+    "dispersion_tokens": 4,
+    "dispersion_clamp": 0.1,
+    "momentum": 0.8,
+    "beta1": 0.8,
+    "beta2": 0.8,
+    "norm_eps": 1e-3,
+    "ema": 0.9,
+}
 
 
 def another(field: dataclasses.Field, value):
-    """A value that this one could be changed to."""
+    """Another valid value."""
     if field.name in CHANGES:
         return CHANGES[field.name]
     if get_origin(field.type) is Literal:
@@ -508,9 +561,9 @@ def test_what_resume_refuses_allows_and_says(corpus, run, name):
     )
     path, dataset = run / checkpoint.LAST, Dataset(corpus)
     state = checkpoint.read(path)
-    if name.startswith("distill_"):  # which make no sense without a teacher
+    if name.startswith("distill_"):  # invalid without a teacher
         state["config"]["distill"] = "x"
-    if name == "attention_bias":  # which gpt2 has not
+    if name == "attention_bias":  # not available for gpt2
         state["config"]["arch"] = "qwen3"
     config = dataclasses.replace(from_dict(state["config"]), **{name: another(fields[name], state["config"][name])})
     assert getattr(config, name) != state["config"][name]
@@ -574,7 +627,7 @@ def test_resume_reads_a_corpus_that_was_written_to(corpus, tmp_path, capsys):
 
 
 def test_settings_changed_on_resume_are_in_force_and_said(corpus, tmp_path, capsys):
-    """load_state_dict would bring the old weight decay back without a word."""
+    """load_state_dict would silently restore the old weight decay."""
     run = tmp_path / "run"
     train.main(small_config(corpus, run, max_steps=6))
     train.main(small_config(corpus, run, max_steps=9, weight_decay=0.7, beta2=0.5, resume=True))
@@ -615,11 +668,11 @@ def test_without_git_it_trains_all_the_same(corpus, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"] is None
 
 
-# --- numbers that are none ------------------------------------------------------------------------------------------
+# --- NaN and Inf ----------------------------------------------------------------------------------------------------
 
 
 def poison(monkeypatch, steps, where=lambda model, loss: loss * math.nan) -> None:
-    """Let the loss of these optimiser steps (counted from 0, a forward pass each) go bad."""
+    """Make the loss of these optimiser steps NaN (counted from 0, one forward pass each)."""
     calls = itertools.count()
 
     class Poisoned(GPT):
@@ -635,9 +688,9 @@ def poison(monkeypatch, steps, where=lambda model, loss: loss * math.nan) -> Non
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, capsys, optimizer, bad):
-    """Weights, optimiser and schedule are those of ordinary training that leaves the update out; the data moves on."""
+    """Weights, optimiser and schedule equal those of normal training without that update; the data moves on."""
     steps = (0, 3, 4)
-    # The loss is finite and its derivative is not: 0 * sqrt'(0).
+    # The loss is finite but its derivative is not: 0 * sqrt'(0).
     worse = {"loss": lambda m, loss: loss * math.inf, "gradient": lambda m, loss: loss + (loss - loss).sqrt()}[bad]
     poison(monkeypatch, steps, worse)
     summary = train.main(small_config(corpus, tmp_path / "run", optimizer=optimizer))
@@ -669,7 +722,7 @@ def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, 
 
 
 def patched_steps(monkeypatch, steps) -> list[int]:
-    """Leave these updates out, whatever the numbers are; returns which ones were."""
+    """Skip these updates regardless of their values; returns those that were skipped."""
     left_out, calls = [], itertools.count()
 
     def step_where(finite, optimizers):
@@ -701,7 +754,7 @@ def test_the_decision_on_the_device_is_that_on_the_host(corpus, name, bad):
             model.zero_grad()
         results.append({"model": dict(model.state_dict()), "optimizers": [o.state_dict()["state"] for o in optimizers]})
     host, device = results
-    if bad == (0,):  # where the first step is skipped, the states of the host's optimizers begin with the second
+    if bad == (0,):  # if the first step is skipped, optimiser states are created in the second
         assert all(torch.isfinite(p).all() for p in device["model"].values())
     assert_equal(host, device)
 
@@ -732,7 +785,7 @@ def test_too_many_bad_steps_end_with_3_and_the_good_checkpoint(corpus, tmp_path,
     state = checkpoint.read(tmp_path / "run" / checkpoint.LAST)
     assert (state["step"], state["skipped"]["total"]) == (6, 0)
     assert lines(tmp_path / "run")[-1]["loss"] is None
-    # With the fault mended, it goes on from there.
+    # Without the fault, it continues from there.
     monkeypatch.setattr(train, "GPT", GPT)
     assert train.cli(["--resume", "--out", str(tmp_path / "run"), "--max-steps", "12"]) == 0
 
@@ -745,7 +798,7 @@ def test_many_single_bad_steps_end_with_3(corpus, tmp_path, monkeypatch, capsys)
 
 
 def go_bad(what: str):
-    """A model of two layers of which one thing goes bad, and the loss."""
+    """A model of two layers in which one tensor becomes NaN, and the loss."""
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257)
     torch.manual_seed(0)
     model, dispersion = GPT(config), DispersionLoss(impl="reference")
@@ -797,11 +850,11 @@ def test_the_first_bad_tensor_is_named(corpus, what, expected):
     assert first_bad_tensor(model, objective, passes).startswith(expected)
 
 
-# --- too little memory ----------------------------------------------------------------------------------------------
+# --- out of memory --------------------------------------------------------------------------------------------------
 
 
 def limit_memory(monkeypatch, sequences: int, training_only: bool = True, error=torch.OutOfMemoryError) -> list[int]:
-    """Let the model run out of memory, after some of its random numbers are drawn, with more sequences than that."""
+    """Make the model run out of memory, after drawing some random numbers, with more sequences than that."""
     seen: list[int] = []
 
     class Limited(GPT):
@@ -836,7 +889,7 @@ def test_short_of_memory_it_takes_half_at_a_time(corpus, tmp_path, monkeypatch, 
     assert run["micro_batch"] == 2
     metrics = [[line for line in lines(tmp_path / name) if "loss" in line] for name in ("small", "run")]
     assert metrics[0] == metrics[1]
-    # What was learnt is kept: no second attempt with 8.
+    # The smaller micro-batch is kept: no second attempt with 8.
     seen.clear()
     train.main(small_config(corpus, tmp_path / "run", batch_size=8, resume=True, **{**options, "max_steps": 7}))
     assert seen == [2, 2, 2, 2]
@@ -882,7 +935,7 @@ def test_other_errors_are_no_lack_of_memory(corpus, tmp_path, monkeypatch):
         train.main(small_config(corpus, tmp_path / "run"))
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- rejected input -------------------------------------------------------------------------------------------------
 
 
 def test_init_from_refuses_another_model(corpus, run, tmp_path, capsys):
