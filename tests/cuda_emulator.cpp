@@ -1,14 +1,14 @@
-// csrc/*.cu on the CPU: their kernels, as they stand, and their launchers, as minidisp_emulator::forward, ::backward and
+// csrc/cuda/*.cu on the CPU: the unmodified kernels and launchers, as minidisp_emulator::forward, ::backward and
 // ::cross_entropy_.
 //
-// A block's threads are fibers. One runs until it waits: at a barrier of the block, or at an instruction of its warp,
-// which the last of 32 lanes to arrive carries out for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX
-// ISA). A warp runs as far as it can before the next one does. schedule, bit 0: the last warp first instead of the
-// first. Bit 1: cp.async copies when it is issued, the earliest a device may; else when it is waited for, the latest.
-// Shared memory begins as NaN in every block, and what is addressed in it must lie inside it. A wait that never ends,
-// or of lanes that wait for different things, is an error. Bit 2: of every grid only the last block runs, and of every
-// batch of matrices only the last is multiplied: what the last of very many sequences needs, so that offsets beyond 32
-// bits are met in little time. without: a barrier, file:line, that is left out.
+// A block's threads are fibers. One runs until it waits at a barrier of the block, or at an instruction of its warp,
+// which the last of 32 lanes to arrive executes for all (shuffle, ldmatrix, mma, by the fragment layouts of the PTX
+// ISA). A warp runs as far as possible before the next one. schedule, bit 0: the last warp first instead of the
+// first. Bit 1: cp.async copies when it is issued, the earliest time allowed; otherwise when it is awaited, the latest.
+// Shared memory is initialised with NaN in every block, and accesses must be inside it. A wait that never ends,
+// or lanes that wait for different things, are errors. Bit 2: only the last block of every grid runs, and only the last
+// matrix of every batch is multiplied, which is enough for the last of very many sequences, to test offsets beyond 32
+// bits in little time. without: a barrier, file:line, that is skipped.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/bmm.h>
@@ -27,7 +27,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-// In a section of its own, so that the memory of all kernels can be found; the linker defines its ends.
+// In its own section, so that the memory of all kernels can be found; the linker defines its bounds.
 #define __shared__ static __attribute__((section("emulated_shared")))
 extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
@@ -47,13 +47,13 @@ constexpr size_t kStackBytes = 64 * 1024;
 enum class Wait { none, block, shuffle, ldmatrix, mma, done };
 struct Copy { char* to; const void* from; bool wanted; };
 struct Thread {
-  ucontext_t context;  // where it begins
-  jmp_buf jump;        // where it goes on: unlike swapcontext, without a call to the system
+  ucontext_t context;  // where it starts
+  jmp_buf jump;        // where it continues: unlike swapcontext, without a system call
   bool begun;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Wait wait;
   void* operands;
-  std::vector<std::vector<Copy>> groups;  // of copies under way; the last one is open
+  std::vector<std::vector<Copy>> groups;  // of copies in flight; the last one is open
 };
 
 std::vector<Thread> threads;
@@ -105,8 +105,10 @@ struct Shuffle { double x; int mask; };
 struct Matrices { uint32_t* m; const char* row; };
 struct Product { float* d; const uint32_t *a, *b; };
 
-float half(uint32_t bits) { return static_cast<float>(c10::Half(static_cast<unsigned short>(bits), c10::Half::from_bits())); }
-// The instruction for which all lanes of a warp wait.
+float half(uint32_t bits) {
+  return static_cast<float>(c10::Half(static_cast<unsigned short>(bits), c10::Half::from_bits()));
+}
+// The instruction that all lanes of a warp are waiting for.
 void carry_out(Wait what, Thread* lanes) {
   const auto of = [&](int lane, auto* type) -> auto& { return *static_cast<decltype(type)>(lanes[lane].operands); };
   if (what == Wait::shuffle) {
@@ -135,7 +137,7 @@ void carry_out(Wait what, Thread* lanes) {
   }
 }
 
-// Runs a warp until all its threads are done or wait for the block. Whether anything happened.
+// Runs a warp until all its threads are done or wait for the block. Returns whether anything happened.
 bool run_warp(int warp) {
   bool progress = false;
   for (;;) {
@@ -233,7 +235,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int count, int shared
 void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
   TORCH_CHECK(a.size(0) <= emulator::most_matrices, "more matrices than cuBLAS is known to take");
   const int64_t first = emulator::schedule & 4 ? a.size(0) - 1 : 0, n = a.size(0) - first;
-  const at::Tensor product = at::bmm(a.narrow(0, first, n).to(out.scalar_type()), b.narrow(0, first, n).to(out.scalar_type()));
+  const auto wide = [&](const at::Tensor& x) { return x.narrow(0, first, n).to(out.scalar_type()); };
+  const at::Tensor product = at::bmm(wide(a), wide(b));
   if (add) out.narrow(0, first, n).add_(product);
   else out.narrow(0, first, n).copy_(product);
 }
@@ -245,9 +248,10 @@ void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add
 #include "../csrc/cuda/dispersion.cu"
 
 // workspace: the fields of Workspace in order, or nothing.
-static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
-                                                              double eps, bool need_grad, bool exact, at::IntArrayRef workspace,
-                                                              int64_t schedule, c10::string_view without) {
+static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau,
+                                                              double clamp, double eps, bool need_grad, bool exact,
+                                                              at::IntArrayRef workspace, int64_t schedule,
+                                                              c10::string_view without) {
   minidisp::Workspace space;
   if (!workspace.empty()) {
     TORCH_CHECK(workspace.size() == 6);
@@ -259,8 +263,8 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& 
   return minidisp::forward_in(z, variant, tau, clamp, eps, need_grad, exact, space);
 }
 
-static at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product, const at::Tensor& state,
-                           c10::string_view variant, int64_t schedule) {
+static at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product,
+                           const at::Tensor& state, c10::string_view variant, int64_t schedule) {
   emulator::schedule = static_cast<int>(schedule);
   return minidisp::backward_in(upstream, z, product, state, variant);
 }
@@ -276,7 +280,9 @@ TORCH_LIBRARY(minidisp_emulator, m) {
   m.def("forward(Tensor z, str variant, float tau, float clamp, float eps, bool need_grad, bool exact, int[] workspace,"
         " int schedule, str without) -> (Tensor, Tensor, Tensor)",
         forward);
-  m.def("backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant, int schedule) -> Tensor", backward);
-  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignored, bool need_grad, int schedule, str without) -> Tensor",
+  m.def("backward(Tensor upstream, Tensor z, Tensor product, Tensor state, str variant, int schedule) -> Tensor",
+        backward);
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignored, bool need_grad, int schedule, str without)"
+        " -> Tensor",
         cross_entropy);
 }

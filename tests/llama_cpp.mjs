@@ -1,8 +1,8 @@
-// What llama.cpp makes of a GGUF file: node tests/llama_cpp.mjs FOLDER < question.json > answer.json
+// Runs a GGUF file in llama.cpp: node tests/llama_cpp.mjs FOLDER < question.json > answer.json
 //
-// FOLDER holds node_modules with node-llama-cpp (npm install -E node-llama-cpp@3.21.1, in any folder).
+// FOLDER contains node_modules with node-llama-cpp (npm install -E node-llama-cpp@3.21.1, in any folder).
 // question: {model: path, texts: [...], prompts: [[ids], ...], tokens: N}
-// answer: {ids: the texts in tokens, back: the texts again, continuations: N greedy tokens after each prompt,
+// answer: {ids: the texts in tokens, back: the texts decoded, continuations: N greedy tokens after each prompt,
 //          probabilities: those of the token after each prompt, as pairs [id, p], ends: [id, whether one is put first]}
 
 import {readFileSync} from "node:fs";

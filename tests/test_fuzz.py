@@ -706,9 +706,14 @@ def test_what_a_checkpoint_may_not_hold(small_run, tmp_path):
 
 
 ABSURD = [
-    {"n_layer": 10**9}, {"n_layer": 10**400}, {"n_embd": 2**20, "n_head": 2**10}, {"n_layer": 10_000}, {"n_layer": 60, "n_embd": 2**14},
-    {"arch": "qwen3", "block_size": 2**24, "head_dim": 128}, {"mlp_dim": 2**24, "n_embd": 2**16},
-]  # fmt: skip
+    {"n_layer": 10**9},
+    {"n_layer": 10**400},
+    {"n_embd": 2**20, "n_head": 2**10},
+    {"n_layer": 10_000},
+    {"n_layer": 60, "n_embd": 2**14},
+    {"arch": "qwen3", "block_size": 2**24, "head_dim": 128},
+    {"mlp_dim": 2**24, "n_embd": 2**16},
+]
 BEYOND_THE_FILE = [{"n_layer": 1000}, {"vocab_size": 2**31 - 1}, {"mlp_dim": 2**24}, {"block_size": 2**20}]
 
 

@@ -239,7 +239,7 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
 
 
 def _log_scale(axes) -> None:
-    """A logarithmic y axis with plain numbers, even if it spans less than a decade; unchanged if no value is above 0."""
+    """A logarithmic y axis with plain numbers, even within one decade; unchanged if no value is above 0."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
