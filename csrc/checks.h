@@ -1,4 +1,4 @@
-// What the bindings of both devices check before the dispersion loss is computed.
+// Argument checks of the dispersion loss, shared by the bindings of both devices.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 
 namespace minidisp {
 
-// What torch's settings say about rounding products. It refuses to say where its older and newer ones are mixed: then, no.
+// Whether torch's settings allow rounding in products; false if torch raises an error, as it does when its older and
+// newer settings are mixed.
 template <class Question>
 bool allows_rounding(Question question) {
   try {
@@ -20,7 +21,7 @@ bool allows_rounding(Question question) {
   }
 }
 
-// The options of a call, or ValueError. Both devices take the same.
+// The options of a call, checked; raises ValueError.
 inline Options checked_options(const at::Tensor& z, c10::string_view variant, double tau, double clamp, double eps) {
   Options options{Variant::angular_spread, tau, clamp, eps};
   TORCH_CHECK_VALUE(parse_variant(std::string_view(variant.data(), variant.size()), &options.variant),

@@ -1,5 +1,5 @@
-// What the devices share: the options of a call, and which blocks of tokens make up a sequence's pairs.
-// The weights of the pairs stand in dispersion_pair.h.
+// Shared by the devices: the options of a call, and the order of the pairs of token blocks of a sequence.
+// The weights of the pairs are in dispersion_pair.h.
 
 #pragma once
 
@@ -27,15 +27,14 @@ struct Options {
   bool angular() const { return variant == Variant::angular_spread || variant == Variant::orthogonalization; }
   // The smallest angle that the clamp allows, in radians; the largest is pi minus this.
   double smallest_angle() const { return std::acos(1 - clamp); }
-  // angular_spread sums exp((shift - angle) / (pi tau)). The smallest angle there can be is a good shift, unless all
-  // angles are so much larger that every exponential underflows. Then the smallest angle in the data has to be found
-  // first.
+  // angular_spread sums exp((shift - angle) / (pi tau)). The smallest possible angle is a good shift, unless all angles
+  // are so much larger that every exponential underflows. Then the smallest angle in the data has to be found first.
   bool shift_must_be_found() const {
     return variant == Variant::angular_spread && (kPi - 2 * smallest_angle()) / (kPi * tau) > kLargestExponent;
   }
 };
 
-// False if the name is not one of those above.
+// Returns false if the name is unknown.
 inline bool parse_variant(std::string_view name, Variant* variant) {
   if (name == "angular_spread") *variant = Variant::angular_spread;
   else if (name == "orthogonalization") *variant = Variant::orthogonalization;
@@ -50,7 +49,7 @@ MINIDISP_BOTH inline int64_t block_pairs(int64_t blocks) { return blocks * (bloc
 
 MINIDISP_BOTH inline void block_pair(int64_t number, int64_t* I, int64_t* J) {
   int64_t j = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(number) + 1) - 1) / 2);
-  while (block_pairs(j) > number) --j;  // whatever the square root rounded to
+  while (block_pairs(j) > number) --j;  // corrects rounding of the square root
   while (block_pairs(j + 1) <= number) ++j;
   *J = j;
   *I = number - block_pairs(j);

@@ -1,7 +1,9 @@
-// What the code on matrix tiles (AMX) shares: bfloat16 in, sums in float. A tile of A holds 16 rows of 32 numbers, one of B 16
-// columns of 32 numbers as pairs (row r has numbers 2r and 2r + 1 of each column), one of C 16 x 16 floats.
+// Shared by the code for AMX tiles: products of bfloat16, sums in float. A tile of A holds 16 rows of 32 numbers; a
+// tile of B, 16 columns of 32 numbers in pairs (row r has numbers 2r and 2r + 1 of each column); a tile of C, 16 x 16
+// floats.
 //
-// MINIDISP_AMX is defined where the compiler knows the instructions, and is to compile for them (instruction_sets.h); what uses them stands between MINIDISP_AMX_BEGIN and _END.
+// MINIDISP_AMX is defined if the compiler supports the instructions and this build includes them (instruction_sets.h).
+// Code that uses them is enclosed in MINIDISP_AMX_BEGIN and MINIDISP_AMX_END.
 
 #pragma once
 
@@ -18,18 +20,20 @@
 #include <cstdint>
 
 #if defined(__clang__)
-#define MINIDISP_AMX_BEGIN                                                                                                    \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16\"))), apply_to = function)")
+#define MINIDISP_AMX_BEGIN                                                                               \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,\
+fma,amx-tile,amx-bf16\"))), apply_to = function)")
 #define MINIDISP_AMX_END _Pragma("clang attribute pop")
 #else
-#define MINIDISP_AMX_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16\")")
+#define MINIDISP_AMX_BEGIN    \
+  _Pragma("GCC push_options") \
+  _Pragma("GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16\")")
 #define MINIDISP_AMX_END _Pragma("GCC pop_options")
 #endif
 
 namespace minidisp {
 
-// The processor has the tiles, bfloat16 for them and for vectors, and the system lets this process use them.
+// Whether the processor has AMX tiles, AMX-BF16 and AVX512-BF16, and the system permits this process to use them.
 inline bool amx_permitted() {
   static const bool permitted = [] {
     unsigned eax, ebx, ecx, edx;
@@ -49,7 +53,7 @@ namespace minidisp {
 namespace {
 
 using Bits = uint16_t;          // a bfloat16
-constexpr int64_t kTile = 512;  // bfloat16 in a tile; 256 floats
+constexpr int64_t kTile = 512;  // bfloat16 numbers in a tile; it holds 256 floats
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -57,7 +61,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The thread's tiles, configured for this file, and given back as they were configured.
+// Configures the thread's tiles for this code, and restores their previous configuration in the end.
 class Tiles {
  public:
   Tiles() {
@@ -74,11 +78,11 @@ class Tiles {
   TileConfig before_;
 };
 
-// A block of C, 2 x 2 tiles at c, c + right, c + down and c + down + right with rows ld apart, = or += A B. The tiles of A lie one
-// after the other along the depth, those of the lower 16 rows a_down further; those of B b_step apart, of the right 16 columns
-// b_right.
-inline void multiply_block(const Bits* a, int64_t a_down, const Bits* b, int64_t b_step, int64_t b_right, int64_t steps, float* c,
-                           int64_t down, bool add, int64_t right = 256, int64_t ld = 16) {
+// C = A B, or C += A B, for a block of 2 x 2 tiles of C, at c, c + right, c + down and c + down + right, with rows ld
+// apart. The tiles of A are contiguous along the depth; those of its lower 16 rows follow a_down later. The tiles of B
+// are b_step apart; those of its right 16 columns follow b_right later.
+inline void multiply_block(const Bits* a, int64_t a_down, const Bits* b, int64_t b_step, int64_t b_right, int64_t steps,
+                           float* c, int64_t down, bool add, int64_t right = 256, int64_t ld = 16) {
   const int64_t bytes = 4 * ld;
   if (add) {
     _tile_loadd(0, c, bytes);
@@ -105,10 +109,10 @@ inline void multiply_block(const Bits* a, int64_t a_down, const Bits* b, int64_t
   _tile_stored(1, c + right, bytes);
   _tile_stored(2, c + down, bytes);
   _tile_stored(3, c + down + right, bytes);
-  asm volatile("" ::: "memory");  // the compiler does not see what the tiles write
+  asm volatile("" ::: "memory");  // the compiler does not see that the tiles write to memory
 }
 
-inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
+inline void transpose16(__m512i r[16]) {  // a 16 x 16 matrix of 32-bit numbers
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
@@ -136,7 +140,7 @@ inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// Two rows of floats as one row of a tile of B: pairs, rounded.
+// Two rows of floats, rounded to bfloat16, as one row of a tile of B, in pairs.
 inline __m512i pairs(__m512 even, __m512 odd) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);

@@ -1,8 +1,9 @@
-// Causal attention on the CPU, forward and backward, tile by tile: no T x T matrix is kept.
+// Causal attention on the CPU, forward and backward, computed blockwise: no T x T matrix is kept.
 //
-// A piece of work is one key and value head of one sequence with the query heads that read it; a thread computes its pieces one
-// after the other and fetches the rows of the next one meanwhile, as they lie far apart. attention_tile.h says what happens to a
-// piece in float, attention_amx.cpp in bfloat16 on matrix tiles. Memory beyond the results: per thread some copies of a head.
+// The unit of work is a HeadGroup: one key and value head of one sequence with the query heads that read it. A thread
+// processes its groups one after the other, and prefetches rows, since they are far apart in memory. attention_tile.h
+// computes a group in float, attention_amx.cpp in bfloat16 on AMX tiles. Memory beyond the results: a few copies of a
+// head per thread.
 
 #include "attention.h"
 
@@ -25,7 +26,7 @@ struct Kernels {
 #define MINIDISP_TILE "attention_tile.h"
 #include "instruction_sets.h"
 
-// All pieces of work, dealt out to the threads, with memory for each thread.
+// Parallelises the groups over the threads, with memory for each thread.
 void run(const AttentionCall& s, const std::vector<HeadGroup>& groups, bool backward) {
   const Kernels& all = choose_kernels();
   const AttentionKernels& k = s.type == Type::float32 ? all.in_float : all.in_bfloat16;
@@ -36,7 +37,7 @@ void run(const AttentionCall& s, const std::vector<HeadGroup>& groups, bool back
   if (work == 0 || s.T == 0) return;
   int64_t floats = (backward ? k.backward_floats : k.forward_floats)(s.T, s.D);
   if (amx != nullptr) floats = std::max(floats, (backward ? amx->backward_floats : amx->forward_floats)(s.T, s.D));
-  const int64_t each = (floats + 15) / 16 * 16 + 48;  // 48: off the powers of two
+  const int64_t each = (floats + 15) / 16 * 16 + 48;  // 48: avoids powers of two
   const Memory memory((threads * each + 16) * static_cast<int64_t>(sizeof(float)));
   const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
   parallel_for(0, threads, 1, [&](int64_t t, int64_t stop) {

@@ -1,11 +1,10 @@
-// Causal attention in bfloat16 on matrix tiles (AMX): products of bfloat16, sums in float; P and dS are rounded to bfloat16.
+// Causal attention in bfloat16 on AMX tiles: products of bfloat16, sums in float; P and dS are rounded to bfloat16.
 //
-// A tile of A holds 16 rows of 32 numbers, one of B 16 columns of 32 numbers as pairs: row r has numbers 2r and 2r + 1 of each
-// column, one of C 16 x 16 floats. Everything is laid out as tiles of 1 KiB first, and computed in blocks of 32 x 32. As in
-// attention_tile.h, queries stand in the lanes:
+// All matrices are first laid out in tiles of 1 KiB (amx_tile.h describes A, B and C), then multiplied in blocks of
+// 32 x 32. As in attention_tile.h, queries are in the vector lanes:
 //   forward   S^T = K Q^T,  O^T = V^T P^T                                       32 queries times blocks of 512 keys
 //   backward  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T    128 queries times blocks of 128 keys
-// The system must permit AMX; where it does not, and for values that are not finite, attention_tile.h does the work.
+// If the system does not permit AMX, or a value is NaN or Inf, attention_tile.h computes the group instead.
 
 #include "attention.h"
 
@@ -23,11 +22,11 @@ namespace minidisp {
 namespace {
 
 constexpr int64_t kBlock = 32;       // queries or keys
-constexpr int64_t kKeys = 512;       // forward, between corrections of the maximum
-constexpr int64_t kSide = 4;         // backward, blocks on a side
+constexpr int64_t kKeys = 512;       // forward, per update of the running maximum
+constexpr int64_t kSide = 4;         // backward, blocks per side of a square of scores
 constexpr float kLog2E = 1.44269504f;
 
-// Rows of a head, read 32 features at a time with zeros beyond its width and its last token.
+// Rows of a head, read 32 features at a time, padded with zeros beyond its width and its last token.
 struct Rows {
   const Bits* first;
   int64_t stride, count, width;
@@ -42,7 +41,7 @@ struct Rows {
   }
 };
 
-// Layouts of 32 tokens, depth tiles = padded width / 32:
+// Layouts of 32 tokens; depth: padded width / 32.
 // A(token, feature): [token / 16][feature / 32].
 void token_rows(const Rows& in, int64_t depth, Bits* out) {
   for (int64_t i = 0; i < kBlock; ++i)
@@ -53,10 +52,11 @@ bool all_finite(const Rows& in) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 bad = 0;
   for (int64_t i = 0; i < in.count; ++i)
-    for (int64_t d = 0; d < in.width; d += 32) bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(in.at(i, d), exponent), exponent);
+    for (int64_t d = 0; d < in.width; d += 32)
+      bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(in.at(i, d), exponent), exponent);
   return bad == 0;
 }
-// B(feature, token), features in pairs: [token / 16][feature / 32]; and, or instead,
+// B(feature, token), features in pairs: [token / 16][feature / 32]; and/or
 // A(feature, token): [feature / 16], one tile of 32 tokens each, step apart.
 template <bool kColumns, bool kRows>
 void features_deep(const Rows& in, int64_t depth, Bits* columns, Bits* rows, int64_t step) {
@@ -92,7 +92,7 @@ void tokens_deep(const Rows& in, int64_t depth, Bits* out) {
     }
 }
 
-// 2^x for x <= 0 or not far above, right to 3e-6, which is far below what rounding to bfloat16 costs.
+// 2^x for x <= 0 or slightly above, with an error of 3e-6, far below that of rounding to bfloat16.
 inline __m512 power_of_two(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // in this order NaN stays NaN
   const __m512 magic = _mm512_set1_ps(12582912.0f), shifted = _mm512_add_ps(x, magic);
@@ -101,8 +101,9 @@ inline __m512 power_of_two(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4024038e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93124175e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  // Into the exponent. What is not a number has an empty lower half here, of which nothing is added.
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  // Adds the integer part to the exponent. For NaN, the lower bits of shifted are 0, so nothing is added.
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
 }
 // log2(x) for normal x >= 1, as in attention_tile.h.
 inline __m512 binary_logarithm(__m512 x) {
@@ -117,12 +118,12 @@ inline __m512 binary_logarithm(__m512 x) {
   return y;
 }
 
-inline __mmask16 sees(int64_t key, int64_t query) {  // which of 16 queries from query on see the key
+inline __mmask16 sees(int64_t key, int64_t query) {  // which of 16 queries from query on attend to the key
   const int64_t first = std::clamp<int64_t>(key - query, 0, 16);
   return static_cast<__mmask16>(0xffffu << first);
 }
 
-// C(feature, query) of 32 queries, tiles [feature / 16][query / 16], times factor[query / 16], as rows of a head.
+// Writes C(feature, query) of 32 queries, tiles [feature / 16][query / 16], times factor[query / 16], to head rows.
 void write_columns(const float* c, int64_t count, int64_t width, const __m512 factor[2], Bits* out, int64_t stride) {
   for (int64_t h = 0; h < 2; ++h)
     for (int64_t d = 0; d < width; d += 32) {
@@ -139,13 +140,14 @@ void write_columns(const float* c, int64_t count, int64_t width, const __m512 fa
     }
 }
 
-// C(key, feature) of 32 keys, tiles [feature / 32][key / 16][feature / 16 % 2], times factor, as rows of a head.
+// Writes C(key, feature) of 32 keys, tiles [feature / 32][key / 16][feature / 16 % 2], times factor, to rows of a head.
 void write_rows(const float* c, int64_t count, int64_t width, float factor, Bits* out, int64_t stride) {
   const __m512 f = _mm512_set1_ps(factor);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < width; d += 32) {
       const float* p = c + d * 32 + i / 16 * 512 + i % 16 * 16;
-      const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_mul_ps(f, _mm512_load_ps(p + 256)), _mm512_mul_ps(f, _mm512_load_ps(p)));
+      const __m512 low = _mm512_mul_ps(f, _mm512_load_ps(p)), high = _mm512_mul_ps(f, _mm512_load_ps(p + 256));
+      const __m512bh x = _mm512_cvtne2ps_pbh(high, low);
       const __mmask32 part = width - d >= 32 ? 0xffffffffu : (1u << (width - d)) - 1;
       _mm512_mask_storeu_epi16(out + i * stride + d, part, (__m512i)x);
     }
@@ -154,7 +156,7 @@ void write_rows(const float* c, int64_t count, int64_t width, float factor, Bits
 inline Rows rows_of(const void* base, int64_t offset, int64_t stride, int64_t i, const HeadGroup& g) {
   return {static_cast<const Bits*>(base) + offset + i * stride, stride, std::min(kBlock, g.tokens - i), g.width};
 }
-inline void want(Bits* out, int64_t stride, int64_t count, int64_t width) {
+inline void fetch_to_write(Bits* out, int64_t stride, int64_t count, int64_t width) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < width; d += 32) __builtin_prefetch(out + i * stride + d, 1);
 }
@@ -163,8 +165,9 @@ int64_t forward_floats(int64_t tokens, int64_t width) {
   return n * D + kBlock * D / 2 + kBlock * D + kKeys * kBlock + kKeys * kBlock / 2;  // K and V, Q^T, O^T, S^T, P^T
 }
 
-// The scores of a block of 32 keys from key on with the queries from query on become exp(scale score - most), as pairs of keys.
-inline void exponentials(const float* s, int64_t key, int64_t query, float scale, const __m512 most[2], __m512 sum[2], Bits* p) {
+// Turns the scores of 32 keys from key on and 32 queries from query on into exp(scale score - most), in pairs of keys.
+inline void exponentials(const float* s, int64_t key, int64_t query, float scale, const __m512 most[2], __m512 sum[2],
+                         Bits* p) {
   const __m512 factor = _mm512_set1_ps(scale * kLog2E);
   const bool diagonal = key == query;
   for (int64_t h = 0; h < 2; ++h) {
@@ -186,10 +189,11 @@ inline void exponentials(const float* s, int64_t key, int64_t query, float scale
   }
 }
 
-void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, const Bits* v, Bits* qt, float* ot, float* s, Bits* p) {
+void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, const Bits* v, Bits* qt, float* ot,
+                   float* s, Bits* p) {
   const int64_t depth = up(g.width, 32) / 32, n = up(g.tokens, kBlock), count = std::min(kBlock, g.tokens - i);
   Bits* out = static_cast<Bits*>(g.out) + h * g.width + i * g.out_stride;
-  want(out, g.out_stride, count, g.width);
+  fetch_to_write(out, g.out_stride, count, g.width);
   features_deep<true, false>(rows_of(g.q, h * g.width, g.stride, i, g), depth, qt, nullptr, 0);
   const __m512 factor = _mm512_set1_ps(g.scale * kLog2E), none = _mm512_set1_ps(-INFINITY);
   __m512 most[2] = {none, none}, sum[2] = {};
@@ -199,7 +203,7 @@ void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, cons
     for (int64_t b = j; b < stop; b += kBlock) {
       float* c = s + (b - j) * kBlock;
       multiply_block(k + b / 16 * depth * kTile, depth * kTile, qt, kTile, depth * kTile, depth, c, 512, false);
-      __m512 apart[8] = {none, none, none, none, none, none, none, none};  // [r % 4][half], as a maximum waits for the one before
+      __m512 apart[8] = {none, none, none, none, none, none, none, none};  // [r % 4][half], to hide latency
       const auto maxima = [&](auto seen) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int64_t r = 0; r < kBlock; ++r)
@@ -229,14 +233,15 @@ void forward_block(const HeadGroup& g, int64_t h, int64_t i, const Bits* k, cons
       exponentials(s + (b - j) * kBlock, b, i, g.scale, most, sum, p + (b - j) * kBlock);
     asm volatile("" ::: "memory");
     for (int64_t d = 0; d < depth; ++d)
-      multiply_block(v + (2 * d * (n / kBlock) + j / kBlock) * kTile, n / kBlock * kTile, p, 2 * kTile, kTile, (stop - j) / kBlock,
-                     ot + d * 1024, 512, j > 0);
+      multiply_block(v + (2 * d * (n / kBlock) + j / kBlock) * kTile, n / kBlock * kTile, p, 2 * kTile, kTile,
+                     (stop - j) / kBlock, ot + d * 1024, 512, j > 0);
   }
-  const __m512 inverse[2] = {_mm512_div_ps(_mm512_set1_ps(1.0f), sum[0]), _mm512_div_ps(_mm512_set1_ps(1.0f), sum[1])};
+  const __m512 one = _mm512_set1_ps(1.0f), inverse[2] = {_mm512_div_ps(one, sum[0]), _mm512_div_ps(one, sum[1])};
   write_columns(ot, count, g.width, inverse, out, g.out_stride);
   for (int64_t half = 0; half < 2 && half * 16 < count; ++half)
-    _mm512_mask_storeu_ps(g.lse + h * g.tokens + i + half * 16, first_of(count - half * 16),
-                          _mm512_mul_ps(_mm512_add_ps(most[half], binary_logarithm(sum[half])), _mm512_set1_ps(1 / kLog2E)));
+    _mm512_mask_storeu_ps(
+        g.lse + h * g.tokens + i + half * 16, first_of(count - half * 16),
+        _mm512_mul_ps(_mm512_add_ps(most[half], binary_logarithm(sum[half])), _mm512_set1_ps(1 / kLog2E)));
 }
 
 bool forward(const HeadGroup& g, float* memory) {
@@ -249,7 +254,7 @@ bool forward(const HeadGroup& g, float* memory) {
       if (h == 0) {
         const Rows values = rows_of(g.v, 0, g.stride, i, g), keys = rows_of(g.k, 0, g.stride, i, g);
         keys.fetch(), values.fetch();
-        if (!all_finite(values)) return false;  // 0 times infinity is not 0: this needs the care of attention_tile.h
+        if (!all_finite(values)) return false;  // 0 * Inf is NaN: attention_tile.h handles this
         token_rows(keys, depth, k + i * D);
         features_deep<false, true>(values, depth, nullptr, v + i / kBlock * kTile, n / kBlock * kTile);
       }
@@ -263,9 +268,10 @@ int64_t backward_floats(int64_t tokens, int64_t width) {
   return n * D * 3 / 2 + 2 * n * D + 2 * side * D + side * D + 3 * side * side / 2 + 2048 + 2 * side;
 }
 
-// S^T (s) and dP^T (dp) of 32 keys and 32 queries become P^T and dS^T: as rows (A) in p and ds, and, dS^T, in pairs of keys (B).
-inline void weigh(const float* s, const float* dp, bool diagonal, float scale, const float* lse, const float* delta, Bits* p, Bits* ds,
-                  int64_t down, Bits* ds_pairs) {
+// Turns S^T (s) and dP^T (dp) of 32 keys and 32 queries into P^T and dS^T: as rows (A) in p and ds, and dS^T also in
+// pairs of keys (B).
+inline void weigh(const float* s, const float* dp, bool diagonal, float scale, const float* lse, const float* delta,
+                  Bits* p, Bits* ds, int64_t down, Bits* ds_pairs) {
   const __m512 factor = _mm512_set1_ps(scale * kLog2E);
 #pragma GCC unroll 2
   for (int64_t r = 0; r < kBlock; r += 2) {
@@ -301,7 +307,8 @@ inline float sum_products(const Bits* x, const Bits* y, int64_t width) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t d = 0; d < width; d += 32) {
     const __mmask32 part = width - d >= 32 ? 0xffffffffu : (1u << (width - d)) - 1;
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(part, x + d), (__m512bh)_mm512_maskz_loadu_epi16(part, y + d));
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(part, x + d),
+                           (__m512bh)_mm512_maskz_loadu_epi16(part, y + d));
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -309,18 +316,20 @@ inline float sum_products(const Bits* x, const Bits* y, int64_t width) {
 bool backward(const HeadGroup& g, float* memory) {
   constexpr int64_t side = kBlock * kSide;
   const int64_t n = up(g.tokens, side), D = up(g.width, 32), depth = D / 32, blocks = n / kBlock;
-  // Of the keys: K and V as rows, K^T; of a block of queries: Q^T and dO^T, Q and dO in pairs of tokens; P^T, dS^T, and that in pairs.
+  // Of all keys: K and V as rows, and K^T. Of a block of queries: Q^T and dO^T, Q and dO in pairs of tokens; P^T, dS^T,
+  // and dS^T in pairs of keys.
   Bits *k = reinterpret_cast<Bits*>(memory), *v = k + n * D, *kt = v + n * D, *qt = kt + n * D, *gt = qt + side * D;
   Bits *q = gt + side * D, *go = q + side * D, *p = go + side * D, *ds = p + side * side, *ds_pairs = ds + side * side;
-  float *dk = reinterpret_cast<float*>(ds_pairs + side * side), *dv = dk + n * D, *dqt = dv + n * D, *s = dqt + side * D;
-  float *dp = s + 1024, *lse = dp + 1024, *delta = lse + side;
+  float *dk = reinterpret_cast<float*>(ds_pairs + side * side), *dv = dk + n * D, *dqt = dv + n * D;
+  float *s = dqt + side * D, *dp = s + 1024, *lse = dp + 1024, *delta = lse + side;
   const Tiles tiles;
   for (int64_t h = 0; h < g.heads; ++h)
     for (int64_t i = 0; i < g.tokens; i += side) {
       const int64_t i_blocks = (std::min(side, g.tokens - i) + kBlock - 1) / kBlock, head = h * g.width;
       for (int64_t b = 0; b < i_blocks; ++b) {
         const int64_t t = i + b * kBlock;
-        const Rows queries = rows_of(g.q, head, g.stride, t, g), grads = rows_of(g.grad_out, head, g.out_stride, t, g);
+        const Rows queries = rows_of(g.q, head, g.stride, t, g);
+        const Rows grads = rows_of(g.grad_out, head, g.out_stride, t, g);
         const Rows outs = rows_of(g.out, head, g.out_stride, t, g);
         queries.fetch(), grads.fetch(), outs.fetch();
         if (h == 0) {
@@ -340,9 +349,9 @@ bool backward(const HeadGroup& g, float* memory) {
           delta[b * kBlock + l] =
               real ? sum_products(outs.first + l * outs.stride, grads.first + l * grads.stride, g.width) : 0.0f;
         }
-        want(static_cast<Bits*>(g.grad_q) + head + t * g.grad_stride, g.grad_stride, outs.count, g.width);
-        want(static_cast<Bits*>(g.grad_k) + t * g.grad_stride, g.grad_stride, outs.count, g.width);
-        want(static_cast<Bits*>(g.grad_v) + t * g.grad_stride, g.grad_stride, outs.count, g.width);
+        fetch_to_write(static_cast<Bits*>(g.grad_q) + head + t * g.grad_stride, g.grad_stride, outs.count, g.width);
+        fetch_to_write(static_cast<Bits*>(g.grad_k) + t * g.grad_stride, g.grad_stride, outs.count, g.width);
+        fetch_to_write(static_cast<Bits*>(g.grad_v) + t * g.grad_stride, g.grad_stride, outs.count, g.width);
       }
       for (int64_t j = 0; j <= i; j += side) {
         const bool diagonal = i == j;
@@ -353,8 +362,8 @@ bool backward(const HeadGroup& g, float* memory) {
             multiply_block(k + key, depth * kTile, qt + b * kBlock * D, kTile, depth * kTile, depth, s, 512, false);
             multiply_block(v + key, depth * kTile, gt + b * kBlock * D, kTile, depth * kTile, depth, dp, 512, false);
             const int64_t at = (2 * c * kSide + b) * kTile;
-            weigh(s, dp, diagonal && b == c, g.scale, lse + b * kBlock, delta + b * kBlock, p + at, ds + at, kSide * kTile,
-                  ds_pairs + (b * kSide + c) * 2 * kTile);
+            weigh(s, dp, diagonal && b == c, g.scale, lse + b * kBlock, delta + b * kBlock, p + at, ds + at,
+                  kSide * kTile, ds_pairs + (b * kSide + c) * 2 * kTile);
           }
         asm volatile("" ::: "memory");
         for (int64_t c = 0; c < j_blocks; ++c) {
@@ -362,14 +371,16 @@ bool backward(const HeadGroup& g, float* memory) {
           const bool add = h > 0 || !diagonal;
           for (int64_t d = 0; d < depth; ++d) {
             const int64_t right = (b * kBlock * D) + 2 * d * kTile;
-            multiply_block(p + at, kSide * kTile, go + right, kBlock * D, kTile, i_blocks - b, dv + key + d * 1024, 512, add);
-            multiply_block(ds + at, kSide * kTile, q + right, kBlock * D, kTile, i_blocks - b, dk + key + d * 1024, 512, add);
+            multiply_block(p + at, kSide * kTile, go + right, kBlock * D, kTile, i_blocks - b, dv + key + d * 1024,
+                           512, add);
+            multiply_block(ds + at, kSide * kTile, q + right, kBlock * D, kTile, i_blocks - b, dk + key + d * 1024,
+                           512, add);
           }
         }
         for (int64_t b = 0; b < i_blocks; ++b)
           for (int64_t d = 0; d < depth; ++d)
-            multiply_block(kt + (2 * d * blocks + j / kBlock) * kTile, blocks * kTile, ds_pairs + b * kSide * 2 * kTile, 2 * kTile,
-                           kTile, diagonal ? b + 1 : kSide, dqt + b * kBlock * D + d * 1024, 512, j > 0);
+            multiply_block(kt + (2 * d * blocks + j / kBlock) * kTile, blocks * kTile, ds_pairs + b * kSide * 2 * kTile,
+                           2 * kTile, kTile, diagonal ? b + 1 : kSide, dqt + b * kBlock * D + d * 1024, 512, j > 0);
       }
       const __m512 scale[2] = {_mm512_set1_ps(g.scale), _mm512_set1_ps(g.scale)};
       for (int64_t b = 0; b < i_blocks; ++b) {

@@ -1,19 +1,19 @@
 // The dispersion loss and its gradient on the CPU, in one pass over the pairs of tokens.
 //
-// A sequence's loss is a sum over pairs of a function of S_ij = u_i.u_j, u_i the unit vectors (l2_repel: of the distance).
-// The tokens are cut into blocks of 128. For each pair of blocks I <= J:
-//   S = U_I U_J^T             a tile of 128 x 128, a product of small matrices in registers
-//   W = weight of each pair   in place of S, while the values are summed
+// A sequence's loss is a sum over pairs of a function of S_ij = u_i.u_j with unit vectors u_i (l2_repel: of the
+// distance). The tokens are divided into blocks of 128. For each pair of blocks I <= J:
+//   S = U_I U_J^T             a tile of 128 x 128, multiplied in registers
+//   W = weight of each pair   overwrites S, while the values are summed
 //   G_I += W U_J,  G_J += W^T U_I
-// Then G, divided by the sum and taken back through the normalisation, is the gradient: 3 L^2 D multiply-adds, no L x L matrix.
-// Every tile is summed from zero before it is added, as a blocked product would.
-// Sequences are dealt out to the threads. Those that remain are shared by teams of threads, all at once, pair of blocks by
-// pair of blocks: two threads have a G each; more than two share one, and go through the pairs in rounds in which no block
-// occurs twice. So every sum has a fixed order: for a given number of threads the result is always the same.
-// l2_repel does all this in double, as differences of nearly equal tokens need it, on copies of small pieces of z.
-// angular_spread may use matrix tiles (dispersion_amx.cpp) instead: the same phases, with blocks of 256 tokens.
-// Memory beyond the gradient: U and at most two G, 3 L D floats, for each sequence that is being worked on (l2_repel: G in
-// double, no U; on matrix tiles half as much again), and for each thread tiles of half a megabyte.
+// G, divided by the sum and backpropagated through the normalisation, is the gradient: 3 L^2 D multiply-adds, no L x L
+// matrix. Every tile is summed from zero before it is added, as in a blocked product.
+// Sequences are parallelised over the threads. The remaining ones are shared by teams of threads, all at the same time,
+// one pair of blocks after another: two threads have a G each; more than two share one G, and process the pairs in
+// rounds in which no block occurs twice. So every sum has a fixed order, and the result depends only on the number of
+// threads. l2_repel is computed in double, on copies of small parts of z, since differences of nearly equal tokens
+// cancel. angular_spread may use AMX tiles (dispersion_amx.cpp) instead: the same phases, with blocks of 256 tokens.
+// Memory beyond the gradient: U and at most two G, 3 L D floats, for each sequence in progress (l2_repel: G in double,
+// no U; with AMX tiles, half as much again), and half a megabyte of tiles per thread.
 
 #include "dispersion.h"
 
@@ -31,17 +31,18 @@ namespace minidisp {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kTileStride = kBlock + 16;  // off the powers of two, whose rows would fight for the same cache lines
-constexpr int64_t kDepth = 256;               // of the pieces in which S is summed
+constexpr int64_t kTileStride = kBlock + 16;  // no power of two, which would cause cache conflicts between rows
+constexpr int64_t kDepth = 256;               // of the partial products that are summed to S
 constexpr int64_t kWideDepth = 128;           // the same in double
-constexpr int64_t kTileBlock = 256;           // on matrix tiles
+constexpr int64_t kTileBlock = 256;           // with AMX tiles
 constexpr int64_t kPad = 16;                  // floats in the longest vector
 
-// The vector code, one set per kind of processor.
+// The vector code for one instruction set.
 struct Kernels {
-  using Multiply = void (*)(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool, bool);
-  using WideMultiply =
-      void (*)(int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t, double*, int64_t, bool, bool);
+  template <class T>
+  using MultiplyOf = void (*)(int64_t, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t, bool, bool);
+  using Multiply = MultiplyOf<float>;
+  using WideMultiply = MultiplyOf<double>;
   Multiply multiply, multiply_transposed;
   WideMultiply wide_multiply, wide_multiply_transposed;
   void (*transpose)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
@@ -50,7 +51,8 @@ struct Kernels {
   double (*weigh_distances)(double, const double*, const double*, double*, int64_t, int64_t, int64_t, bool, bool);
   float (*largest)(const float*, int64_t, int64_t, int64_t, bool);
   float (*unit_row)(const Options&, const float*, float*, int64_t, float*, float*);
-  void (*gradient_row)(const Options&, float* const*, int, const float*, float, const float*, int64_t, float, float, float, float*);
+  void (*gradient_row)(const Options&, float* const*, int, const float*, float, const float*, int64_t, float, float,
+                       float, float*);
 };
 
 #define MINIDISP_TILE "dispersion_tile.h"
@@ -76,42 +78,42 @@ void read_token(const TokenVectors& z, int64_t b, int64_t i, int64_t d, int64_t 
   else read_as<Half>(z.data, offset, z.stride[2], n, out);
 }
 
-// Beside the sum of weights, what a thread works with, and what it has found out.
+// The buffers of a thread and its partial results.
 struct Thread {
-  float *tile, *panel;                                       // by cosines
-  uint16_t* pair;                                            // on matrix tiles
-  double *wide_tile, *wide_panel, *wide_rows, *wide_columns;  // by distances
+  float *tile, *panel;                                        // for cosines
+  uint16_t* pair;                                             // for AMX tiles
+  double *wide_tile, *wide_panel, *wide_rows, *wide_columns;  // for distances
   double sum, square_sum;
   float most, bad;
 };
 
-// A sequence that is being worked on, by one thread or by several.
+// A sequence in progress, processed by one or more threads.
 constexpr int64_t kGradients = 2;
-int64_t gradients(int64_t threads) { return threads <= kGradients ? threads : 1; }  // how many G they have
+int64_t gradients(int64_t threads) { return threads <= kGradients ? threads : 1; }  // number of G
 
 struct Sequence {
-  float *u, *norm, *length, *g[kGradients];          // by cosines
-  SpreadTiles tiles;                                 // on matrix tiles, too
-  float *u_mean, *base, centre;                      // base - centre u_i: what the weights' centre contributes to G_i
-  double *mean, *square, *wide_g[kGradients];        // by distances
+  float *u, *norm, *length, *g[kGradients];    // for cosines
+  SpreadTiles tiles;                           // with AMX tiles, in addition
+  float *u_mean, *base, centre;                // base - centre u_i: the contribution of the weights' centre to G_i
+  double *mean, *square, *wide_g[kGradients];  // for distances
   double sum, square_sum, shift;
   bool bad;
 };
 
-// One call: the sizes, and the phases through which a sequence goes.
+// One call: the sizes, and the phases of the computation for a sequence.
 struct Call {
   const TokenVectors& z;
   const Options o;
   const bool need_grad;
   float* const grad;
   const Kernels& k;
-  const SpreadKernels* const spread;  // matrix tiles, if they compute it
+  const SpreadKernels* const spread;  // AMX tiles, if they are used
   const SpreadFit fit = spread != nullptr ? fit_spread(o, o.smallest_angle()) : SpreadFit{};
   const int64_t B = z.size[0], L = z.size[1], D = z.size[2];
   const bool by_distance = o.variant == Variant::l2_repel;
-  const int64_t width = round_up(by_distance ? D + 1 : D, spread ? 32 : kPad);  // by distances, column D sums the weights
+  const int64_t width = round_up(by_distance ? D + 1 : D, spread ? 32 : kPad);  // for distances, column D sums weights
   const int64_t stride = width % 64 == 0 ? width + kPad : width;
-  const bool direct = z.type == Type::float32 && z.stride[2] == 1 && D % kPad == 0;  // rows of z can be read as they are
+  const bool direct = z.type == Type::float32 && z.stride[2] == 1 && D % kPad == 0;  // rows of z can be read in place
   const int64_t rows = round_up(L, kTileTokens), matrix = (spread ? rows : L) * stride;
 
   int64_t thread_bytes() const {
@@ -123,7 +125,8 @@ struct Call {
   int64_t sequence_bytes(int64_t gradients) const {
     if (!need_grad) gradients = 0;
     const int64_t tiles = spread ? 3 * 2 * rows * width + 4 * (rows + 2 * width) : 0;
-    return by_distance ? 8 * (round_up(D, kPad) + rows + gradients * matrix) : 4 * (2 * rows + (1 + gradients) * matrix) + tiles;
+    return by_distance ? 8 * (round_up(D, kPad) + rows + gradients * matrix)
+                       : 4 * (2 * rows + (1 + gradients) * matrix) + tiles;
   }
 
   Thread thread_at(char* memory) const {
@@ -135,7 +138,7 @@ struct Call {
       t.wide_rows = std::exchange(p, p + kBlock * (kWideDepth + kPad));
       t.wide_columns = p;
     } else {
-      t.pair = reinterpret_cast<uint16_t*>(memory);  // or
+      t.pair = reinterpret_cast<uint16_t*>(memory);  // the two are never used together
       t.tile = reinterpret_cast<float*>(memory);
       t.panel = t.tile + kBlock * kTileStride;
     }
@@ -169,7 +172,7 @@ struct Call {
     return s;
   }
 
-  // Phase 1, by distances only: the mean token.
+  // Phase 1, for distances only: the mean token.
   void find_mean(Thread& t, const Sequence& s, int64_t b) const {
     std::fill(s.mean, s.mean + D, 0.0);
     for (int64_t i = 0; i < L; ++i)
@@ -181,7 +184,7 @@ struct Call {
     for (int64_t d = 0; d < D; ++d) s.mean[d] /= static_cast<double>(L);
   }
 
-  // Phase 2: unit vectors, or squared norms, of the tokens from i to stop. t remembers what else is learnt.
+  // Phase 2: unit vectors, or squared norms, of the tokens from i to stop; further results are kept in t.
   void prepare(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t stop) const {
     t.bad = 0;
     t.square_sum = 0;
@@ -209,7 +212,7 @@ struct Call {
     }
   }
 
-  // Rows of z as double, centred, with ones in column D and zeros beyond: features d to d + n of the tokens from i on.
+  // Reads features d to d + n of the tokens from i on as double, centred, with ones in column D and zeros beyond.
   void read_centred(const Sequence& s, int64_t b, int64_t i, int64_t rows, int64_t d, int64_t n, double* out) const {
     for (int64_t r = 0; r < rows; ++r, out += kWideDepth + kPad) {
       const int64_t real = std::min(n, D - d);
@@ -219,7 +222,7 @@ struct Call {
     }
   }
 
-  // S of the blocks that begin at tokens i and j and have m and n of them.
+  // S of the blocks of m tokens from i on and n tokens from j on.
   void products(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
     const bool diagonal = i == j;
     if (by_distance) {
@@ -230,7 +233,7 @@ struct Call {
         read_centred(s, b, i, m, d, depth, t.wide_rows);
         if (!diagonal) read_centred(s, b, j, n, d, depth, t.wide_columns);
         k.wide_transpose(diagonal ? t.wide_rows : t.wide_columns, ld, n, depth, t.wide_panel, kTileStride);
-        // Column D, the ones, takes no part in the products.
+        // The ones in column D are not part of the products.
         k.wide_multiply(m, round_up(n, kPad), std::min(depth, D - d), t.wide_rows, ld, t.wide_panel, kTileStride,
                         t.wide_tile, kTileStride, d > 0, diagonal);
       }
@@ -255,8 +258,8 @@ struct Call {
     }
   }
 
-  // The same for the pairs of one of rounds(block). In round r, block I meets block J = r - I modulo the number of rounds,
-  // which is odd: so every block is in one pair only, and after all rounds every pair has been there once.
+  // The same for the pairs of round r < rounds(block). In round r, block I is paired with block J = r - I modulo the
+  // number of rounds, which is odd: every block is in one pair only, and all rounds together contain each pair once.
   int64_t rounds(int64_t block) const { return ((L + block - 1) / block) | 1; }
 
   template <class Function>
@@ -269,7 +272,7 @@ struct Call {
     }
   }
 
-  // Phase 3, on matrix tiles only: the mean unit vector, and the weight of a pair that is as it is on average.
+  // Phase 3, with AMX tiles only: the mean unit vector, and the weight of a pair with the average cosine.
   void find_mean_unit(Sequence& s) const {
     spread->mean(s.u, stride, L, width, s.u_mean);
     double square = 0;
@@ -278,7 +281,7 @@ struct Call {
     for (int64_t d = 0; d < width; ++d) s.base[d] = s.centre * static_cast<float>(L) * s.u_mean[d];
   }
 
-  // Phase 3, where it is needed: the largest cosine.
+  // Phase 3, if needed: the largest cosine.
   void find_largest(Thread& t, const Sequence& s, int64_t b, int64_t i, int64_t j, int64_t m, int64_t n) const {
     products(t, s, b, i, j, m, n);
     t.most = std::max(t.most, k.largest(t.tile, kTileStride, m, n, i == j));
@@ -290,29 +293,31 @@ struct Call {
     else std::fill(s.g[copy] + i * stride, s.g[copy] + stop * stride, 0.0f);
   }
 
-  // Phase 4, of a pair of blocks: the sum of the values, and the weights times the other tokens, added to a G.
+  // Phase 4, for a pair of blocks: sums the values, and adds the weights times the other tokens to a G.
   void sum_pair(Thread& t, const Sequence& s, int64_t copy, int64_t b, bool first, int64_t i, int64_t j, int64_t m,
                 int64_t n) const {
     const bool diagonal = i == j;
     if (spread) {
-      t.sum += spread->sum_pair(fit, s.centre, s.tiles, width, i, m, j, n, need_grad ? s.g[copy] : nullptr, stride, first,
-                              t.pair);
+      t.sum += spread->sum_pair(fit, s.centre, s.tiles, width, i, m, j, n, need_grad ? s.g[copy] : nullptr, stride,
+                                first, t.pair);
       return;
     }
     products(t, s, b, i, j, m, n);
     if (by_distance) {
-      t.sum += k.weigh_distances(o.tau, s.square + i, s.square + j, t.wide_tile, kTileStride, m, n, diagonal, need_grad);
+      t.sum += k.weigh_distances(o.tau, s.square + i, s.square + j, t.wide_tile, kTileStride, m, n, diagonal,
+                                 need_grad);
       if (!need_grad) return;
       constexpr int64_t ld = kWideDepth + kPad;
       double* const g = s.wide_g[copy];
       for (int64_t d = 0; d < width; d += kWideDepth) {
         const int64_t depth = std::min(kWideDepth, width - d);
         read_centred(s, b, j, n, d, depth, t.wide_columns);
-        k.wide_multiply(m, depth, n, t.wide_tile, kTileStride, t.wide_columns, ld, g + i * stride + d, stride, true, false);
+        k.wide_multiply(m, depth, n, t.wide_tile, kTileStride, t.wide_columns, ld, g + i * stride + d, stride, true,
+                        false);
         if (diagonal) continue;
         read_centred(s, b, i, m, d, depth, t.wide_rows);
-        k.wide_multiply_transposed(n, depth, m, t.wide_tile, kTileStride, t.wide_rows, ld, g + j * stride + d, stride, true,
-                                   false);
+        k.wide_multiply_transposed(n, depth, m, t.wide_tile, kTileStride, t.wide_rows, ld, g + j * stride + d, stride,
+                                   true, false);
       }
     } else {
       t.sum += k.weigh_cosines(o, s.shift, t.tile, kTileStride, m, n, diagonal, need_grad);
@@ -320,7 +325,8 @@ struct Call {
       float* const g = s.g[copy];
       k.multiply(m, width, n, t.tile, kTileStride, s.u + j * stride, stride, g + i * stride, stride, true, false);
       if (diagonal) return;
-      k.multiply_transposed(n, width, m, t.tile, kTileStride, s.u + i * stride, stride, g + j * stride, stride, true, false);
+      k.multiply_transposed(n, width, m, t.tile, kTileStride, s.u + i * stride, stride, g + j * stride, stride, true,
+                            false);
     }
   }
 
@@ -350,8 +356,8 @@ struct Call {
         if (o.variant == Variant::orthogonalization) scale = 4 / (kPi * pairs);
         if (o.variant == Variant::decorrelation) scale = 4 / pairs;
         for (int64_t c = 0; c < copies; ++c) parts[c] = s.g[c] + i * stride;
-        k.gradient_row(o, parts, static_cast<int>(copies), s.base, s.centre, s.u + i * stride, D, s.norm[i], s.length[i],
-                       static_cast<float>(scale / batch), out);
+        k.gradient_row(o, parts, static_cast<int>(copies), s.base, s.centre, s.u + i * stride, D, s.norm[i],
+                       s.length[i], static_cast<float>(scale / batch), out);
       }
     }
   }
@@ -361,16 +367,19 @@ struct Call {
     const double tokens = static_cast<double>(L), pairs = tokens * (tokens - 1);
     if (o.variant == Variant::angular_spread) return std::log(2 * s.sum / pairs) - s.shift / (kPi * o.tau);
     if (by_distance)
-      return std::log((2 * s.sum + tokens) / (tokens * tokens)) + 0.1 * s.square_sum / (tokens * static_cast<double>(D));
+      return std::log((2 * s.sum + tokens) / (tokens * tokens)) +
+             0.1 * s.square_sum / (tokens * static_cast<double>(D));
     return 2 * s.sum / pairs;
   }
 
-  // `count` sequences from b on, at once, by n threads each. All go through a phase before the next one begins: split(f) runs
-  // f(q, t) for all q < count, t < n. Thread t of sequence q has threads[q * n + t], and the tokens from first(t) on.
+  // Computes `count` sequences from b on at the same time, with n threads each. All finish a phase before the next one
+  // starts: split(f) runs f(q, t) for all q < count, t < n. Thread t of sequence q uses threads[q * n + t] and has the
+  // tokens from first(t) on.
   template <class Split>
-  void run(Sequence* sequences, int64_t count, Thread* threads, int64_t n, int64_t b, double* losses, Split split) const {
+  void run(Sequence* sequences, int64_t count, Thread* threads, int64_t n, int64_t b, double* losses,
+           Split split) const {
     const int64_t copies = gradients(n);
-    int64_t block = spread ? kTileBlock : kBlock;  // smaller ones are easier to share
+    int64_t block = spread ? kTileBlock : kBlock;  // smaller ones balance better
     const int64_t least = n == 1 ? block : copies > 1 ? kBlock / 2 : kBlock / 4;
     while (block > least && L < 2 * n * block) block /= 2;
     const auto first = [&](int64_t t) { return t * L / n; };
@@ -421,7 +430,8 @@ struct Call {
       else if (!spread || n > 1) clear_gradient(sequences[q], t, 0, L);
       if (copies < n || sequences[q].bad) return;
       for_pairs(block, t, n, [&](int64_t i, auto... pair) {
-        sum_pair(threads[q * n + t], sequences[q], t, b + q, n == 1 && i == 0, i, pair...);  // (0, J) is the first of J
+        const bool first_of_J = n == 1 && i == 0;  // (0, J) is the first pair of J
+        sum_pair(threads[q * n + t], sequences[q], t, b + q, first_of_J, i, pair...);
       });
     });
     for (int64_t round = 0; copies < n && round < rounds(block); ++round)
@@ -440,11 +450,11 @@ struct Call {
   }
 };
 
-// Matrix tiles round to bfloat16. So they are for callers who let products round, and for options under which the weight of a pair
-// does not change much with its cosine.
+// AMX tiles round to bfloat16. They are used only if the caller allows rounding, and if the options make the weight of
+// a pair insensitive to errors of its cosine.
 const SpreadKernels* spread_kernels_for(const Options& o, const TokenVectors& z, bool may_round) {
   const bool gentle = o.variant == Variant::angular_spread && o.tau >= 0.5 && o.clamp >= 0.2;
-  const bool large = z.size[1] >= kTileTokens && z.size[2] >= kPad;  // errors average out, and it pays
+  const bool large = z.size[1] >= kTileTokens && z.size[2] >= kPad;  // errors average out, and it is faster
   if (!gentle || !may_round || !large || best_instruction_set() != InstructionSet::amx) return nullptr;
   return spread_kernels();
 }
@@ -456,11 +466,11 @@ double dispersion(const TokenVectors& z, const Options& options, bool may_round,
 
   const int64_t threads = minidisp::threads();
   const int64_t dealt = call.B / threads * threads, left = call.B - dealt;
-  // Those that are left over go at once if that gives each of them two threads, else in two turns.
+  // The remaining sequences are computed at the same time if each gets two threads, otherwise in two rounds.
   const int64_t teams = 2 * left <= threads ? left : (left + 1) / 2;
   const int64_t team_gradients = gradients(threads / std::max<int64_t>(teams, 1));
 
-  const auto spaced = [](int64_t bytes) { return round_up(bytes, 64) + 192; };  // 192: off the powers of two, again
+  const auto spaced = [](int64_t bytes) { return round_up(bytes, 64) + 192; };  // 192: avoids powers of two
   const int64_t thread_bytes = spaced(call.thread_bytes());
   const int64_t dealt_bytes = spaced(call.sequence_bytes(1)), team_bytes = spaced(call.sequence_bytes(team_gradients));
   const int64_t bytes = threads * thread_bytes + std::max(dealt ? threads * dealt_bytes : 0, teams * team_bytes);

@@ -1,4 +1,4 @@
-// What the dispersion loss on the CPU is told.
+// The interface of the dispersion loss on the CPU.
 
 #pragma once
 
@@ -13,8 +13,8 @@ struct TokenVectors {  // (B, T, C), at any strides, in elements
   int64_t size[3], stride[3];
 };
 
-// The mean of the sequences' losses. grad (B, T, C): becomes its gradient, unless it is null. may_round: products may be rounded to
-// bfloat16.
+// The mean of the sequences' losses. grad (B, T, C): overwritten with its gradient, unless null. may_round: products
+// may be rounded to bfloat16.
 double dispersion(const TokenVectors& z, const Options& options, bool may_round, float* grad);
 
 }  // namespace minidisp

@@ -1,12 +1,14 @@
-// angular_spread on matrix tiles (AMX): products of bfloat16, sums in float.
+// angular_spread on AMX tiles: products of bfloat16, sums in float.
 //
-// bfloat16 has 8 bits: too few for unit vectors u, of which nearly parallel tokens share most, and for weights W, of which pairs
-// share most. So what is rounded is what differs, u' = u - m with m the mean token, and W - c with c the weight of the cosine |m|^2:
-//   S_ij = u'_i.u'_j + u'_i.m + u'_j.m + |m|^2,    G_i = sum_j W_ij u_j = sum_j (W_ij - c) u_j + c (L m - u_i),    j != i
-// Tokens in tight groups that lie apart gain least from this.
-// Everything is laid out as tiles of 1 KiB first and computed in blocks of 32 x 32. Of each pair of blocks W is kept, as rows, and
-// its transpose; then G_I += (W - c) U_J and G_J += (W - c)^T U_I.
-// The value of a pair is a polynomial in its cosine, as the clamp and tau stay away from where that would be steep.
+// bfloat16 has 8 bits: too few for the unit vectors u of nearly parallel tokens, which are mostly equal, and for the
+// weights W, which are too. So only the differences are rounded: u' = u - m with the mean token m, and W - c with the
+// weight c at the cosine |m|^2:
+//   S_ij = u'_i.u'_j + u'_i.m + u'_j.m + |m|^2
+//   G_i = sum_j W_ij u_j = sum_j (W_ij - c) u_j + c (L m - u_i),    j != i
+// This helps least if the tokens form tight groups that are far apart.
+// All matrices are first laid out in tiles of 1 KiB, then multiplied in blocks of 32 x 32. For each pair of blocks, W
+// is stored as rows, and transposed; then G_I += (W - c) U_J and G_J += (W - c)^T U_I. The value of a pair is a
+// polynomial in its cosine, since clamp and tau are restricted to where the function is smooth.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +18,7 @@
 
 namespace minidisp {
 
-// Interpolation at Chebyshev nodes, by discrete orthogonality, then from Chebyshev polynomials to powers.
+// Interpolates at Chebyshev nodes, by discrete orthogonality, and converts from Chebyshev polynomials to powers.
 SpreadFit fit_spread(const Options& options, double shift) {
   constexpr int n = kSpreadDegree + 1;
   const double limit = 1 - options.clamp;
@@ -55,22 +57,24 @@ namespace {
 constexpr int64_t kGroup = kTileTokens;
 
 void mean(const float* u, int64_t stride, int64_t tokens, int64_t width, float* out) {
-  constexpr int64_t kRows = 32;  // summed apart, as thousands of equal numbers would round the same way
+  constexpr int64_t kRows = 32;  // summed separately: rounding errors of thousands of equal numbers would add up
   for (int64_t d = 0; d < width; d += 16) _mm512_storeu_ps(out + d, _mm512_setzero_ps());
   for (int64_t i = 0; i < tokens; i += kRows)
     for (int64_t d = 0; d < width; d += 16) {
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t r = i; r < std::min(i + kRows, tokens); ++r) sum = _mm512_add_ps(sum, _mm512_loadu_ps(u + r * stride + d));
+      for (int64_t r = i; r < std::min(i + kRows, tokens); ++r)
+        sum = _mm512_add_ps(sum, _mm512_loadu_ps(u + r * stride + d));
       _mm512_storeu_ps(out + d, _mm512_add_ps(_mm512_loadu_ps(out + d), sum));
     }
   const __m512 count = _mm512_set1_ps(static_cast<float>(tokens));
-  for (int64_t d = 0; d < width; d += 16) _mm512_storeu_ps(out + d, _mm512_div_ps(_mm512_loadu_ps(out + d), count));
+  for (int64_t d = 0; d < width; d += 16)
+    _mm512_storeu_ps(out + d, _mm512_div_ps(_mm512_loadu_ps(out + d), count));
 }
 
-// 16 tokens, of which `count` are real, 32 features: a tile of rows, of columns, and half of each of two tiles in pairs of tokens.
-// Adds u'.mean to along.
-inline void lay_out_tile(const float* u, int64_t stride, int64_t count, const float* mean, Bits* rows, Bits* columns, Bits* pairs,
-                         __m512 along[16]) {
+// Lays out 16 tokens, of which the first `count` are real, with 32 features: a tile of rows, a tile of columns, and
+// half of each of two tiles in pairs of tokens. Adds u'.mean to along.
+inline void lay_out_tile(const float* u, int64_t stride, int64_t count, const float* mean, Bits* rows, Bits* columns,
+                         Bits* pairs, __m512 along[16]) {
   const __m512 m0 = _mm512_loadu_ps(mean), m1 = _mm512_loadu_ps(mean + 16);
   __m512i r[16];
   __m512 x0[2], x1[2];
@@ -93,8 +97,8 @@ inline void lay_out_tile(const float* u, int64_t stride, int64_t count, const fl
   for (int64_t l = 0; l < 16; ++l) _mm512_store_si512(columns + l * 32, r[l]);
 }
 
-void lay_out(const float* u, int64_t stride, int64_t tokens, int64_t width, const float* mean, int64_t first, int64_t stop,
-             const SpreadTiles& out) {
+void lay_out(const float* u, int64_t stride, int64_t tokens, int64_t width, const float* mean, int64_t first,
+             int64_t stop, const SpreadTiles& out) {
   const int64_t depth = width / 32;
   __m512 squares = _mm512_setzero_ps();
   for (int64_t d = 0; d < width; d += 16) {
@@ -107,17 +111,19 @@ void lay_out(const float* u, int64_t stride, int64_t tokens, int64_t width, cons
     for (int64_t s = 0; s < depth; ++s) {
       const int64_t at = (i / 16 * depth + s) * kTile;
       Bits* pairs = out.pairs + (i / kGroup * depth + s) * 2 * kTile + i % kGroup * 16;
-      lay_out_tile(u + i * stride + s * 32, stride, tokens - i, mean + s * 32, out.rows + at, out.columns + at, pairs, along);
+      lay_out_tile(u + i * stride + s * 32, stride, tokens - i, mean + s * 32, out.rows + at, out.columns + at, pairs,
+                   along);
     }
     for (int64_t l = 0; l < 16; ++l) out.side[i + l] = _mm512_reduce_add_ps(along[l]) + half_square;
   }
 }
 
-// Turns 32 x 32 products, 2 x 2 tiles, into W - c: as rows in w, 16 of them `down` apart, and transposed in wt, likewise. Returns
-// the sum of the values. kPart: only some rows and columns are real, or it is a diagonal block, in which each pair stands twice.
+// Turns 32 x 32 products, 2 x 2 tiles, into W - c: as rows in w, with groups of 16 rows `down` apart, and transposed in
+// wt in the same way. Returns the sum of the values. kPart: some rows or columns are padding, or it is a diagonal
+// block, which contains each pair twice.
 template <bool kPart>
-inline double weigh(const SpreadFit& f, float centre, const float* s, const float* row_side, const float* column_side, int64_t rows,
-                    int64_t columns, bool diagonal, Bits* w, int64_t down, Bits* wt, int64_t wt_down) {
+inline double weigh(const SpreadFit& f, float centre, const float* s, const float* row_side, const float* column_side,
+                    int64_t rows, int64_t columns, bool diagonal, Bits* w, int64_t down, Bits* wt, int64_t wt_down) {
   const __m512 most = _mm512_set1_ps(f.limit), least = _mm512_set1_ps(-f.limit), one = _mm512_set1_ps(1.0f);
   const __m512 c = _mm512_set1_ps(centre);
   const __m512 side[2] = {_mm512_loadu_ps(column_side), _mm512_loadu_ps(column_side + 16)};
@@ -159,7 +165,8 @@ inline double weigh(const SpreadFit& f, float centre, const float* s, const floa
     if (w == nullptr) continue;
 #pragma GCC unroll 2
     for (int64_t u = 0; u < 2; ++u)
-      _mm512_store_si512(w + (r + u) / 16 * down + (r + u) % 16 * 32, (__m512i)_mm512_cvtne2ps_pbh(weight[u][1], weight[u][0]));
+      _mm512_store_si512(w + (r + u) / 16 * down + (r + u) % 16 * 32,
+                         (__m512i)_mm512_cvtne2ps_pbh(weight[u][1], weight[u][0]));
     if (!diagonal)
 #pragma GCC unroll 2
       for (int64_t h = 0; h < 2; ++h) across[h][r / 2] = pairs(weight[0][h], weight[1][h]);
@@ -175,8 +182,8 @@ inline double weigh(const SpreadFit& f, float centre, const float* s, const floa
 
 int64_t memory(int64_t most) { return 2048 + 2 * up(most, kGroup) * up(most, kGroup); }
 
-double sum_pair(const SpreadFit& fit, float centre, const SpreadTiles& tiles, int64_t width, int64_t i, int64_t m, int64_t j,
-                int64_t n, float* g, int64_t stride, bool first, Bits* memory) {
+double sum_pair(const SpreadFit& fit, float centre, const SpreadTiles& tiles, int64_t width, int64_t i, int64_t m,
+                int64_t j, int64_t n, float* g, int64_t stride, bool first, Bits* memory) {
   const Tiles configured;
   const int64_t depth = width / 32;
   const int64_t m_groups = (m + kGroup - 1) / kGroup, n_groups = (n + kGroup - 1) / kGroup;
@@ -186,20 +193,22 @@ double sum_pair(const SpreadFit& fit, float centre, const SpreadTiles& tiles, in
   for (int64_t a = 0; a < m_groups; ++a)
     for (int64_t b = i == j ? a : 0; b < n_groups; ++b) {
       const int64_t row = i + a * kGroup, column = j + b * kGroup, rows = m - a * kGroup, columns = n - b * kGroup;
-      multiply_block(tiles.rows + row * width, depth * kTile, tiles.columns + column * width, kTile, depth * kTile, depth, s, 512,
-                     false);
+      multiply_block(tiles.rows + row * width, depth * kTile, tiles.columns + column * width, kTile, depth * kTile,
+                     depth, s, 512, false);
       Bits* to = g != nullptr ? w + (2 * a * n_groups + b) * kTile : nullptr;
       const auto run = row == column || rows < kGroup || columns < kGroup ? weigh<true> : weigh<false>;
-      sum += run(fit, centre, s, tiles.side + row, tiles.side + column, rows, columns, row == column, to, n_groups * kTile,
-                 wt + (2 * b * m_groups + a) * kTile, m_groups * kTile);
+      sum += run(fit, centre, s, tiles.side + row, tiles.side + column, rows, columns, row == column, to,
+                 n_groups * kTile, wt + (2 * b * m_groups + a) * kTile, m_groups * kTile);
     }
   if (g == nullptr) return sum;
   asm volatile("" ::: "memory");
-  const auto multiply = [&](const Bits* weights, int64_t to, int64_t to_groups, int64_t from, int64_t from_groups, bool add) {
+  const auto multiply = [&](const Bits* weights, int64_t to, int64_t to_groups, int64_t from, int64_t from_groups,
+                            bool add) {
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t a = 0; a < to_groups; ++a)
-        multiply_block(weights + 2 * a * from_groups * kTile, from_groups * kTile, tiles.pairs + from * width + 2 * d * kTile,
-                       2 * depth * kTile, kTile, from_groups, g + (to + a * kGroup) * stride + d * 32, 16 * stride, add, 16, stride);
+        multiply_block(weights + 2 * a * from_groups * kTile, from_groups * kTile,
+                       tiles.pairs + from * width + 2 * d * kTile, 2 * depth * kTile, kTile, from_groups,
+                       g + (to + a * kGroup) * stride + d * 32, 16 * stride, add, 16, stride);
   };
   multiply(w, i, m_groups, j, n_groups, i != j || !first);
   if (i != j) multiply(wt, j, n_groups, i, m_groups, !first);

@@ -1,12 +1,12 @@
-// The vector code of the dispersion loss: products of small matrices, and the weights of a tile of pairs.
-// instruction_sets.h says how it is included.
+// Vector code of the dispersion loss: products of small matrices, and the weights of a tile of pairs.
+// Included by instruction_sets.h.
 
 #include "vector_tile.h"
 
 template <class V>
 PAIR_INLINE V broadcast(float x) { return V{} + x; }
 
-// What dispersion_pair.h asks for.
+// The functions that dispersion_pair.h uses.
 template <class V> PAIR_INLINE V lesser(V a, float b) { V w = broadcast<V>(b); return a < w ? a : w; }
 template <class V> PAIR_INLINE V greater(V a, float b) { V w = broadcast<V>(b); return a > w ? a : w; }
 template <class V> PAIR_INLINE V magnitude(V a) {
@@ -14,12 +14,13 @@ template <class V> PAIR_INLINE V magnitude(V a) {
   return (V)((N)a & 0x7fffffff);
 }
 template <class V> PAIR_INLINE V choose(V sign, V negative, V positive) { return sign < 0.0f ? negative : positive; }
-// 1 / sqrt(x), x > 0 and normal: a first guess, then Newton steps, each of which doubles the number of correct digits.
+// 1 / sqrt(x), x > 0 and normal: an initial guess, then Newton steps, each of which doubles the number of correct
+// digits.
 template <class V> PAIR_INLINE V inverse_root(V x) {
-#if defined(ROOT_GUESS)  // the processor's own, right to 14 (AVX-512) or 12 bits (AVX)
+#if defined(ROOT_GUESS)  // the processor's instruction, accurate to 14 (AVX-512) or 12 bits (AVX)
   constexpr int kSteps = VECTOR_BYTES == 64 ? 1 : 2;
   V y = ROOT_GUESS(x);
-#else  // from the exponent, right to 3 %
+#else  // from the exponent, accurate to 3 %
   constexpr int kSteps = 3;
   using N = typename IntegerOf<V>::Type;
   V y = (V)(0x5f3759df - ((N)x >> 1));
@@ -28,7 +29,7 @@ template <class V> PAIR_INLINE V inverse_root(V x) {
   for (int step = 0; step < kSteps; ++step) y = y * (1.5f - half * y * y);
   return y;
 }
-// exp(x) for x <= 0, as 2^n exp(r) with |r| <= ln(2) / 2; below -87 it stays at exp(-87).
+// exp(x) for x <= 0, as 2^n exp(r) with |r| <= ln(2) / 2; x is at least -87.
 template <class V> PAIR_INLINE V exponential(V x) {
   using N = typename IntegerOf<V>::Type;
   x = greater(x, -87.0f);
@@ -46,13 +47,13 @@ template <class V> PAIR_INLINE V exponential(V x) {
 
 #include "../dispersion_pair.h"
 
-// C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the lanes.
-// upper: skips what lies wholly below the diagonal of C.
+// C (m x n) = or += A (m x depth) B (depth x n), row-major; A is read transposed if kTransposed. n is a multiple of the
+// lanes. upper: skips blocks entirely below the diagonal of C.
 template <class T, bool kTransposed>
 void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
               bool add, bool upper = false) {
   constexpr int W = lanes<T>();
-  const int64_t groups = (m + ROWS - 1) / ROWS;  // of rows, as equal as can be
+  const int64_t groups = (m + ROWS - 1) / ROWS;  // of rows, of nearly equal size
   for (int64_t column = 0; column < n; column += kVectors * W) {
     const bool full = n - column >= kVectors * W;
     for (int64_t g = 0; g < groups; ++g) {
@@ -66,8 +67,8 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t lda, cons
   }
 }
 
-// out[k * ldo + i] = in[i * ldi + k] for i < n, k < depth; i is filled up with zeros to a multiple of the lanes. Rows of in
-// may be read up to a multiple of the lanes beyond depth, rows of out be written there.
+// out[k * ldo + i] = in[i * ldi + k] for i < n, k < depth; i is padded with zeros to a multiple of the lanes. Both are
+// accessed for k up to the next multiple of the lanes after depth.
 template <class T>
 void transpose(const T* in, int64_t ldi, int64_t n, int64_t depth, T* out, int64_t ldo) {
   using V = typename VectorOf<T>::V;
@@ -83,9 +84,9 @@ void transpose(const T* in, int64_t ldi, int64_t n, int64_t depth, T* out, int64
     }
 }
 
-// Replaces the products in a tile (m x n, row-major) by the weights of the pairs and returns the sum of their values, each
-// pair once. A diagonal tile is computed above its diagonal and mirrored; the diagonal itself gets no weight. pair(x, i, j,
-// &value, &weight) sees one vector of products, those of row i with the columns from j on.
+// Replaces the products in a tile (m x n, row-major) by the weights of the pairs and returns the sum of their values,
+// each pair once. A diagonal tile is computed above its diagonal and mirrored; the diagonal itself gets no weight.
+// pair(x, i, j, &value, &weight) is called with one vector of products, those of row i and the columns from j on.
 template <class T, class Pair>
 double weigh(T* tile, int64_t ld, int64_t m, int64_t n, bool diagonal, bool need_grad, Pair pair) {
   using V = typename VectorOf<T>::V;
@@ -93,7 +94,7 @@ double weigh(T* tile, int64_t ld, int64_t m, int64_t n, bool diagonal, bool need
   constexpr int W = lanes<T>();
   Mask lane;
   for (int l = 0; l < W; ++l) lane[l] = l;
-  V total{}, lost{};  // summed with Kahan's compensation: thousands of equal values would round the same way
+  V total{}, lost{};  // Kahan summation: rounding errors of thousands of equal values would add up
   for (int64_t i = 0; i < m; ++i) {
     V row{};
     for (int64_t j = diagonal ? i / W * W : 0; j < n; j += W) {
@@ -142,8 +143,8 @@ double weigh_cosines(const Options& o, double shift, float* tile, int64_t ld, in
 }
 
 // l2_repel: exp(-||z_i - z_j||^2 / tau) from the products and the squared norms of the tile's rows and columns.
-double weigh_distances(double tau, const double* row_square, const double* column_square, double* tile, int64_t ld, int64_t m,
-                       int64_t n, bool diagonal, bool need_grad) {
+double weigh_distances(double tau, const double* row_square, const double* column_square, double* tile, int64_t ld,
+                       int64_t m, int64_t n, bool diagonal, bool need_grad) {
   return weigh<double>(tile, ld, m, n, diagonal, need_grad,
                        [&](D product, int64_t i, int64_t j, D* value, D* weight) PAIR_INLINE_LAMBDA {
                          const D x = (2 * product - row_square[i] - load<D>(column_square + j)) * (1 / tau);
@@ -152,8 +153,9 @@ double weigh_distances(double tau, const double* row_square, const double* colum
                        });
 }
 
-// A row of z, padded with zeros to a multiple of the lanes, becomes a row of u, or is one already: divided by length = norm + eps, or, for
-// decorrelation, centred first, with a constant row turned into zeros. Returns NaN for NaN or infinity in the row, else 0.
+// Computes a row of u from a row of z (possibly in place), padded with zeros to a multiple of the lanes: divided by
+// length = norm + eps; for decorrelation, centred first, where a constant row becomes zeros. Returns NaN if the row has
+// NaN or Inf, else 0.
 float unit_row(const Options& o, const float* z, float* u, int64_t D_, float* norm, float* length) {
   constexpr int W = lanes<float>();
   const int64_t padded = (D_ + W - 1) / W * W;
@@ -191,24 +193,25 @@ float unit_row(const Options& o, const float* z, float* u, int64_t D_, float* no
   *length = static_cast<float>(*norm + eps);
   if (*length == 0) *length = std::numeric_limits<float>::infinity();  // no direction, so no gradient
   const float inverse = 1 / *length;
-  if (std::isnormal(inverse))  // dividing the whole row would cost more than all of the above
+  if (std::isnormal(inverse))  // multiplies, since dividing the whole row would cost more than all of the above
     for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(z + d) * inverse);
   else
     for (int64_t d = 0; d < padded; d += W) store(u + d, load<F>(z + d) / *length);
   return static_cast<float>(sum_lanes(bad));
 }
 
-// grad_u, in parts (padded like u) and, unless base is null, base - centre u, becomes the gradient of the row of z: through the
-// division, and through the centring.
-void gradient_row(const Options& o, float* const* parts, int n_parts, const float* base, float centre, const float* u, int64_t D_,
-                  float norm, float length, float scale, float* out) {
+// The gradient of a row of z from that of u, which is the sum of parts (padded like u) and, unless base is null,
+// base - centre u: backpropagated through the division and the centring.
+void gradient_row(const Options& o, float* const* parts, int n_parts, const float* base, float centre, const float* u,
+                  int64_t D_, float norm, float length, float scale, float* out) {
   constexpr int W = lanes<float>();
   const int64_t padded = (D_ + W - 1) / W * W, whole = D_ / W * W;
   float* g = parts[0];
   for (int p = 1; p < n_parts; ++p)
     for (int64_t d = 0; d < padded; d += W) store(g + d, load<F>(g + d) + load<F>(parts[p] + d));
   if (base != nullptr)
-    for (int64_t d = 0; d < padded; d += W) store(g + d, load<F>(g + d) + (load<F>(base + d) - load<F>(u + d) * centre));
+    for (int64_t d = 0; d < padded; d += W)
+      store(g + d, load<F>(g + d) + (load<F>(base + d) - load<F>(u + d) * centre));
   F dot{}, g_sum{}, u_sum{};
   for (int64_t d = 0; d < padded; d += W) {
     const F x = load<F>(g + d), y = load<F>(u + d);
@@ -218,7 +221,7 @@ void gradient_row(const Options& o, float* const* parts, int n_parts, const floa
   }
   const float radial = norm == 0 ? 0.0f : static_cast<float>(sum_lanes(dot) * scale / norm);
   const float inverse = scale / length;
-  float mean = 0;  // of the gradient of the centred row; that of u is not quite 0, where rounding is all that was left
+  float mean = 0;  // of the gradient of the centred row; the mean of u is not 0 if mostly rounding errors are left
   if (o.variant == Variant::decorrelation && norm != 0)
     mean = static_cast<float>((sum_lanes(g_sum) * inverse - sum_lanes(u_sum) * radial) / static_cast<double>(D_));
   for (int64_t d = 0; d < whole; d += W) store(out + d, load<F>(g + d) * inverse - load<F>(u + d) * radial - mean);

@@ -1,5 +1,5 @@
-// What the kernels ask of the program that calls them: the instruction set, threads and memory. They know no torch;
-// bindings.cpp answers with torch's.
+// What the kernels need from their host: the instruction set, threads and memory. They do not depend on torch;
+// bindings.cpp implements these functions with torch.
 
 #pragma once
 
@@ -10,23 +10,28 @@ namespace minidisp {
 // Each includes all before it.
 enum class InstructionSet { baseline, avx2, avx512, amx };
 
-// The processor's, or what the environment's MINIDISP_CPU allows of it. Read at every call, so that a test can go through them in
-// one process. amx is only what the processor says: the system must allow it too (amx_tile.h).
+// The highest one that the processor supports and the environment variable MINIDISP_CPU allows. The variable is read at
+// every call, so that a test can try all of them in one process. For amx, the system must give permission too
+// (amx_tile.h).
 InstructionSet best_instruction_set();
 
-// How many threads a call may use: 1 inside a parallel region.
+// The number of threads that a call may use: 1 inside a parallel region.
 int64_t threads();
 
-// function(begin, end) for shares of [begin, end) of at least `grain`, on all threads at once.
-void run_in_parallel(int64_t begin, int64_t end, int64_t grain, void (*call)(const void*, int64_t, int64_t), const void* function);
+// Runs function(begin, end) in parallel, for parts of [begin, end) of at least `grain`.
+void run_in_parallel(int64_t begin, int64_t end, int64_t grain, void (*call)(const void*, int64_t, int64_t),
+                     const void* function);
 
 template <class Function>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Function& function) {
-  const auto call = [](const void* f, int64_t first, int64_t last) { (*static_cast<const Function*>(f))(first, last); };
+  const auto call = [](const void* f, int64_t first, int64_t last) {
+    (*static_cast<const Function*>(f))(first, last);
+  };
   run_in_parallel(begin, end, grain, call, &function);
 }
 
-// Uninitialised memory for the length of a call, from torch's allocator: that it is short is reported as torch reports it.
+// Uninitialised memory for the duration of a call, from torch's allocator, so that running out of it raises torch's
+// error.
 class Memory {
  public:
   explicit Memory(int64_t bytes);

@@ -1,10 +1,10 @@
-// Compiles the file named by MINIDISP_TILE once per instruction set, each time in a namespace of its own, and chooses among them.
-// MINIDISP_ONLY, if defined, is the one set to compile for, as a number of InstructionSet (host.h); otherwise all are compiled.
-// The includer stands in a namespace of its own and defines struct Kernels; the file ends with `const Kernels kernels = {...};`.
-// It finds defined: VECTOR_BYTES; ROWS, of the register block, two vectors wide; PAIR_INLINE, PAIR_INLINE_LAMBDA; and, where the
-// processor has one, ROOT_GUESS (1 / sqrt, roughly).
+// Compiles the file named by MINIDISP_TILE once per instruction set, each in its own namespace, and chooses among them
+// at run time. If MINIDISP_ONLY is defined, only that set is compiled, given as a number of InstructionSet (host.h).
+// Include this inside a namespace that defines struct Kernels; the file must end with `const Kernels kernels = {...};`.
+// The file can use VECTOR_BYTES; ROWS, the height of the register block, which is two vectors wide; PAIR_INLINE and
+// PAIR_INLINE_LAMBDA; and ROOT_GUESS (approximate 1 / sqrt), defined if the processor has such an instruction.
 //
-// The environment's MINIDISP_CPU names the highest set that may be used (host.h).
+// The environment variable MINIDISP_CPU sets the highest instruction set that may be used (host.h).
 
 #define PAIR_INLINE inline __attribute__((always_inline))
 #define PAIR_INLINE_LAMBDA __attribute__((always_inline))
@@ -13,7 +13,8 @@
 #if !defined(MINIDISP_ONLY) || MINIDISP_ONLY >= 2
 #define MINIDISP_HAS_AVX512
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
@@ -74,7 +75,7 @@ namespace baseline {
 #endif
 
 const Kernels& choose_kernels() {
-  const InstructionSet best = best_instruction_set();  // one that is compiled
+  const InstructionSet best = best_instruction_set();  // always one that was compiled
 #if defined(MINIDISP_HAS_AVX512)
   if (best >= InstructionSet::avx512) return avx512::kernels;
 #endif

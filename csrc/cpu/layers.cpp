@@ -1,4 +1,4 @@
-// The vector code of what a block computes besides matrix products and attention: layers_tile.h, once per instruction set.
+// Compiles the vector code of a block's small operators, layers_tile.h, once per instruction set.
 
 #include "layers.h"
 

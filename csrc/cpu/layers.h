@@ -1,4 +1,4 @@
-// What the vector code of a block's small operators (layers_tile.h) is told, and does. Rows are tokens.
+// The interface of the vector code of a block's small operators (layers_tile.h). Rows are tokens.
 
 #pragma once
 
@@ -33,13 +33,13 @@ struct RotateWork {
   void* grad_qkv;
 };
 
-// Each takes rows [begin, end). sums: gradients of the weights, to which it adds: (2, width) float, of weight and bias or of the
-// queries' weight and the keys'.
+// Each processes rows [begin, end). sums: (2, width) float, to which the gradients of the weights are added: of weight
+// and bias, or of the weights of queries and keys.
 struct LayerKernels {
   void (*norm)(const NormWork&, int64_t begin, int64_t end);
   void (*norm_backward)(const NormWork&, int64_t begin, int64_t end, float* sums);
 };
-struct RowKernels {  // of one dtype; counted are rows, or numbers
+struct RowKernels {  // for one dtype; ranges are in rows or numbers
   void (*rotate)(const RotateWork&, int64_t begin, int64_t end);
   void (*rotate_backward)(const RotateWork&, int64_t begin, int64_t end, float* sums);
   void (*squared_relu)(const void* x, void* out, int64_t begin, int64_t end);  // max(x, 0)^2 of numbers [begin, end)
@@ -48,7 +48,7 @@ struct RowKernels {  // of one dtype; counted are rows, or numbers
 struct BFloat16Kernels {
   // grad times slopes[bits of x]
   void (*lookup_backward)(const void* grad, const void* x, const float* slopes, void* out, int64_t begin, int64_t end);
-  // Columns [begin, end) of g (rows, columns), as rows of out, and their sums.
+  // Copies columns [begin, end) of g (rows, columns) to rows of out, and computes their sums.
   void (*transpose)(const void* g, int64_t rows, int64_t columns, void* out, float* sums, int64_t begin, int64_t end);
 };
 
@@ -57,6 +57,6 @@ struct BlockKernels {
   RowKernels rows[2];        // [in bfloat16]
   BFloat16Kernels bfloat16;
 };
-const BlockKernels& layer_kernels();  // of the best instruction set
+const BlockKernels& layer_kernels();  // for the highest instruction set
 
 }  // namespace minidisp

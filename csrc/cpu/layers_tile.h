@@ -1,4 +1,4 @@
-// The vector code of a block's small operators. instruction_sets.h says how it is included. All of it computes in float.
+// Vector code of a block's small operators, all computed in float. Included by instruction_sets.h.
 
 #include "vector_tile.h"
 
@@ -10,7 +10,7 @@ PAIR_INLINE float sum_of(F v) {
   return part[0];
 }
 
-// The sums of first(d, part) and second(d, part) over a row; four sums each, as an addition waits for the one before.
+// The sums of both results of terms(d, part) over a row, as four partial sums each to hide latency.
 template <class Function>
 PAIR_INLINE std::pair<float, float> row_sums(int64_t width, Function terms) {
   F first[4] = {}, second[4] = {};
@@ -21,7 +21,8 @@ PAIR_INLINE std::pair<float, float> row_sums(int64_t width, Function terms) {
     second[u % 4] += b;
     ++u;
   });
-  return {sum_of((first[0] + first[1]) + (first[2] + first[3])), sum_of((second[0] + second[1]) + (second[2] + second[3]))};
+  return {sum_of((first[0] + first[1]) + (first[2] + first[3])),
+          sum_of((second[0] + second[1]) + (second[2] + second[3]))};
 }
 
 struct Two {
@@ -41,7 +42,10 @@ template <class X>
 PAIR_INLINE Moments moments(const X* x, const NormWork& n) {
   float mean = 0;
   if (n.centred)
-    mean = row_sums(n.width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA { return Two{read(x + d, part), F{}}; }).first / n.width;
+    mean = row_sums(n.width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
+             return Two{read(x + d, part), F{}};
+           }).first /
+           n.width;
   I lane;
   for (int l = 0; l < W; ++l) lane[l] = l;
   const float squares = row_sums(n.width, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
@@ -76,7 +80,8 @@ void norm_backward(const NormWork& n, int64_t begin, int64_t end, float* sums) {
     X* grad_x = static_cast<X*>(n.grad_x) + i * C;
     const Moments m = moments(x, n);
     const auto [along, constant] = row_sums(C, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
-      const F g = read(grad + d, part), normal = (read(x + d, part) - m.mean) * m.rate, slope = g * read(n.weight + d, part);
+      const F g = read(grad + d, part), normal = (read(x + d, part) - m.mean) * m.rate;
+      const F slope = g * read(n.weight + d, part);
       add_to(sums + d, g * normal, part);
       add_to(sums + C + d, g, part);
       return Two{slope * normal, slope};
@@ -89,7 +94,7 @@ void norm_backward(const NormWork& n, int64_t begin, int64_t end, float* sums) {
   }
 }
 
-// function(head, weight, part of sums) for every head of queries and keys.
+// Calls function(offset, weight, offset in sums) for every head of queries and keys.
 template <class Function>
 PAIR_INLINE void for_heads(const RotateWork& r, Function function) {
   for (int64_t h = 0; h < r.n_head + r.n_kv_head; ++h)
@@ -119,7 +124,8 @@ void rotate(const RotateWork& r, int64_t begin, int64_t end) {
       const float rate = head_rate(x, r);
       for_vectors(half, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
         const int64_t e = d + half;
-        const F a = read(x + d, part) * rate * read(weight + d, part), b = read(x + e, part) * rate * read(weight + e, part);
+        const F a = read(x + d, part) * rate * read(weight + d, part);
+        const F b = read(x + e, part) * rate * read(weight + e, part);
         write(y + d, a * read(cos + d, part) - b * read(sin + d, part), part);
         write(y + e, b * read(cos + e, part) + a * read(sin + e, part), part);
       });
@@ -140,11 +146,12 @@ void rotate_backward(const RotateWork& r, int64_t begin, int64_t end, float* sum
       T* y = out + at;
       float* sum = sums + own;
       const float rate = head_rate(x, r);
-      // Turned back: the gradient of what was rotated.
+      // The gradient rotated back: that of the input of the rotation.
       const auto turned = [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
         const int64_t e = d + half;
         const F a = read(g + d, part), b = read(g + e, part);
-        return Two{a * read(cos + d, part) + b * read(sin + e, part), b * read(cos + e, part) - a * read(sin + d, part)};
+        return Two{a * read(cos + d, part) + b * read(sin + e, part),
+                   b * read(cos + e, part) - a * read(sin + d, part)};
       };
       const float along = row_sums(half, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
                             const auto [a, b] = turned(d, part);
@@ -175,7 +182,8 @@ void squared_relu(const void* x, void* out, int64_t begin, int64_t end) {
 template <class T>
 void squared_relu_backward(const void* grad, const void* x, void* out, int64_t begin, int64_t end) {
   for_vectors(end - begin, [&](int64_t d, auto part) PAIR_INLINE_LAMBDA {
-    const F v = read(static_cast<const T*>(x) + begin + d, part), g = read(static_cast<const T*>(grad) + begin + d, part);
+    const F v = read(static_cast<const T*>(x) + begin + d, part);
+    const F g = read(static_cast<const T*>(grad) + begin + d, part);
     write(static_cast<T*>(out) + begin + d, v <= 0 ? F{} : g * (v + v), part);
   });
 }
@@ -205,7 +213,8 @@ void lookup_backward(const void* grad, const void* x, const float* slopes, void*
   for (; i < end - begin; ++i) y[i] = BFloat16::of(static_cast<float>(g[i]) * slopes[in[i]]);
 }
 
-// In strips of 64 columns, so that few rows of out are written at a time, 32 rows after 32, which make whole lines of memory there.
+// Processes strips of 64 columns, so that few rows of out are written at a time, 32 rows at a time, which fill whole
+// cache lines there.
 void transpose(const void* from, int64_t rows, int64_t columns, void* to, float* sums, int64_t begin, int64_t end) {
   constexpr int64_t kStrip = 64, kLine = 32;
   const B16* g = static_cast<const B16*>(from);
@@ -230,7 +239,8 @@ void transpose(const void* from, int64_t rows, int64_t columns, void* to, float*
           for (int64_t l = 0; l < W; ++l) total += r[l];
           transpose_step<float, 1>(r);
 #pragma GCC unroll 16
-          for (int64_t l = 0; l < W; ++l) store(line + l * kLine + half, __builtin_convertvector((U)r[l] >> 16, Short));  // exact
+          for (int64_t l = 0; l < W; ++l)  // the conversion is exact
+            store(line + l * kLine + half, __builtin_convertvector((U)r[l] >> 16, Short));
         }
         sum[(c - strip) / W] += total;
         for (int64_t l = 0; l < part; ++l) {
@@ -245,7 +255,10 @@ void transpose(const void* from, int64_t rows, int64_t columns, void* to, float*
 template <class T>
 constexpr RowKernels row_kernels = {rotate<T>, rotate_backward<T>, squared_relu<T>, squared_relu_backward<T>};
 
-const Kernels kernels = {{{{norm<float, float>, norm_backward<float, float>}, {norm<float, B16>, norm_backward<float, B16>}},
-                          {{norm<B16, float>, norm_backward<B16, float>}, {norm<B16, B16>, norm_backward<B16, B16>}}},
-                         {row_kernels<float>, row_kernels<B16>},
-                         {lookup_backward, transpose}};
+template <class X, class Y>
+constexpr LayerKernels norm_kernels = {norm<X, Y>, norm_backward<X, Y>};
+
+const Kernels kernels = {
+    {{norm_kernels<float, float>, norm_kernels<float, B16>}, {norm_kernels<B16, float>, norm_kernels<B16, B16>}},
+    {row_kernels<float>, row_kernels<B16>},
+    {lookup_backward, transpose}};

@@ -1,4 +1,4 @@
-// bfloat16 and float16 as they lie in memory. Conversions to float are exact.
+// bfloat16 and float16 as stored in memory. Conversions to float are exact.
 
 #pragma once
 

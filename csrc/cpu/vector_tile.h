@@ -1,5 +1,5 @@
-// What all vector code of the CPU is made of: vectors, blocks of a matrix product in registers, transposition. It is written in the
-// vector extensions of GCC and Clang, so that it compiles on any processor. instruction_sets.h says how it is included.
+// The basis of all vector code on the CPU: vectors, register blocks of a matrix product, transposition. It uses the
+// vector extensions of GCC and Clang, so it compiles for any processor. Included by instruction_sets.h.
 
 constexpr int kVectors = 2;  // width of the register block
 
@@ -57,7 +57,7 @@ PAIR_INLINE void write(T* p, F x, int64_t count) {
   for (int64_t d = 0; d < count; ++d) p[d] = part[d];
 }
 
-// function(d, part) for every vector of a row; part: how many of its elements are in the row.
+// Calls function(d, part) for every vector of a row; part: the number of its elements that are in the row.
 template <class Function>
 PAIR_INLINE void for_vectors(int64_t width, Function function) {
   int64_t d = 0;
@@ -65,15 +65,15 @@ PAIR_INLINE void for_vectors(int64_t width, Function function) {
   if (d < width) function(d, width - d);
 }
 
-// C += A B for a block of M rows and N vectors that fits the registers: summed from zero, then added. A(m, k) stands at
-// a[m * lda + k], or at a[k * lda + m] if kTransposed.
+// C += A B for a block of M rows and N vectors that fits in registers: summed from zero, then added. A(m, k) is
+// a[m * lda + k], or a[k * lda + m] if kTransposed.
 template <class T, int M, int N, bool kTransposed>
 void register_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc, bool add) {
   using V = typename VectorOf<T>::V;
   constexpr int W = lanes<T>();
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) __builtin_prefetch(c + m * ldc + n * W, 1);
-  const T* rows[(M + 2) / 3];  // every third row; the ones between are reached through the addressing mode
+  const T* rows[(M + 2) / 3];  // every third row; the addressing mode reaches those in between
   for (int m = 0; m < M; m += 3) rows[m / 3] = a + m * lda;
   V sum[M][N] = {};
 #pragma GCC unroll 2
@@ -135,7 +135,7 @@ PAIR_INLINE void transpose_step(typename VectorOf<T>::V* r) {
   if constexpr (2 * S < W) transpose_step<T, 2 * S>(r);
 }
 
-// In double, half by half: one lane after the other would wait for each addition.
+// In double, by halves: adding one lane after another would be a long chain of dependent additions.
 PAIR_INLINE double sum_lanes(D v) {
   double part[lanes<double>()];
   store(part, v);

@@ -1,4 +1,4 @@
-// What the kernels of all .cu files use: who a thread is, sums over a warp and a block, rows read 8 numbers at a time.
+// Shared by the kernels of all .cu files: thread indices, reductions over a warp and a block, and reading of rows.
 
 #pragma once
 
@@ -31,7 +31,7 @@ __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 3
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 __device__ __forceinline__ int64_t global_warp() { return static_cast<int64_t>(blockIdx.x) * kWarps + warp(); }
 
-// Sum or largest over a block, the same bits every time, in all threads.
+// Sum or maximum over a block, in all threads; deterministic.
 template <bool kFind>
 __device__ __forceinline__ double block_reduce(double x, double (&shared)[kWarps]) {
   x = kFind ? warp_max(x) : warp_sum(x);

@@ -1,6 +1,6 @@
-// The cross-entropy of rows of logits and its gradient, which takes their place, on CUDA devices: what minidisp/loss.py
-// does between its products. A block per row; the logits are read twice and written once, and all is computed in
-// float32. Without nvcc this file is plain C++: tests/cuda_emulator.cpp runs it on the CPU.
+// The cross-entropy of rows of logits and its gradient, which overwrites them, on CUDA devices: the part of
+// minidisp/loss.py between its matrix products. One block per row; the logits are read twice and written once, and
+// everything is computed in float32. Without nvcc, this file is plain C++: tests/cuda_emulator.cpp runs it on the CPU.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +18,7 @@
 namespace minidisp {
 namespace {
 
-// Row n: V logits from n stride on. losses (rows,): 0 where the target is ignored, and so is then the gradient.
+// Row n: V logits from n stride on. losses (rows,): 0 if the target is ignored, and so is its gradient.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     softmax_loss(T* logits, const int64_t* targets, int64_t ignored, int64_t V, int64_t stride, bool packed,
@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t target = targets[blockIdx.x];
   const bool counted = target != ignored;
   float x[8];
-  // The largest logit so far, and the sum of the exponentials relative to it. Finite at first, so that logits of minus
-  // infinity are 0.
+  // The largest logit so far, and the sum of the exponentials relative to it. Finite initially, so that logits of -Inf
+  // have an exponential of 0.
   float most = -3.402823466e38f, sum = 0;
   for (int64_t d = threadIdx.x * 8; d < V; d += kThreads * 8) {
     read8(row, 1, d, V, packed && d + 8 <= V, x);
@@ -56,12 +56,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// logits (N, V), rows at any distance; targets (N,) int64. Returns the losses, float32 (N,).
+// logits (N, V), rows at any stride; targets (N,) int64. Returns the losses, float32 (N,).
 at::Tensor cross_entropy_in(const at::Tensor& logits, const at::Tensor& targets, int64_t ignored, bool need_grad) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.stride(1) == 1 && targets.dim() == 1 && targets.is_contiguous() &&
                         targets.size(0) == logits.size(0) && targets.scalar_type() == at::kLong &&
                         targets.device() == logits.device(),
-                    "minidisp::cross_entropy_ takes logits (N, V), whose rows have no gaps, and int64 targets (N,) beside them");
+                    "minidisp::cross_entropy_ takes logits (N, V) with contiguous rows, and int64 targets (N,) on the "
+                    "same device");
   const at::Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
   const auto run = [&](auto* rows) {
     const bool packed = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && logits.stride(0) * sizeof(*rows) % 16 == 0;
@@ -73,7 +74,8 @@ at::Tensor cross_entropy_in(const at::Tensor& logits, const at::Tensor& targets,
   if (logits.scalar_type() == at::kFloat) run(static_cast<float*>(data));
   else if (logits.scalar_type() == at::kBFloat16) run(static_cast<c10::BFloat16*>(data));
   else if (logits.scalar_type() == at::kHalf) run(static_cast<c10::Half*>(data));
-  else TORCH_CHECK_TYPE(false, "minidisp::cross_entropy_ takes float32, bfloat16 or float16, not ", logits.scalar_type());
+  else
+    TORCH_CHECK_TYPE(false, "minidisp::cross_entropy_ takes float32, bfloat16 or float16, not ", logits.scalar_type());
   return losses;
 }
 

@@ -1,5 +1,5 @@
-// What only a GPU has, each in a function of its own: instructions of sm_80, launches, products by cuBLAS. Included
-// once. tests/cuda_emulator.cpp has its own version of these functions, and runs all other device code as it stands.
+// Everything that needs a GPU, in one function each: sm_80 instructions, kernel launches, cuBLAS products. Included
+// once. tests/cuda_emulator.cpp has its own version of these functions, and runs all other device code unchanged.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 #include <climits>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "dispersion.cu needs sm_80 or later: leave older devices out of TORCH_CUDA_ARCH_LIST"
+#error "dispersion.cu needs sm_80 or later: remove older devices from TORCH_CUDA_ARCH_LIST"
 #endif
 
 namespace minidisp {
@@ -25,17 +25,17 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// 16 bytes from global to shared memory, without waiting; zeros instead of them unless wanted.
+// Copies 16 bytes from global to shared memory asynchronously; zeros unless wanted.
 __device__ __forceinline__ void copy_async(char* to, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(wanted ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>  // groups that may still be under way
+template <int kPending>  // groups that may still be in flight
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
-// Four matrices of 8 x 8 numbers of 16 bit; lane l names row l % 8 of matrix l / 8, and gets 2 numbers of row l / 4 of
-// each.
+// Loads four 8 x 8 matrices of 16-bit numbers: lane l passes the address of row l % 8 of matrix l / 8, and gets 2
+// numbers of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -44,7 +44,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const char* row)
 
 // d += a b, 16 x 8 x 16 of float16 with float32 sums, by a warp.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -63,7 +64,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// out = a b, or out += a b, for batches of matrices; out may be float32 where a and b have 16 bits.
+// out = a b, or out += a b, for batches of matrices; out may be float32 if a and b have 16 bits.
 void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
   if (out.scalar_type() == a.scalar_type()) {
     if (add) at::baddbmm_out(out, out, a, b);

@@ -1,33 +1,35 @@
 // The dispersion loss and its gradient on CUDA devices, sm_80 and later, in one pass over the pairs of tokens.
 //
 // As on the CPU, a sequence's loss is a sum over pairs of a function of S_ij = u_i.u_j with u_i = z_i / length_i
-// (l2_repel: of the distance), whose slope W_ij gives the gradient G = W U. Three phases, for as many sequences, or rows
-// of a long one, as fit into a fixed workspace:
+// (l2_repel: of the distance), whose derivative W_ij gives the gradient G = W U. Three phases, for as many sequences,
+// or rows of a long one, as fit into a fixed workspace:
 //   A  S and W
-//   B  W U, a batched product
-//   C  in backward: G times what comes from above, through the normalisation
+//   B  W U, a batched matrix product
+//   C  in backward: G times the upstream gradient, backpropagated through the normalisation
 //
 // By tiles, on tensor cores: angular_spread, orthogonalization and decorrelation, unless torch's float32 matmul
-// precision is "highest". 16 bits are too few for u, of which nearly parallel tokens share most; but the pairs depend
-// on what they do not share. With m the mean of u over the sequence, u' = u - m and a_i = u'_i.m,
+// precision is "highest". 16 bits are too few for the u of nearly parallel tokens, which are mostly equal; but the
+// pairs depend on the differences. With m the mean of u over the sequence, u' = u - m and a_i = u'_i.m,
 //   S_ij = u'_i.u'_j + a_i + a_j + |m|^2        G_i = sum_j W_ij u'_j + (sum_j W_ij) m
-// hold exactly, and only the products of u' are in float16, with float32 sums; all else is float32. Each u'_i is stored
-// times a power of two, so that none vanishes. Rounding is then relative to what differs between tokens.
-//   Tolerance: the gradient is off by at most 2e-3 of its norm (seen: 3e-4 to 9e-4 for random tokens, 1e-5 to 1e-4 for
-//   nearly parallel ones), the loss by 5e-4 (1 + |loss|) (seen: 1e-6 from 17 features on). Where the tokens fall into
-//   tight groups that lie apart, of spread s < 0.1, the gradient may be off by 2e-4 / s of its norm, which is small
-//   there. An error of a cosine counts 1 / tau times in angular_spread: tau < 0.05 is computed by blocks. The gradients of
-//   the other two are what cancellation leaves, off by 2e-4 sqrt(T / C): T > 64 C is computed by blocks.
-//   Memory traffic per sequence: z is read from memory three times, x and W (2 T^2 bytes) are written and read once, and
-//   a group of sequences is small enough for both to come from the L2 of large devices; W U is written and read once,
-//   the gradient written.
-// By blocks, in exact float32 whatever the precision: the same three variants otherwise. S is a product by cuBLAS, W
-// replaces it in place, on blocks of at most 16 MB of rows I and columns J >= I; the gradient comes by W and W^T.
-// l2_repel, in exact float32: by tiles of 64 x 64 pairs, whose distances are sums of squares of differences.
+// hold exactly, and only the products of u' are in float16, with float32 sums; everything else is float32. Each u'_i is
+// stored times a power of two, so that none underflows. Rounding errors are then relative to the differences.
+//   Tolerance: the error of the gradient is at most 2e-3 of its norm (measured: 3e-4 to 9e-4 for random tokens, 1e-5 to
+//   1e-4 for nearly parallel ones), that of the loss 5e-4 (1 + |loss|) (measured: 1e-6 from 17 features on). If the
+//   tokens form tight groups that are far apart, of spread s < 0.1, the error of the gradient may be 2e-4 / s of its
+//   norm, which is small in this case. angular_spread multiplies the error of a cosine by 1 / tau: tau < 0.05 is
+//   computed by blocks. The gradients of the other two suffer from cancellation, with an error of 2e-4 sqrt(T / C):
+//   T > 64 C is computed by blocks.
+//   Memory traffic per sequence: z is read from memory three times; x and W (2 T^2 bytes) are written and read once,
+//   through the L2 cache of large devices, for which a group of sequences is small enough; W U is written and read
+//   once, the gradient written once.
+// By blocks, in exact float32 at any precision setting: the same three variants in all other cases. S is a cuBLAS
+// product and W overwrites it, in blocks of at most 16 MB of rows I and columns J >= I; the gradient is computed from W
+// and W^T.
+// l2_repel, in exact float32: by tiles of 64 x 64 pairs, whose distances are sums of squared differences.
 //
 // The same input gives the same bits: sums over pairs are in double, one slot per tile or row, added in a fixed order;
-// no atomics. Nothing waits for the device. Memory beyond the gradient: 112 MB at most, and a few numbers per token,
-// whatever B, T and C (l2_repel: more from T = 65,536 on). Without nvcc this file is plain C++:
+// no atomics. Nothing synchronises with the device. Memory beyond the gradient: at most 112 MB, and a few numbers per
+// token, for any B, T and C (l2_repel: more from T = 65,536 on). Without nvcc, this file is plain C++:
 // tests/cuda_emulator.cpp runs it on the CPU.
 
 #include <ATen/Context.h>
@@ -55,7 +57,7 @@
 namespace minidisp {
 namespace {
 
-// What dispersion_pair.h asks for. rsqrtf is off by 2 units in the last place at most and expf by 2, as the CPU's.
+// The functions that dispersion_pair.h uses. rsqrtf and expf are accurate to 2 units in the last place, as on the CPU.
 #define PAIR_INLINE __device__ __forceinline__
 PAIR_INLINE float lesser(float a, float b) { return fminf(a, b); }
 PAIR_INLINE float greater(float a, float b) { return fmaxf(a, b); }
@@ -65,7 +67,7 @@ PAIR_INLINE float inverse_root(float x) { return rsqrtf(x); }
 PAIR_INLINE float exponential(float x) { return expf(x); }
 #include "../dispersion_pair.h"
 
-struct Largest {  // the cosine itself, of which the largest is wanted
+struct Largest {  // the cosine itself, to find the largest
   PAIR_INLINE void operator()(float c, float* value, float* weight) const { *value = c, *weight = 0; }
 };
 
@@ -80,7 +82,7 @@ namespace {
 
 // Kernels by blocks
 
-// rows of u, of the sequences from b on, from token i on: (sequences, rows, C), a warp each.
+// Writes rows of u, of the sequences from b on, from token i on: (sequences, rows, C), one warp per row.
 template <class T>
 __global__ void fill_rows(Tokens k, int64_t b, int64_t i, int64_t rows, int64_t all_rows, float* out) {
   const int64_t n = global_warp();
@@ -101,8 +103,8 @@ template <class Pair>
 __device__ __forceinline__ Pair shifted(Pair pair, double) { return pair; }
 
 // Replaces products by weights and adds the values of each row's pairs j > i to sums[b][i] (Largest: keeps the
-// largest), a warp per row. s holds rows x columns products per sequence from b on, of tokens from i0 on with tokens
-// from j0 on; what lies in the square of the rows themselves (j0 == i0) is needed twice, but counted once.
+// largest), one warp per row. s holds rows x columns products per sequence from b on, of tokens from i0 on with tokens
+// from j0 on; pairs in the square of the rows themselves (j0 == i0) are stored twice, but summed once.
 template <class Pair>
 __global__ void weigh(Tokens k, Pair pair, const double* shift, int64_t b, int64_t i0, int64_t j0, int64_t rows,
                       int64_t columns, int64_t all_rows, bool need_grad, float* s, double* sums) {
@@ -131,15 +133,15 @@ __global__ void weigh(Tokens k, Pair pair, const double* shift, int64_t b, int64
 
 // Launchers
 
-struct Workspace {  // in all at most 112 MB
+struct Workspace {  // at most 112 MB in total
   int64_t tile_weights = 64 << 20, tile_tokens = 48 << 20;  // bytes, by tiles: W, x
   int64_t weights = 16 << 20, tokens = 36 << 20;            // bytes, by blocks: W, U
   int64_t longest_row = 8192;                               // of W, by blocks
-  int64_t sequences = 65535;                                // at once: as many as cuBLAS takes for sure
+  int64_t sequences = 65535;                                // per batch: guaranteed to work in cuBLAS
 };
 
 constexpr double kSmallestTau = 0.05;      // of angular_spread on tensor cores
-constexpr int64_t kTokensPerFeature = 64;  // at most, of the others there
+constexpr int64_t kTokensPerFeature = 64;  // at most, of the other variants on tensor cores
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t blocks_for_warps(int64_t warps) { return divide_up(warps, kWarps); }
@@ -199,7 +201,7 @@ struct Call {
     Tiling t{};
     const int64_t number = by_distance ? sizeof(float) : sizeof(c10::Half);
     t.tile = by_distance ? kSmallTile : kTile;
-    // float16 has room for weights of up to 2^15: at most 1 / sin(smallest angle), times an inverse of at most 2.
+    // Keeps weights below 2^15 in float16: they are at most 1 / sin(smallest angle), times an inverse of at most 2.
     t.scale = by_distance ? 1 : centring ? 1 << 14 : (1 << 14) * std::sin(o.smallest_angle());
     const int64_t tiles = divide_up(L, t.tile), tile_bytes = t.tile * t.tile * number;
     t.n = need_grad ? space.tile_weights / (tiles * tiles * tile_bytes) : B;
@@ -214,7 +216,7 @@ struct Call {
   int64_t width() const { return 8 * divide_up(D, 8); }  // of a row of x
 
   // Calls weigh(strip, upper, lower, first slot) and, if need_grad, apply(w, its first token, the other ones', add) on
-  // both pieces of W, (g, rows, columns), for all strips of the g sequences at hand.
+  // both pieces of W, (g, rows, columns), for all strips of the g current sequences.
   template <class Weight, class Weigh, class Apply>
   void for_strips(const Tiling& t, int64_t g, const at::Tensor& weights, Weigh weigh, Apply apply) const {
     const int64_t tiles = divide_up(L, t.tile);
@@ -304,10 +306,10 @@ struct Call {
     const bool weights_wanted = need_grad && !std::is_same_v<Pair, Largest>;
     const int64_t size = sizeof(float), most_columns = std::min(L, space.longest_row);
     const int64_t token_rows = std::max<int64_t>(2, space.tokens / (D * size));
-    // A quarter, so that the lower triangle is mostly left out.
+    // A quarter, so that most of the lower triangle is skipped.
     const int64_t quarter = std::min(L, std::max<int64_t>(kTile, divide_up(L, 4)));
     const int64_t pairs = space.weights / size;
-    // Either all tokens of n sequences are at hand, or those of a block of rows and those of a block of columns.
+    // The buffer holds either all tokens of n sequences, or those of a block of rows and those of a block of columns.
     const bool resident = token_rows >= L;
     const int64_t most = std::min(B, space.sequences);
     const int64_t fit = std::min(token_rows / L, pairs / (most_columns * quarter));
@@ -343,7 +345,7 @@ struct Call {
                  pointer<float>(s), pointer<double>(sums));
           if (!weights_wanted) continue;
           apply(i, s, there, i > 0 || j > i);
-          const int64_t skip = j == i ? m : 0;  // the square of the rows themselves is done
+          const int64_t skip = j == i ? m : 0;  // the square of the rows themselves is already done
           if (skip < count) apply(j + skip, s.narrow(2, skip, count - skip).mT(), here, i > 0);
         }
       }
@@ -368,7 +370,7 @@ struct Call {
       by_tiles(t, sums);
     } else {
       const int64_t chunks = divide_up(L, kRows);
-      state.zero_();  // U itself is multiplied: there is neither centre nor degree
+      state.zero_();  // U itself is multiplied, so centre and degree are 0
       launch(measure<T>, B * chunks, kThreads, 0, known, 0, static_cast<int>(chunks), centring,
              centring ? 0.0 : o.eps, nullptr);
       if (o.shift_must_be_found()) {
@@ -394,8 +396,7 @@ auto with_type(const at::Tensor& z, F f) {
   return f(c10::Half());
 }
 
-// The loss, and what backward needs of it: the product W U or W U', (B, T, C), and the state. exact: without tensor
-// cores.
+// The loss, and for backward the product W U or W U', (B, T, C), and the state. exact: without tensor cores.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_in(const at::Tensor& z, c10::string_view variant, double tau,
                                                           double clamp, double eps, bool need_grad, bool exact,
                                                           const Workspace& space) {
@@ -420,7 +421,7 @@ at::Tensor backward_in(const at::Tensor& upstream, const at::Tensor& z, const at
                     "minidisp::dispersion_backward does not know the variant ", variant_name);
   TORCH_CHECK_VALUE(upstream.numel() == 1 && upstream.scalar_type() == at::kFloat && product.sizes() == z.sizes() &&
                         state.dim() == 1 && state.numel() == state_size(B, T, C),
-                    "minidisp::dispersion_backward takes what the forward call with this z returned");
+                    "minidisp::dispersion_backward takes the results of the forward call with this z");
   const at::Tensor grad = at::empty(z.sizes(), z.options());
   const Tokens k = describe(z, state);
   const float *const factor = pointer<float>(upstream), *const w = pointer<float>(product);
@@ -430,8 +431,8 @@ at::Tensor backward_in(const at::Tensor& upstream, const at::Tensor& z, const at
       launch(finish_distances<U>, blocks_for_warps(warps), kThreads, 0, k, warps,
              static_cast<float>(0.2 / static_cast<double>(warps * C)), factor, w, pointer<U>(grad));
     else
-      launch(finish_tokens<U>, blocks_for_warps(warps), kThreads, 0, k, warps, variant == Variant::decorrelation, factor,
-             w, pointer<U>(grad));
+      launch(finish_tokens<U>, blocks_for_warps(warps), kThreads, 0, k, warps, variant == Variant::decorrelation,
+             factor, w, pointer<U>(grad));
   });
   return grad;
 }

@@ -1,4 +1,4 @@
-// What is done by pairs of tiles I <= J: W from tensor-core products of float16 unit vectors; l2_repel's W, and W times
+// Kernels over pairs of tiles I <= J: W from tensor-core products of float16 unit vectors; l2_repel's W, and W times
 // differences, in float32.
 
 #pragma once
@@ -29,8 +29,7 @@ struct Strip {
   }
 };
 
-// Where tile (I, J), or (J, I) for a column J of the strip, lies in upper or lower, and the distance between its rows
-// there.
+// The position of tile (I, J), or (J, I) for a column J of the strip, in upper or lower, and the stride of its rows.
 template <class T>
 struct Place {
   T* tile;
@@ -45,22 +44,22 @@ __device__ __forceinline__ Place<T> place(const Strip& strip, T* upper, T* lower
   return {lower + sequence * (width - height) * height + ((I - strip.I1) * height + (J - strip.I0)) * kTile, height};
 }
 
-// Sums of the rows of W, tile by tile: part of (sequences, stored tiles, kTile), in the order of upper, then lower, a
-// row of tiles after the other.
+// The index of a tile in the row sums of W per tile, (sequences, stored tiles, kTile): the tiles of upper, then those
+// of lower, both row by row.
 __device__ __forceinline__ int64_t degree_slot(const Strip& strip, int64_t I, int64_t J) {
   if (I < strip.I1) return (I - strip.I0) * strip.width() + J - strip.I0;
   return strip.height() * strip.width() + (I - strip.I1) * strip.height() + J - strip.I0;
 }
 
-// The tensor-core kernel, a block per pair of tiles.
+// The tensor-core kernel: one block per pair of tiles.
 constexpr int kTile = 128;
 constexpr int kDepth = 32;  // features per stage
 constexpr int kStages = 4;
 constexpr int kStageBytes = 2 * kTile * kDepth * 2;
-constexpr int kStagedStride = kTile + 8;  // numbers; the 16 bytes keep the rows of a tile in different banks
+constexpr int kStagedStride = kTile + 8;  // numbers; the extra 16 bytes keep the rows of a tile in different banks
 constexpr int kTileBytes = std::max(kStages * kStageBytes, 2 * kTile * kStagedStride * 2);
 
-// Where 16 bytes (a chunk of 8 features) of a row of a stage lie: permuted so that 8 rows of a matrix meet all banks.
+// The offset of a chunk (16 bytes, 8 features) of a row in a stage, permuted so that 8 rows of a matrix use all banks.
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * kDepth * 2 + (chunk ^ (row / 2 % 4)) * 16;
 }
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ double warp_sums[kWarps];
   char* const memory = shared_memory();
   const int thread = static_cast<int>(threadIdx.x);
-  const int sequence = static_cast<int>(blockIdx.x / strip.size());  // 32 bits where they do, to save registers
+  const int sequence = static_cast<int>(blockIdx.x / strip.size());  // 32 bits where sufficient, to save registers
   int64_t I64, J64;
   strip.find(blockIdx.x % strip.size(), &I64, &J64);
   const int I = static_cast<int>(I64), J = static_cast<int>(J64);
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return k.x + (sequence * k.T + i) * k.width + chunk * 8;
   };
   const c10::Half *row_source = row_of(I), *column_source = row_of(J);
-  // Of the two, the first exists where this is more than 0, the second where it is more than 64.
+  // The first of the two rows exists if this is more than 0, the second if it is more than 64.
   const int rows_here = tokens_in(I) - own_row, columns_here = tokens_in(J) - own_row;
   const auto fetch = [&](int step) {
     char* stage = memory + step % kStages * kStageBytes;
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
-    __syncthreads();  // this stage is there for all, and all have left the one that is fetched next
+    __syncthreads();  // this stage has arrived, and all have finished with the one to be overwritten next
     if (step + kStages - 1 < steps) fetch(step + kStages - 1);
     copy_commit();
     const char* rows = memory + step % kStages * kStageBytes;
@@ -156,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool diagonal = I == J;
   const int rows_real = tokens_in(I), columns_real = tokens_in(J);
   float values = 0;
-  const auto weigh = [&](auto interior) {  // where it is, every pair is real, and none of a token with itself
+  const auto weigh = [&](auto interior) {  // interior: every pair is real, and none is of a token with itself
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!need_grad) return;
 
-  // The staged tiles go out in rows of 256 bytes, 16 threads each; of a tile on the diagonal, direct is all there is.
+  // The staged tiles are written in rows of 256 bytes, 16 threads each; a tile on the diagonal needs direct only.
   const auto store = [&](const c10::Half* tile, const Place<c10::Half>& to) {
     for (int row = thread / 16; row < kTile; row += kThreads / 16)
       *reinterpret_cast<Packet<c10::Half>*>(to.tile + row * to.stride + thread % 16 * 8) =
@@ -230,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!diagonal) store(mirrored, place<kTile>(strip, upper, lower, sequence, J, I));
 }
 
-// degree of the tokens from the strip on += what the strip's tiles have summed; = in the first strip. elements: tokens
-// of all sequences, T a sequence's.
+// Adds the row sums of the strip's tiles to the degree of the tokens from the strip on; the first strip sets it.
+// elements: tokens of all sequences; T: tokens per sequence.
 __global__ void add_degrees(Strip strip, int64_t T, int64_t elements, const float* degrees, float* degree) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= elements) return;
@@ -244,8 +243,8 @@ __global__ void add_degrees(Strip strip, int64_t T, int64_t elements, const floa
   own = strip.I0 > 0 ? own + sum : sum;
 }
 
-// l2_repel. A squared distance is a sum of squares of differences, which does not cancel, however far tokens are from
-// the origin; a difference of float32 numbers is exact to half a unit in its last place. So float32 suffices.
+// l2_repel. A squared distance is a sum of squared differences, which avoids cancellation, no matter how far the tokens
+// are from the origin; a difference of float32 numbers is exact to half a unit in its last place. So float32 suffices.
 constexpr int kSmallTile = 64;
 constexpr int kSmallDepth = 32;  // features, or tokens, at a time
 
@@ -262,11 +261,11 @@ __global__ void __launch_bounds__(kThreads)
   int64_t I, J;
   strip.find(number, &I, &J);
 
-  // The thread's pairs are rows y + 16 r and columns x + 16 c. Sums of 8 squares are added with what rounding takes
-  // from them.
+  // The thread's pairs are rows y + 16 r and columns x + 16 c. Sums of 8 squares are added with compensated summation:
+  // rest collects the rounding errors.
   float distance[4][4] = {}, rest[4][4] = {};
   for (int64_t d0 = 0; d0 < k.C; d0 += kSmallDepth) {
-    __syncthreads();  // all are done with the features before these
+    __syncthreads();  // all have finished with the previous features
     for (int side = 0; side < 2; ++side)
       for (int r = warp(); r < kSmallTile; r += kWarps) {
         const int64_t i = (side == 0 ? I : J) * kSmallTile + r, d = d0 + lane();
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  __syncthreads();  // the tokens are done with
+  __syncthreads();  // the tokens are no longer needed
   float(*const mirrored)[kSmallTile + 1] = tokens[0];
   const Place<float> direct = place<kSmallTile>(strip, upper, lower, sequence, I, J);
   const bool diagonal = I == J;
@@ -327,9 +326,9 @@ __global__ void __launch_bounds__(kThreads)
     to.tile[n / kSmallTile * to.stride + n % kSmallTile] = mirrored[n / kSmallTile][n % kSmallTile];
 }
 
-// product of the tokens from i0 on (+)= sum over the tokens from j0 on of W_ij (z_j - z_i), a block per 64 tokens and
-// 64 features. w: (sequences, at least rows, stride), of which count columns are used; sequence_stride between
-// sequences. b0: the first one.
+// product of the tokens from i0 on (+)= sum over the tokens from j0 on of W_ij (z_j - z_i), one block per 64 tokens and
+// 64 features. w: (sequences, at least rows, stride); its first count columns are used; sequence_stride between
+// sequences. b0: the first sequence.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     add_differences(Tokens k, int64_t b0, int64_t i0, int64_t rows, int64_t j0, int64_t count, bool add, const float* w,
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(kThreads)
       own[r][c] = i < rows && d < k.C ? read(i0 + i, d) : 0.0f;
     }
   for (int64_t j = 0; j < count; j += kSmallDepth) {
-    __syncthreads();  // all are done with the tokens before these
+    __syncthreads();  // all have finished with the previous tokens
     for (int r = warp(); r < kSmallTile; r += kWarps)
       weights[lane()][r] = top + r < rows && j + lane() < count ? w[r * stride + j + lane()] : 0.0f;
     for (int n = thread; n < kSmallDepth * kSmallTile; n += kThreads) {

@@ -1,5 +1,5 @@
-// What is done token by token: norms, the mean unit vector, centred float16 copies; and, in backward, the way back from
-// the unit vectors to z. A warp per token, 8 features at a time per lane.
+// Kernels over tokens: norms, the mean unit vector, centred float16 copies; and, in backward, backpropagation from the
+// unit vectors to z. One warp per token; a lane takes 8 features at a time.
 
 #pragma once
 
@@ -8,20 +8,19 @@
 namespace minidisp {
 namespace {
 
-constexpr int kRows = 64;  // tokens of one sequence that a block measures
+constexpr int kRows = 64;  // tokens per block in measure
 
-// z, and what backward needs to know of it. Token n of the batch is u = (z - mean) / length = u' + centre of its
-// sequence.
+// z and the state for backward. The unit vector of token n of the batch is u = (z - mean) / length = u' + centre, with
+// the centre of its sequence.
 struct Tokens {
   const void* z;
   int64_t stride[3], T, C;
-  bool packed;  // rows of z are read, and those of the gradient written, in pieces of 16 bytes
+  bool packed;  // rows of z are read, and those of the gradient written, 16 bytes at a time
   float* centre;  // (B, C): the mean of u over the sequence, or zeros
   float *mean, *norm, *length;  // (B, T): mean over the features (decorrelation, else 0), norm of z - mean, norm + eps.
-                                // length is NaN for a token with NaN or infinity, and infinite for one without
-                                // direction
+                                // length is NaN for a token with NaN or Inf, and Inf for one without direction
   float* degree;  // (B, T): sum of the weights of the token's pairs, or zeros
-  float* scale;  // (B): from weights times unit vectors to the gradient
+  float* scale;  // (B): the factor between W U and the gradient
 };
 
 template <class T>
@@ -29,8 +28,8 @@ __device__ __forceinline__ const T* token(const Tokens& k, int64_t b, int64_t i)
   return static_cast<const T*>(k.z) + b * k.stride[0] + i * k.stride[1];
 }
 
-// Mean, norm and length of the tokens of the sequences from b0 on, chunks blocks of kRows tokens per sequence; and,
-// unless sums is null, the sum of a block's unit vectors in sums (blocks, C).
+// Mean, norm and length of the tokens of the sequences from b0 on, with `chunks` blocks of kRows tokens per sequence;
+// unless sums is null, also the sum of each block's unit vectors, sums (blocks, C).
 template <class T>
 __global__ void measure(Tokens k, int64_t b0, int chunks, bool centring, double eps, float* sums) {
   __shared__ float means[kRows], inverses[kRows];
@@ -59,7 +58,7 @@ __global__ void measure(Tokens k, int64_t b0, int chunks, bool centring, double 
     }
     float norm = sqrtf(static_cast<float>(warp_sum(squares)));
     const bool poisoned = !(warp_sum(bad) == 0) || isinf(norm);
-    // A constant token: what centring leaves of it is no direction.
+    // A constant token: only rounding errors are left after centring.
     if (centring && warp_max(rest) <= 4 * 1.1920929e-7 * warp_max(most)) norm = 0;
     float length = static_cast<float>(static_cast<double>(norm) + eps);
     if (length == 0) length = INFINITY;
@@ -82,7 +81,7 @@ __global__ void measure(Tokens k, int64_t b0, int chunks, bool centring, double 
   }
 }
 
-// A block per sequence from b0 on: its centre from the sums of measure, and half the square of it.
+// One block per sequence from b0 on: its centre, from the sums of measure, and half the centre's square.
 __global__ void find_centre(Tokens k, int64_t b0, int chunks, const float* sums, float* half_square) {
   __shared__ double shared[kWarps];
   const int64_t s = blockIdx.x;
@@ -98,16 +97,16 @@ __global__ void find_centre(Tokens k, int64_t b0, int chunks, const float* sums,
   if (threadIdx.x == 0) half_square[s] = static_cast<float>(square / 2);
 }
 
-// Tokens as the tensor cores want them: x = u' / inverse in float16, inverse a power of two that makes the largest
-// feature 1 to 2, rows filled up with zeros. u_i.u_j = x_i.x_j inverse_i inverse_j + offset_i + offset_j. All of n
-// sequences.
+// Tokens of n sequences in the format for the tensor cores: x = u' / inverse in float16, padded with zeros; inverse is
+// a power of two that brings the largest feature between 1 and 2. u_i.u_j = x_i.x_j inverse_i inverse_j + offset_i +
+// offset_j.
 struct Centred {
   c10::Half* x;  // (n, T, width)
   float *inverse, *offset;  // (n, T)
   int64_t T, width;
 };
 
-// tokens: of the sequences from b0 on, in all.
+// tokens: the total number in the sequences from b0 on.
 template <class T>
 __global__ void centre_tokens(Tokens k, int64_t b0, int64_t tokens, const float* half_square, Centred to) {
   const int64_t n = global_warp();
@@ -132,7 +131,7 @@ __global__ void centre_tokens(Tokens k, int64_t b0, int64_t tokens, const float*
   most = static_cast<float>(warp_max(most));
   const double offset = warp_sum(dot) + half_square[s];
   int exponent = most > 0 ? -ilogbf(most) : 0;
-  if (exponent > 40) exponent = 40;  // from there on, tokens are equal
+  if (exponent > 40) exponent = 40;  // beyond this, tokens are equal
   const float larger = ldexpf(1.0f, exponent);
   for (int64_t d = lane() * 8; d < to.width; d += 256) {
     read(d, x, m);
@@ -145,7 +144,7 @@ __global__ void centre_tokens(Tokens k, int64_t b0, int64_t tokens, const float*
   }
 }
 
-// A block per sequence: the smallest angle that occurs, from the largest cosine of each token.
+// One block per sequence: its smallest angle, from the largest cosine of each token.
 __global__ void find_shift(const double* most, int64_t slots, double clamp, double* shift) {
   __shared__ double shared[kWarps];
   double c = -2;
@@ -154,8 +153,8 @@ __global__ void find_shift(const double* most, int64_t slots, double clamp, doub
   if (threadIdx.x == 0) shift[blockIdx.x] = acos(fmin(fmax(c, clamp - 1), 1 - clamp));
 }
 
-// A block per sequence: its loss, and the factor between W U and the gradient. sums are over the pairs i < j; W is
-// stored weight_scale times as large as it is.
+// One block per sequence: its loss, and the factor between W U and the gradient. sums are over the pairs i < j; W is
+// stored times weight_scale.
 __global__ void finish_sequence(Tokens k, Variant variant, double tau, double weight_scale, const double* sums,
                                 int64_t slots, const double* shift, double batch, double* loss) {
   __shared__ double pair_sums[kWarps], token_sums[kWarps];
@@ -186,8 +185,8 @@ __global__ void finish_sequence(Tokens k, Variant variant, double tau, double we
   k.scale[b] = static_cast<float>((factor + own * 0) / (batch * weight_scale));
 }
 
-// The gradient of a token, by a warp: from product = W U', through W U = W U' + degree centre, the division by length
-// and the centring, times upstream; in the type of z.
+// The gradient of a token, computed by a warp from product = W U': W U = W U' + degree centre, backpropagated through
+// the division by length and the centring, times upstream; in the type of z.
 template <class T>
 __global__ void finish_tokens(Tokens k, int64_t tokens, bool centring, const float* upstream, const float* product,
                               T* grad) {
