@@ -251,7 +251,8 @@ def test_the_folder_of_a_run_says_what_is_not_usual():
     for line, name in names.items():
         config = parse(line.split(), architecture_of=lambda source: (from_dict(RECIPES["fast"]), False))
         assert config.run_dir.as_posix() == f"runs/{name}"
-    names = "beta1 beta2 momentum ema lr weight-decay grad-clip embedding-lr dispersion-tau dispersion-clamp".split()
+    names = ["beta1", "beta2", "momentum", "ema", "lr", "weight-decay", "grad-clip", "embedding-lr"]
+    names += ["dispersion-tau", "dispersion-clamp"]
     everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{name}=0.123456789" for name in names)])
     other = dataclasses.replace(everything, grad_clip=0.2)
     assert len(everything.run_dir.name) <= 200
