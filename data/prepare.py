@@ -449,11 +449,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"your own text: files ({' '.join(KINDS)}, optionally with .gz or .zst), folders of such files, patterns, "
         "or - for standard input",
     )
-    add(
-        "--format",
-        choices=READERS,
-        help="format of --input (default: by suffix; text for standard input)",
-    )
+    add("--format", choices=READERS, help="format of --input (default: by suffix; text for standard input)")
     add("--field", default="text", help="with --input: the field of a row that contains the text (default: text)")
     add("--hf", metavar="NAME[:CONFIG]", help="dataset on the Hugging Face hub; needs pip install datasets")
     add("--hf-split", default="train", metavar="NAME", help="with --hf: the split to use (default: train)")
