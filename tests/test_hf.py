@@ -524,7 +524,7 @@ def test_evaluation_beside_a_run_and_with_a_shorter_context(run, gpt2, capsys):
     assert [s["block_size"] for s in scores] == [8, 8]  # the flag counts for runs and folders alike
     assert "--- gpt2\nab" in capsys.readouterr().out
     assert evaluation.cli(["--hf", str(gpt2), "--data", "pystdlib", "--block-size", "49"]) == 2
-    assert "--block-size 49" in capsys.readouterr().err
+    assert "--block-size 48 or less, not 49" in capsys.readouterr().err
     assert evaluation.cli(["--hf", str(gpt2)]) == 2
     assert "--data" in capsys.readouterr().err
 
@@ -617,7 +617,7 @@ def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_p
     for flags, expected in [
         (["--data", str(corpus)], f"hf:{gpt2}"),
         (["--data", str(gpt2_corpus), "--n-layer", "5"], "n_layer 3, not 5"),
-        (["--data", str(gpt2_corpus), "--block-size", "64"], "--block-size 64"),
+        (["--data", str(gpt2_corpus), "--block-size", "64"], "--block-size 48 or less, not 64"),
         (["--data", str(gpt2_corpus), "--resume"], "leave out --init-from"),
     ]:
         flags = ["--init-from", str(gpt2), "--block-size", "16", "--out", str(tmp_path / "run"), *flags]
@@ -662,7 +662,7 @@ def refusal(call, *arguments) -> str:
         ("gpt2", {"n_layer": True}, "n_layer is True"),
         ("gpt2", {"n_layer": 10**30}, "n_layer"),
         ("gpt2", {"layer_norm_epsilon": 10**400}, "layer_norm_epsilon"),
-        ("gpt2", {"n_layer": 9000}, "layers"),
+        ("gpt2", {"n_layer": 900}, "config.json has 900 layers, but there are only"),
         ("gpt2", {"n_layer": 3}, "no tensor transformer.h.2"),
         ("gpt2", {"n_layer": 1}, "transformer.h.1"),
         ("gpt2", {"n_embd": 64}, "shape"),
