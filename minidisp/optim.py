@@ -114,10 +114,12 @@ class Muon(Untraced, torch.optim.Muon):
 
 @functools.cache
 def newton_schulz_dtype(device_type: str) -> torch.dtype:
-    """bfloat16, as in torch.optim.Muon; on CPUs without instructions for it float32, which is 10 to 20 times as fast there."""
+    """bfloat16, as in torch.optim.Muon; float32 on CPUs without bfloat16 instructions, where it is 10 to 20 times as
+    fast.
+    """
     if device_type != "cpu":
         return torch.bfloat16
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot tell, none
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # {} if this version of torch cannot tell
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
