@@ -54,8 +54,17 @@ def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
+MOST_VALUES = 1 << 23  # of a JSON file; a value can take 170 bytes, and the largest tokenizer.json has 2 million
+
+
 def parse_json(text: bytes, where: str | Path) -> object:
-    """Parse UTF-8 JSON. Raises InputError, starting with `where`, if it is invalid, or has NaN or duplicate keys."""
+    """Parse UTF-8 JSON. Raises InputError, starting with `where`, if it is invalid, has NaN or duplicate keys, or so
+    many values that Python would need gigabytes for them.
+    """
+    if len(text) > MOST_VALUES and (found := sum(map(text.count, (b",", b"[", b"{")))) > MOST_VALUES:
+        raise InputError(
+            f"{where} is too large: {found:,} commas and brackets, where at most {MOST_VALUES:,} are expected"
+        )
 
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
@@ -74,26 +83,32 @@ def parse_json(text: bytes, where: str | Path) -> object:
         raise InputError(f"{where} is damaged, or not JSON: {error}") from None
 
 
-# Characters that a terminal or a browser would interpret instead of display: control characters such as ESC, line
-# separators, bidirectional overrides and isolates, and invisible tags. Also lone surrogates, which cannot be encoded.
-_UNSAFE = re.compile(
-    "[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+# Not printable for Python, but part of normal text: the joiners of Persian, Indic scripts and emoji, and other spaces.
+TEXT = "\u200c\u200d\xa0\u2009\u202f\u3000"
+# Printable for Python, but invisible: fillers, and variation selectors, in which a whole message can be hidden.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]"
 )
 
 
 def is_plain(text: str) -> bool:
-    """Whether an untrusted text can be printed and used in a path unchanged, as `printable` would escape nothing."""
-    return not _UNSAFE.search(text)
+    """Whether an untrusted text can be printed and used in a path unchanged, as `printable` would escape only TEXT."""
+    return printable(text, keep=TEXT) == text
 
 
 def printable(text: str | Path, most: int | None = None, keep: str = "") -> str:
-    """The text on one line, with escapes such as \\x1b for characters that a terminal or a browser would interpret.
+    """The text on one line, with escapes such as \\x1b for characters that a terminal or a browser would interpret, or
+    that are invisible: control characters, line separators, bidirectional marks and overrides, zero-width characters,
+    tags, fillers, private and unassigned code points, and lone surrogates, which cannot be encoded.
 
     most: maximum number of characters; the middle of a longer text is left out. keep: characters not to escape, for
-    example a newline.
+    example a newline; TEXT in the text of a model or a person.
     """
     text = _shortened(str(text), most)  # before escaping, which is slow for megabytes
-    return _shortened(_UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text), most)
+    if text.isprintable() and not _INVISIBLE.search(text):
+        return text
+    shown = (c if c in keep or (c.isprintable() and not _INVISIBLE.match(c)) else _escape(c) for c in text)
+    return _shortened("".join(shown), most)
 
 
 def _shortened(text: str, most: int | None) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minidisp import InputError, printable, read_bytes
+from minidisp import TEXT, InputError, printable, read_bytes
 from minidisp.decoding import check_sampling, look_every
 from minidisp.model import GPT
 from minidisp.template import Template
 
 ROWS = 64  # sequences per batch
+MOST_PROMPTS = 1 << 22  # bytes of a file of prompts
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def check_text(text: str, what: str) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """The non-blank lines of a text file. Raises InputError, with the line number, on invalid UTF-8."""
     prompts = []
-    for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path, MOST_PROMPTS).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         try:
             prompt = line.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError:
@@ -75,8 +76,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The text with control characters other than newline and tab escaped, safe to print in a terminal."""
-    return printable(text, keep="\n\t")
+    """A text of several lines, safe to print in a terminal; see printable."""
+    return printable(text, keep="\n\t" + TEXT)
 
 
 def typed_lines() -> Iterator[str]:

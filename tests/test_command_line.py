@@ -2,6 +2,8 @@
 file."""
 
 import dataclasses
+import itertools
+import json
 import math
 import os
 import shutil
@@ -73,6 +75,7 @@ WORDS = [
     "adamw",
     "\x1b[2J",
     "\u202e",
+    "\u200f\u200b\u061c\U000e0041",
     "\udcff",
     "a\nb",
     "%s %d",
@@ -196,7 +199,23 @@ def test_train(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
 @HOW_MANY
 def test_eval(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
     monkeypatch.setattr(report, "draw_comparison", lambda *_, **__: [])
-    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError()))
+    typed_lines = itertools.cycle([*(word[:40] for word in WORDS), EOFError()])
+
+    def typed(*_):
+        if isinstance(line := next(typed_lines), EOFError):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    files = {
+        "--text-file": "some words of a text\n" * 9,
+        "--prompts": "".join(f"{word!r}\n" for word in WORDS),
+        "--minimal-pairs": json.dumps({"sentence_good": "a b", "sentence_bad": "b a", "field": "order"}),
+        "--choices": json.dumps({"context": "a", "choices": [" b", " \x1b[2J\u202e"], "answer": 0}),
+        "--completions": json.dumps({"prompt": "a \x1b[2J", "completion": " b"}),
+    }
+    for flag, content in files.items():
+        (tmp_path / flag).write_text(content)
     parser = Parser(prog="eval.py", allow_abbrev=False)
     evaluation._add_flags(parser)
     values = {}
@@ -214,27 +233,33 @@ def test_eval(corpus, run, tmp_path, paths, capsys, monkeypatch, examples):
             values[flag] = st.sampled_from([*WORDS, *paths])
         else:
             values[flag] = st.sampled_from([*paths, str(run), str(corpus), "."])
+        if flag in files:
+            values[flag] |= st.just(str(tmp_path / flag))
     flags = st.sampled_from(sorted(values)).flatmap(lambda flag: st.tuples(st.just(flag), values[flag]))
-    runs = st.lists(st.sampled_from([*paths, str(run), str(run), str(run), str(run)]), max_size=2)
+    runs = st.just([str(run)]) | st.lists(st.sampled_from([*paths, str(run), str(run), str(run), str(run)]), max_size=2)
+    modes = {flag: (flag, str(tmp_path / flag)) for flag in files} | {"--chat": ("--chat", None)}
+    mode = st.lists(st.sampled_from(sorted(modes.values(), key=str)), max_size=1)
     before = {path: path.read_bytes() for folder in (run, corpus) for path in folder.rglob("*") if path.is_file()}
     seen = set()
 
     def check(case):
-        names, typed = case
-        argv = [*names]
+        names, chosen, others = case
+        argv, typed = [*names], [*chosen, *others]
         outputs = {"--json", "--html", "--figures"}
         for flag, value in typed:
             if flag in outputs and value in (str(run), str(corpus)):
                 continue
             argv += [flag] if value is None else [f"{flag}={value}"] if value.startswith("-") else [flag, value]
-        if not {"--max-new-tokens"} & {flag for flag, _ in typed} and {"--sample", "--prompts"} & {
-            flag for flag, _ in typed
-        }:
+        given = {flag for flag, _ in typed}
+        if "--max-new-tokens" not in given and {"--sample", "--prompts", "--chat", "--completions"} & given:
             argv += ["--max-new-tokens", "2"]
-        seen.add(ends_well(capsys, "eval.py", lambda: evaluation.cli(argv), argv))
+        code = ends_well(capsys, "eval.py", lambda: evaluation.cli(argv), argv)
+        seen.update({(code, flag) for flag in given} | {code})
 
-    many(examples, st.tuples(runs, st.lists(flags, max_size=3)), check)
-    assert 2 in seen
+    many(examples, st.tuples(runs, mode, st.lists(flags, max_size=2)), check)
+    assert seen >= {0, 2}
+    if examples > 1000:
+        assert seen >= {(0, flag) for flag in modes}
     for path, content in before.items():
         assert path.read_bytes() == content, path
 

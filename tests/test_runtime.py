@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -688,11 +689,32 @@ HOSTILE = "\x1b]0;title\x07\x1b[2J\u202eevil\u2066\r\x9b31m\x00\u2028"
 
 
 def test_what_could_command_a_terminal_is_escaped():
-    for text in (HOSTILE, "\x7f", "\ud800", "\U000e0041"):
+    invisible = [
+        chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    ]
+    assert minidisp.printable("".join(invisible)).isascii()
+    bidi = ["\u200e", "\u200f", "\u061c", "\u2067", "\u202b"]
+    for text in (
+        HOSTILE,
+        "\x7f",
+        "\x85",
+        "\ud800",
+        "\U000e0041",
+        "\U000e0100",
+        "\u200b",
+        "\ufeff",
+        "\xad",
+        "\u3164",
+        *bidi,
+    ):
         shown = minidisp.printable(text)
         assert shown.isprintable(), ascii(shown)
         assert not minidisp.is_plain(text)
-    assert minidisp.printable("naïve 中文 \u200d\u200f é") == "naïve 中文 \u200d\u200f é"
+        assert text not in minidisp.printable(f"a{text}b", keep="\n\t" + minidisp.TEXT)
+    for text in ("naïve 中文 é ❤\ufe0f", "\u0645\u06cc\u200c\u062e", "a\xa0b\u3000c", "\U0001f468\u200d\U0001f469"):
+        assert minidisp.is_plain(text)
+        assert minidisp.printable(text, keep=minidisp.TEXT) == text
+    assert minidisp.printable("runs/a\u200d") == "runs/a\\u200d"  # not taken for runs/a
     assert minidisp.printable("a\n\tb\x1b\r", keep="\n\t") == "a\n\tb\\x1b\\r"
     long = minidisp.printable("x" * 3_000_000 + "the end", 100)
     assert len(long) < 120

@@ -7,7 +7,7 @@ python -m minidisp.hf export runs/NAME folder --gguf   # for llama.cpp, Ollama a
 import argparse
 import warnings
 
-from minidisp import InputError
+from minidisp import InputError, printable
 from minidisp.hf.exporter import export
 from minidisp.hf.gguf import export_run as export_gguf
 from minidisp.runtime.cli import Parser, exit_code
@@ -45,13 +45,15 @@ def main(argv: list[str] | None = None) -> int:
                 with warnings.catch_warnings(record=True) as found:
                     path = export_gguf(args.run, args.folder, args.dtype)
                 for warning in found:
-                    print(f"note: {warning.message}")
-                print(f"{path}: for llama.cpp, Ollama or LM Studio")
+                    print(f"note: {printable(str(warning.message))}")
+                print(f"{printable(path)}: for llama.cpp, Ollama or LM Studio")
             elif args.dtype == "q8_0":
                 raise InputError("--dtype q8_0 needs --gguf: for transformers use float32, bfloat16 or float16")
             else:
                 folder = export(args.run, args.folder, args.dtype)
-                print(f"{folder}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
+                print(
+                    f"{printable(folder)}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained"
+                )
         except OSError as error:
             raise InputError(f"{error.filename or args.folder}: {error.strerror or error}") from None
 

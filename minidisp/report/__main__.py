@@ -88,7 +88,7 @@ def draw(files: dict[str, Path], args: argparse.Namespace) -> None:
         words = {"ce": "training", "val_loss": "validation"}
         losses = ", ".join(f"{word} loss {last[key]:.3f}" for key, word in words.items() if key in last)
         print(f"{name}: step {lines[-1]['step']:,}, {losses}")
-    print(f"figure  {args.out}", flush=True)
+    print(f"figure  {printable(args.out)}", flush=True)
 
 
 if __name__ == "__main__":

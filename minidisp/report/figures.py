@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minidisp import printable
 from minidisp.runtime.files import write_atomic
 
 # Okabe-Ito: distinguishable in print and with colour blindness.
@@ -65,7 +66,7 @@ def drawing(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
                 return draw(*args, **kwargs)
         except Exception as error:  # matplotlib, its fonts and its settings can fail in any way
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: no figures: {reason}", file=sys.stderr)
+            print(f"warning: no figures: {printable(reason, 300)}", file=sys.stderr)
             return []
 
     return draw_or_warn

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minidisp import printable
+from minidisp import TEXT, printable
 from minidisp.report.figures import line_styles, pair_density
 from minidisp.report.tables import FURTHER, Table, escaped
 from minidisp.runtime.files import to_json
@@ -53,7 +53,7 @@ def html_page(
                     {
                         "order": order,
                         "seed": sample["seed"],
-                        **{key: printable(sample[key], keep="\n\t") for key in ("prompt", "continuation")},
+                        **{key: printable(sample[key], keep="\n\t" + TEXT) for key in ("prompt", "continuation")},
                     }
                     for order, sample in enumerate(s.get("samples", []))
                 ],

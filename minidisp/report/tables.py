@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidisp import printable
+from minidisp import TEXT, printable
 from minidisp.comparison import LOGGING
 from minidisp.dispersion import select_layers
 
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
 def escaped(text: str) -> str:
     """A text escaped for HTML; characters that could reorder or hide other text are made visible."""
-    return html.escape(printable(text, keep="\n\t"))
+    return html.escape(printable(text, keep="\n\t" + TEXT))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

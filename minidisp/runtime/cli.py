@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -48,13 +49,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def take_over() -> None:
-    """The first call of every command: restores signal handling, and makes stdout and stderr accept any text.
+    """The first call of every command: restores signal handling, makes warnings one line, and makes stdout and stderr
+    accept any text.
 
     Characters that their encoding lacks are written as escapes such as \\u2014: Windows consoles, pipes and LANG=C
     support few characters, and a sample or a file name may contain any. Closed streams (`>&-`, pythonw, some services)
     are replaced by /dev/null, and so are their descriptors: otherwise the next file to be opened would get the
     descriptor, and everything that is printed.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(message, MOST_OF_A_MESSAGE)}\n"
     if signal.getsignal(signal.SIGINT) is minidisp.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor in range(3):
@@ -118,5 +121,5 @@ def flush_or_discard() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means out of memory: CUDA and Python have types for it, torch on a CPU only messages."""
-    signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+    signs = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
