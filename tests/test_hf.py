@@ -33,6 +33,7 @@ from minidisp.config import from_dict, parse, to_dict
 from minidisp.data import Dataset
 from minidisp.dispersion import dispersion_loss
 from minidisp.hf import families
+from minidisp.hf.other import load_other
 from minidisp.hf.reference import stored_form
 from minidisp.model import GPT, MLP, Attention, Block, GPTConfig
 from minidisp.ops.attention import torch_attention
@@ -699,6 +700,48 @@ def test_strange_configs_are_refused_by_name(models, tmp_path, arch, changes, ex
     message = refusal(hf.load_model, folder)
     assert expected in message
     assert str(folder) in message
+
+
+OTHER = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "vocab_size": 257, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": 10**6}, "1,000,000 layers for 28 tensors"),
+        ({"hidden_size": 1 << 14, "intermediate_size": 1 << 16}, "parameters, but the weights are"),
+        ({"vocab_size": 1 << 30}, "parameters, but the weights are"),
+        ({"attn_implementation": "somebody/kernel"}, "are never loaded"),
+        ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "are never loaded"),
+        ({"text_config": [{"auto_map": {"AutoModel": "code.Model"}}]}, "are never loaded"),
+    ],
+    ids=str,
+)
+def test_a_model_of_another_family_is_no_larger_than_its_weights_and_runs_no_code(models, tmp_path, changes, expected):
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(OTHER | changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+        assert expected in refusal(load_other, folder)
+
+
+def test_weights_beyond_the_memory_are_refused_before_they_are_read(models, tmp_path, monkeypatch):
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    monkeypatch.setattr("minidisp.runtime.device.memory_bytes", lambda device: 1000)
+    assert "needs" in refusal(hf.load_model, folder)
+    run = models / "run-gpt2"
+    assert str(checkpoint.find(run)) in refusal(checkpoint.load, run)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_weights_that_are_no_file_are_refused(models, tmp_path, make):
+    folder = shutil.copytree(models / "gpt2", tmp_path / "model")
+    (folder / hf.WEIGHTS).unlink()
+    make(folder / "a.safetensors")
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    assert "a.safetensors is not a file" in refusal(hf.load_model, folder)
 
 
 def test_damaged_weights_are_refused_by_name(models, tmp_path):

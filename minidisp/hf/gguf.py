@@ -85,6 +85,7 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
     if family == "gpt2" and model.config.gelu != "tanh":
         warnings.warn(_about_gelu(model), stacklevel=2)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # the writer would follow a link
     writer = gguf.GGUFWriter(temporary, family)
     _write_settings(writer, model.config, family, dtype, name)
     _write_tokenizer(writer, vocabulary, load_template(checkpoint.find(run).parent, vocabulary))

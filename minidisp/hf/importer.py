@@ -19,6 +19,7 @@ from minidisp import InputError, read_bytes
 from minidisp.config import read_json
 from minidisp.hf.families import FAMILIES, INDEX, TOKEN_IDS, WEIGHTS, Settings, read_config, weights
 from minidisp.model import GPT, GPTConfig
+from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 FILES = ["config.json", "tokenizer.json", INDEX, "*.safetensors", *HuggingFaceTokenizer.FILES]
@@ -50,12 +51,13 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", block_siz
         )
     names = FAMILIES[family].names
     with contextlib.ExitStack() as stack:
-        stored = _open_tensors(folder, FAMILIES[family].prefix, stack)
+        stored = open_tensors(folder, FAMILIES[family].prefix, stack)
         if config.n_layer > len(stored):  # checked before building a model with that many layers
             raise InputError(
                 f"{folder}: config.json has {config.n_layer} layers, but there are only {len(stored)} tensors"
             )
         _check_tensors(folder, config, family, stored)
+        refuse_larger_than_memory(f"the model in {folder}", 4 * config.parameter_count, torch.device("cpu"))
         with _NoInit():
             model = GPT(dataclasses.replace(config, block_size=block_size or config.block_size)).eval()
         parameters = dict(model.named_parameters())
@@ -186,7 +188,7 @@ class _Stored:
         return self.file.get_tensor(self.name)
 
 
-def _open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+def open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Stored]:
     """The tensors in a folder's safetensors files by their names in transformers; the data is not read yet."""
     try:
         import safetensors
@@ -194,10 +196,12 @@ def _open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dic
         raise InputError("Hugging Face weights need the package safetensors: pip install safetensors") from None
     stored: dict[str, _Stored] = {}
     for path in _weight_files(folder):
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise InputError(f"{path} is not a file")
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
             found = [_Stored(path, file, name) for name in file.keys()]  # noqa: SIM118, it is no dictionary
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # of mmap, it is a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise InputError(f"{path} is not a safetensors file, or it is damaged: {reason}") from None
         for tensor in found:

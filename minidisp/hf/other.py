@@ -1,5 +1,7 @@
 """Causal language models of other families, run by transformers, for evaluation on held-out text."""
 
+import contextlib
+import math
 import types
 from pathlib import Path
 
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 from minidisp import InputError
 from minidisp.config import read_json
 from minidisp.hf.families import FAMILIES
-from minidisp.hf.importer import find_folder
+from minidisp.hf.importer import find_folder, open_tensors
 from minidisp.model import Output
+from minidisp.runtime.device import refuse_larger_than_memory
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # in the config.json of various families
 
 
 def is_other(source: str | Path) -> bool:
@@ -53,6 +58,42 @@ class OtherModel(nn.Module):
         return Output(out.logits if targets is None else None, loss, out.hidden_states)
 
 
+def _asks_for_code(value: object) -> bool:
+    """Whether a config.json refers to Python files, or to a kernel on the hub (owner/name), at any depth."""
+    if isinstance(value, list):
+        return any(map(_asks_for_code, value))
+    if not isinstance(value, dict):
+        return False
+    named = ("/" in str(what) for name, what in value.items() if name.endswith("implementation"))
+    return "auto_map" in value or any(named) or any(map(_asks_for_code, value.values()))
+
+
+def _refuse_larger_than_weights(folder: Path, config: dict, kind: str) -> None:
+    """Raise InputError if config.json describes a much larger model than the weights, or one that exceeds the memory.
+
+    transformers would initialise missing weights randomly. Tied matrices are stored once but may be counted twice,
+    hence the factor of 2.
+    """
+    import transformers
+
+    with contextlib.ExitStack() as stack:
+        stored = open_tensors(folder, "", stack)
+        parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for name in LAYERS:  # checked first, as building many layers is slow
+        if type(config.get(name)) is int and config[name] > len(stored):
+            raise InputError(f"{kind}, and its config.json has {config[name]:,} layers for {len(stored):,} tensors")
+    try:
+        described = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+    except Exception as error:  # it raises whatever its parts raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{kind}, and transformers cannot load it: {reason[:200]}") from None
+    if (size := sum(p.numel() for p in model.parameters())) > 2 * parameters:
+        raise InputError(f"{kind} with {size:,} parameters, but the weights are {parameters:,} numbers")
+    refuse_larger_than_memory(kind, 4 * size, torch.device("cpu"))
+
+
 def load_other(source: str | Path, device: str | torch.device = "cpu", block_size: int = 0) -> OtherModel:
     """A causal language model in eval mode and float32, from safetensors, without running code of the folder.
 
@@ -68,8 +109,9 @@ def load_other(source: str | Path, device: str | torch.device = "cpu", block_siz
             f"{kind}, which needs the package transformers: pip install transformers, or choose one of "
             f"{', '.join(FAMILIES)}"
         ) from None
-    if "auto_map" in config:
-        raise InputError(f"{kind}, which needs code from the folder, which is never run")
+    if _asks_for_code(config) or (folder / "adapter_config.json").exists():
+        raise InputError(f"{kind}, which needs code or weights from elsewhere: these are never loaded")
+    _refuse_larger_than_weights(folder, config, kind)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -22,6 +22,7 @@ import torch
 from minidisp import InputError, printable, tokenizer
 from minidisp.config import Config, from_dict
 from minidisp.model import GPT
+from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.runtime.files import write_atomic
 
 LAST, BEST, AVERAGE = "ckpt_last.pt", "ckpt_best.pt", "ckpt_ema.pt"
@@ -127,6 +128,7 @@ def read(path: Path) -> dict:
             raise InputError(f"{path} does not exist")
         if not path.is_file():
             raise InputError(f"{path} is not a file")
+        refuse_larger_than_memory(f"{path}", path.stat().st_size, torch.device("cpu"))
         with open(path, "rb") as file:
             state = _unpickled(file)
     except InputError:

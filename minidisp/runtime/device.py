@@ -182,6 +182,13 @@ def memory_bytes(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
+def refuse_larger_than_memory(what: str, needed: float, device: torch.device) -> None:
+    """Raise InputError, naming `what`, if so many bytes do not fit in the device's memory, before allocating them."""
+    there = memory_bytes(device)
+    if there and needed > there:
+        raise InputError(f"{what} needs {needed / 2**30:,.0f} GiB, and {device.type} has {there / 2**30:,.0f} GiB")
+
+
 def cgroup_limits(root: Path) -> Iterator[int]:
     """The memory limits in bytes of this process's control groups and their parents, cgroup versions 1 and 2.
 
