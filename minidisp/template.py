@@ -12,10 +12,8 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minidisp import InputError, parse_json, read_bytes
+from minidisp.runtime.limits import limited_memory
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # Roles and contents alternate, each followed by the end-of-text token. No tokenizer merges across it, so each part is
@@ -33,7 +32,6 @@ PLAIN = (
 )
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECONDS, BYTES = 5, 1 << 30  # limits for rendering a template once; real ones take milliseconds
-STATM = "/proc/self/statm"  # on Linux: the address space in use, in pages
 FILE = "template.json"  # in the folder of a run that was trained on examples, next to tokenizer.model
 Messages = Sequence[dict[str, str]]  # with "role" (system, user or assistant) and "content"
 
@@ -209,10 +207,11 @@ def _own(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
         settings = json.loads(files.get("tokenizer_config.json", "{}"))
         given = {**json.loads(files.get("special_tokens_map.json", "{}")), **settings}
         values = {name: given[name] for name in TOKEN_NAMES if given.get(name)}
-        names = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+        names = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
         source = settings.get("chat_template") or ""
         if isinstance(source, list):  # several by name
-            source = next((entry["template"] for entry in source if entry.get("name") == "default"), "")
+            named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default", "")
         if "chat_template.json" in files:
             source = json.loads(files["chat_template.json"]).get("chat_template") or source
         source = files.get("chat_template.jinja") or source
@@ -271,16 +270,7 @@ def _limited() -> Iterator[None]:
             stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, check))
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS / 10, SECONDS / 10)
             stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-        if sys.platform == "linux":
-            import resource
-
-            descriptor = os.open(STATM, os.O_RDONLY)  # four times faster than open(), and called for every dialogue
-            in_use = int(os.read(descriptor, 100).split()[0]) * resource.getpagesize()
-            os.close(descriptor)
-            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-            ceiling = min([in_use + BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
-            stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
-            resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
+        stack.enter_context(limited_memory(BYTES))
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from minidisp import InputError, printable, read_bytes
+from minidisp import InputError, parse_json, printable, read_bytes
 
 SPACE = "\u2581"  # SentencePiece represents a space by this character, and cannot distinguish the two
 SENTENCE_CHARS = 2000  # approximate size of the pieces in which training text is passed on
@@ -209,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError:
             raise ValueError("a Hugging Face tokenizer needs the package tokenizers: pip install tokenizers") from None
         try:
-            packed = json.loads(serialized)
+            packed = parse_json(serialized, "this tokenizer")
             eos_token, rows, self.tokenizer_json = (
                 packed[key] for key in ("eos_token", "vocab_size", "tokenizer_json")
             )
@@ -221,7 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.without_row = [token["content"] for token in added if rows and token["id"] >= rows]
             names = {token["content"] for token in added} - {*self.without_row}
             in_bytes = _check_kind(self.tokenizer_json, eos_token)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a tokenizer file, or a damaged one ({type(error).__name__}: {error})") from error
         self.eos_token, self._rows = eos_token, rows
         # Used here to map text to ids only, without normalisation, added tokens, truncation or padding.
@@ -308,12 +308,17 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _check_files(files: object) -> dict[str, str]:
-    """The settings in a tokenizer file; TypeError unless they are strings with expected file names."""
+    """The settings in a tokenizer file; TypeError unless they are strings with expected file names, and InputError
+    unless the .json files hold JSON objects.
+    """
     names = (*HuggingFaceTokenizer.FILES, "config.json")
     patterns = [re.escape(name).replace(r"\*", r"[\w. -]+") for name in names]
     named = isinstance(files, dict) and all(re.fullmatch("|".join(patterns), name) for name in files)
     if not named or not all(isinstance(text, str) for text in files.values()):
         raise TypeError("files")
+    for name, text in files.items():
+        if name.endswith(".json") and not isinstance(parse_json(text.encode("utf-8"), f"its {name}"), dict):
+            raise TypeError(name)
     return files
 
 

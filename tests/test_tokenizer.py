@@ -172,6 +172,11 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
             load(path)
         assert message in str(error.value), changes
         assert "\n" not in str(error.value)
+    for text in ("[]", "5", "{", "[" * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "\ud800"):
+        for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json"):
+            path.write_bytes(HuggingFaceTokenizer.pack(good, "<|endoftext|>", 0, {name: text}))
+            with pytest.raises(InputError, match=r"tokenizer\.model: "):
+                load(path)
     whole = HuggingFaceTokenizer.pack(good, "<|endoftext|>", 0)
     for content in (whole[:-40], HuggingFaceTokenizer.pack(good, "</s>", 0), HuggingFaceTokenizer.pack(good, 5, 0),
                     HuggingFaceTokenizer.pack(good, "<|endoftext|>", -1), HuggingFaceTokenizer.pack(good, "a", 10**9),
