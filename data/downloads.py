@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.files import Input, say
 from data.sources import Document, Source, text_blocks, text_document, text_file
 from minidisp import InputError
+from minidisp.runtime.files import open_own
 from minidisp.shards import sha256_of
 
 
@@ -161,7 +162,7 @@ def _download_rest(wanted: Download, part: Path) -> None:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         have = have if resumed else 0
         progress = tqdm(desc=part.stem, total=wanted.bytes, initial=have, unit="B", unit_scale=True, disable=None)
-        with open(part, "ab" if resumed else "wb") as file, progress:
+        with open(part, "ab" if resumed else "wb", opener=open_own) as file, progress:
             # Stop one block past the expected size, which is enough to show that it is another file.
             while have <= wanted.bytes and (block := _read(response)):
                 file.write(block)

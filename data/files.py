@@ -19,12 +19,20 @@ from typing import BinaryIO
 from minidisp import InputError, printable
 
 MAX_WINDOW = 1 << 28  # of a zstd file, held in memory; zstd -19 uses 8 MiB, --ultra and --long 128 MiB
+MAX_UNPACKED, MAX_RATIO = (
+    1 << 28,
+    200,
+)  # a file or Parquet column that exceeds both size and compression ratio is rejected
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # errors on reading a damaged compressed file
+
+
+class Bomb(EOFError):
+    """A compressed file expands to so much more than its size that it cannot be text."""
 
 
 def say(line: str) -> None:
     """Print a status message to stderr, as stdout is for the result."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 # --- a file whose content is the same at each reading -----------------------------------------------------------------
@@ -86,9 +94,9 @@ class Input:
         path = os.fspath(self.path).lower()
         with self.open() as file:
             if path.endswith(".gz"):
-                yield gzip.GzipFile(fileobj=file)
+                yield io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), self.bytes), 1 << 17)
             elif path.endswith(".zst"):
-                yield io.BufferedReader(_Unzstd(file))
+                yield io.BufferedReader(_Bounded(_Unzstd(file), self.bytes), 1 << 17)
             else:
                 yield file
 
@@ -186,6 +194,23 @@ class _Unzstd(io.RawIOBase):
         n = min(len(buffer), len(self._content))
         buffer[:n] = self._content[:n]
         self._content = self._content[n:]
+        return n
+
+
+class _Bounded(io.RawIOBase):
+    """The content of a compressed file of that many bytes. Raises Bomb if it is larger than any text could be."""
+
+    def __init__(self, unpacked: io.RawIOBase, packed_bytes: int):
+        self._unpacked, self._packed_bytes, self._bytes = unpacked, packed_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        n = self._unpacked.readinto(buffer)
+        self._bytes += n
+        if self._bytes > max(MAX_UNPACKED, MAX_RATIO * self._packed_bytes):
+            raise Bomb(f"{self._packed_bytes:,} bytes expand to more than {self._bytes - n:,}, so it is not text")
         return n
 
 

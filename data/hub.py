@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.files import Input, say
 from data.sources import BadRow, Document, Source, row, text_document
 from minidisp import InputError, printable
+from minidisp.runtime.files import open_own
 
 STATE_EVERY = 1000  # rows
 
@@ -28,7 +29,7 @@ class _Fetched(NamedTuple):
     def of(cls, copy: Path, source: str, skip: bool) -> "_Fetched":
         """Truncate the file to where fetching can resume; to its start if it is from another source."""
         found, kept, bad = cls(), 0, False
-        with open(copy, "a+b") as file:
+        with open(copy, "a+b", opener=open_own) as file:
             file.seek(0)
             for line in file:
                 if not line.endswith(b"\n"):  # incomplete, as the process was killed
@@ -80,7 +81,7 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
         if rows:
             say(f"--hf {spec}: resuming after {rows:,} rows")
         progress = tqdm(desc="downloading", unit="doc", initial=rows, leave=False, disable=None)
-        with open(copy, "a", encoding="utf-8") as file, progress:
+        with open(copy, "a", encoding="utf-8", opener=open_own) as file, progress:
 
             def write(value: object) -> None:
                 file.write(json.dumps(value) + "\n")

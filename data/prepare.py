@@ -94,7 +94,7 @@ def find_or_prepare(name: str) -> Path:
         )
     if found:
         if name in BUILT_IN and given in found.values():
-            say(f"--data {name} is the folder {printable(given.absolute())}, not the built-in corpus of that name")
+            say(f"--data {name} is the folder {given.absolute()}, not the built-in corpus of that name")
         return next(iter(found.values()))
     if name in BUILT_IN:
         print(f"preparing the corpus {name} (once):", flush=True)
@@ -288,6 +288,8 @@ def _check_splits(
 
 def _left_off(folder: Path, meta: dict, source: Source) -> dict:
     """The saved state of an interrupted preparation of this corpus in `folder`; {} if there is none to resume from."""
+    if folder.is_dir() and any(path.is_symlink() for path in folder.iterdir()):
+        return {}  # a preparation creates no links, and must not write through one
     try:
         state = parse_json(read_bytes(folder / PROGRESS), PROGRESS)
     except InputError:  # interrupted before the first save
@@ -351,7 +353,7 @@ def _locked(out: Path) -> Iterator[None]:
     path = out.with_name(f".{out.name}.lock") if os.access(out.parent, os.W_OK) or not out.is_dir() else out / ".lock"
     while True:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(path, "w"))
+            file = stack.enter_context(open(path, "a", opener=files.open_own))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

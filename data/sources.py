@@ -3,6 +3,7 @@
 A reader yields documents, and a BadRow for anything that cannot be used, which the caller raises or skips.
 """
 
+import contextlib
 import csv
 import functools
 import glob
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from data.examples import FIELDS, Unusable, as_messages, as_text, text_of
-from data.files import DAMAGE, Input, StandardInput, identity, matches, not_regular, say
+from data.files import DAMAGE, MAX_RATIO, MAX_UNPACKED, Bomb, Input, StandardInput, identity, matches, not_regular, say
 from minidisp import InputError, printable
+from minidisp.runtime.limits import limited_memory
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size
 # Limits for a row, which is held in memory twice with up to four bytes per character: its size, and the number of
 # commas and brackets, since a JSON value can take 170 bytes per comma.
 MAX_ROW_BYTES, MAX_ROW_VALUES = 1 << 26, 2_000_000
-MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a Parquet column that exceeds both size and compression ratio is rejected
+MAX_PARQUET = 1 << 29  # bytes of memory for reading a few rows of Parquet
 KINDS = {
     ".txt": "text",
     ".md": "text",
@@ -63,7 +65,9 @@ class Source(NamedTuple):
 # --- readers, one per file format -------------------------------------------------------------------------------------
 
 
-def damaged(file: Input, where: str) -> BadRow:
+def damaged(file: Input, where: str, error: Exception) -> BadRow:
+    if isinstance(error, Bomb):
+        return BadRow("too long", f"{file.name}, after {where}: {error}")
     kind = next((kind for ending, kind in PACKED.items() if file.name.lower().endswith(ending)), file.kind)
     return BadRow(f"damaged {kind}", f"{file.name}: damaged {kind} file, after {where}")
 
@@ -102,7 +106,7 @@ def text_blocks(file: Input) -> Iterator[str]:
                 yield block
                 lines += block.count("\n")
     except DAMAGE as error:
-        raise damaged(file, f"line {lines}") from error
+        raise damaged(file, f"line {lines}", error) from error
 
 
 def _no_text(file: Input, block: str, lines: int, at: int) -> BadRow:
@@ -150,18 +154,22 @@ def text_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
 
 def jsonl_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     """One document per line of JSON; blank lines are skipped."""
-    number = 0
+    number = blank = 0
     try:
         with file.unpacked() as lines:
             while line := lines.readline(MAX_ROW_BYTES):
                 number += 1
+                blank = 0 if line.strip() else blank + 1
+                if blank > MAX_ROW_VALUES:
+                    yield BadRow("too long", f"{file.name}, line {number}: more than {MAX_ROW_VALUES:,} blank lines")
+                    return
                 item = _jsonl_row(line.removeprefix(BOM) if number == 1 else line, field, file.name, number)
-                while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):  # skip the rest of an overlong line
-                    line = lines.readline(MAX_ROW_BYTES)
                 if item and not (isinstance(item, BadRow) and file.has_grown and not line.endswith(b"\n")):
                     yield item  # otherwise a blank line, or a last line that is still being written
-    except DAMAGE:
-        yield damaged(file, f"line {number}")
+                while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):  # skip the rest of an overlong line
+                    line = lines.readline(MAX_ROW_BYTES)
+    except DAMAGE as error:
+        yield damaged(file, f"line {number}", error)
 
 
 def _jsonl_row(line: bytes, field: str, name: str, number: int) -> Document | BadRow | None:
@@ -223,8 +231,8 @@ def json_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                 yield row(value, field, "--field", where)
     except UnicodeDecodeError as error:
         yield BadRow("not UTF-8", f"{file.name}: not UTF-8 text ({error.reason}), after row {number}")
-    except DAMAGE:
-        yield damaged(file, f"row {number}")
+    except DAMAGE as error:
+        yield damaged(file, f"row {number}", error)
 
 
 def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
@@ -236,9 +244,10 @@ def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
         """The lines of the file. Raises BadRow if those of one row exceed the limits."""
         nonlocal taken, values, line
         while line := text.readline(MAX_ROW_BYTES):
-            taken, values = taken + len(line), values + line.count(delimiter or ",")
+            taken, values = taken + len(line), values + 1 + line.count(delimiter or ",")
             if taken >= MAX_ROW_BYTES or values > MAX_ROW_VALUES:
-                fault = f"more than {MAX_ROW_BYTES:,} characters or {MAX_ROW_VALUES:,} columns; is a quote not closed?"
+                fault = f"more than {MAX_ROW_BYTES:,} characters or {MAX_ROW_VALUES:,} columns and lines"
+                fault += "; is a quote not closed?"
                 raise BadRow("too long", f"{file.name}, row {number + 1}: {fault}")
             yield line
 
@@ -276,8 +285,8 @@ def csv_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                         )
     except BadRow as bad:
         yield bad
-    except DAMAGE:
-        yield damaged(file, f"row {number}")
+    except DAMAGE as error:
+        yield damaged(file, f"row {number}", error)
 
 
 def _is_utf8(text: str) -> bool:
@@ -287,6 +296,7 @@ def _is_utf8(text: str) -> bool:
 
 def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     """One document per row of a Parquet file."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # the others reserve 1 GiB of address space at once
     try:
         import pyarrow
         import pyarrow.parquet
@@ -297,7 +307,10 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
     number = 0
     file.check()  # as Parquet is not read sequentially
     try:
-        with file.raw() as opened, pyarrow.parquet.ParquetFile(opened) as table:
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(file.raw())
+            with limited_memory(MAX_PARQUET):
+                table = stack.enter_context(pyarrow.parquet.ParquetFile(opened))
             names = table.schema_arrow.names
             columns = [field] if field in names else [name for name in names if name in FIELDS and field == "text"]
             if not columns:
@@ -307,7 +320,12 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
             if fault := _bomb(table.metadata, columns):
                 yield BadRow("too long", f"{file.name}: {fault}")
                 return
-            for batch in table.iter_batches(batch_size=32, columns=columns):
+            batches = table.iter_batches(batch_size=8, columns=columns, use_threads=False)
+            while True:
+                with limited_memory(MAX_PARQUET):  # the sizes in its directory need not be true
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 for values in batch.to_struct_array():
                     number += 1
                     where = f"{file.name}, row {number}"
@@ -316,9 +334,12 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
                     except UnicodeDecodeError as error:
                         yield BadRow("not UTF-8", f"{where}: not UTF-8 text ({error.reason})")
     except MemoryError as error:
-        raise InputError(f"{file.name}, after row {number}: out of memory ({error})") from error
-    except (pyarrow.ArrowException, OSError, ValueError):  # ValueError: column names that are not UTF-8
-        yield damaged(file, f"row {number}")
+        limit = f"{MAX_PARQUET >> 20:,} MiB"
+        raise InputError(
+            f"{file.name}, after row {number}: out of memory, or the next rows need more than {limit} ({error})"
+        ) from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: column names that are not UTF-8
+        yield damaged(file, f"row {number}", error)
 
 
 def _bomb(metadata: "pyarrow.parquet.FileMetaData", names: list[str]) -> str:  # noqa: F821
@@ -414,7 +435,7 @@ def _inputs(patterns: list[str], kind: str, folder: Path | None) -> tuple[list[I
             left_out.setdefault(reason, []).append(name)
             why_not = why_not and f"{name} is {reason}"
         if outside:
-            say(f"{printable(pattern)}: {outside:,} files are outside this folder, reached by links; they are read too")
+            say(f"{pattern}: {outside:,} files are outside this folder, reached by links; they are read too")
         if why_not:
             raise InputError(f"--input {printable(pattern)}: nothing to read: {why_not} ({ENDINGS}; see --format)")
     return inputs, left_out

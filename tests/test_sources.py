@@ -306,11 +306,11 @@ def test_a_row_of_too_many_values_is_not_parsed(run, monkeypatch, ending):
 
 def test_zstd_is_unpacked_in_small_parts(tmp_path, monkeypatch):
     zstandard = pytest.importorskip("zstandard")
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * (300 << 20)))
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * (200 << 20)))
     tracemalloc.start()
     try:
         with files.Input(tmp_path / "a.txt.zst").unpacked() as file:
-            assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 300 << 20
+            assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 200 << 20
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -334,6 +334,64 @@ def test_parquet_that_is_no_text_or_does_not_fit(run, monkeypatch):
         patch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: (_ for _ in ()).throw(no_memory))
         refused(run(*argv), "b.parquet, after row 0: out of memory")
     assert run(*argv)[0] == 0
+
+
+def packed(start: bytes, unit: bytes, megabytes: int) -> bytes:
+    """A zstd file of so many megabytes of `unit`."""
+    zstandard = pytest.importorskip("zstandard")
+    packer = zstandard.ZstdCompressor().compressobj()
+    parts = [packer.compress(part) for part in (start, *[unit * ((1 << 20) // len(unit))] * megabytes)]
+    return b"".join(parts) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "message"),
+    [("a.jsonl.zst", b"a", f"a.jsonl.zst, line {len(make_texts()) + 1}: longer than"), ("a.jsonl.zst", b"\n", "1,000 blank lines"),
+     ("a.jsonl.zst", b" ", "expand to more than"), ("a.txt.zst", b"ab", "expand to more than"), ("a.json.zst", b"\t", "expand to more than"),
+     ("a.csv.zst", b"\n", "is a quote not closed?")],
+)  # fmt: skip
+def test_a_small_file_that_becomes_a_large_one_is_refused_early(run, monkeypatch, name, unit, message):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 18)
+    monkeypatch.setattr(sources, "MAX_ROW_VALUES", 1000)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 1 << 22)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in make_texts())
+    Path(name).write_bytes(packed(b'text\nx\n"' if "csv" in name else rows.encode(), unit, 30))
+    read, decompress = [], files._Unzstd.readinto
+    monkeypatch.setattr(
+        files._Unzstd, "readinto", lambda self, buffer: read.append(decompress(self, buffer)) or read[-1]
+    )
+    refused(run("--input", name, *BYTES), name, message)
+    assert sum(read) < 6 << 20  # of 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no limit")
+def test_the_directory_of_a_parquet_file_is_not_believed(tmp_path):
+    """The sizes in it need not be those of the pages. In a new process, which has no free memory to take it from."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a" * 100_000_000]}), tmp_path / "a.parquet", compression="zstd")
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+from data import prepare, sources
+sources.MAX_PARQUET, sources._bomb = 64 << 20, lambda *_: ""
+sys.exit(prepare.main(["--input", "a.parquet", "--out", "out", "--tokenizer", "byte"]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "a.parquet, after row 0: out of memory, or the next rows need more than 64 MiB" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("link", [".out.lock", ".out.building", "out/.building", "out/.ready"])
+def test_a_preparation_writes_through_no_link(run, tmp_path, link):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("mine")
+    Path("a.txt").write_text("\n".join(make_texts()))
+    Path(link).parent.mkdir(exist_ok=True)
+    Path(link).symlink_to(other / "precious.txt" if link.endswith("lock") else other)
+    code, _, err = run("--input", "a.txt", *BYTES)
+    assert code == 2
+    assert f"{link} is a link" in err or "out/.building: Not a directory" in err
+    assert [path.read_text() for path in other.iterdir()] == ["mine"]
 
 
 def test_a_small_file_takes_little_memory(tmp_path):
@@ -782,7 +840,12 @@ def test_finished_work_outlives_any_number_of_failures(run, small_steps, monkeyp
     assert_nothing_left(Path(), but=("out",))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)])
+def put_elsewhere(path: Path) -> None:
+    """Make it a link, which a preparation must not write through."""
+    path.symlink_to(path.rename(Path("elsewhere").absolute()))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100), put_elsewhere])
 @pytest.mark.parametrize(("name", "tokens"), [("train_000.bin", 700), ("train_000.bin.tmp", 1_000_000)])
 def test_unfinished_work_that_is_damaged_is_done_again(run, small_steps, monkeypatch, damage, name, tokens):
     monkeypatch.setattr(pieces, "SHARD_TOKENS", tokens)

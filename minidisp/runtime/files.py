@@ -107,6 +107,8 @@ def is_free(folder: Path) -> bool:
 def build_folder(folder: Path) -> Path:
     """The path of the folder, inside `folder` or next to it, where its new content is built until `put_in_place`."""
     beside, inside, old = folder.with_name(f".{folder.name}.building"), folder / _BUILDING, _old(folder)
+    if link := next((path for path in (beside, inside) if path.is_symlink()), None):
+        raise InputError(f"{link} is a link, which is never written through: remove the link")
     if not folder.exists():
         return beside
     if is_free(folder):
@@ -150,7 +152,9 @@ def recover(folder: Path) -> None:
     old = _old(folder)
     if old.exists():
         shutil.rmtree(old) if folder.exists() else old.rename(folder)
-    if (folder / _READY).exists():
+    if (folder / _READY).is_dir() and not (
+        folder / _READY
+    ).is_symlink():  # its files would be moved out of another folder
         _move_in(folder)
 
 
@@ -192,7 +196,7 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
     Raises InputError if another process holds the lock, or if the path is a link or not a regular file. If the file
     system does not support locks, `warn` is called.
     """
-    file = open(path, "ab+", buffering=0, opener=_open_log)  # noqa: SIM115, outlives the call
+    file = open(path, "ab+", buffering=0, opener=open_own)  # noqa: SIM115, outlives the call
     try:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -221,13 +225,14 @@ def open_log(path: Path, warn: Callable[[str], object]) -> BinaryIO:
     return file
 
 
-def _open_log(name: str, flags: int) -> int:
+def open_own(name: str, flags: int) -> int:
+    """An `opener` for files that only minidisp writes. Raises InputError if the file is a link."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block
     try:
         return os.open(name, flags, 0o666)
     except OSError as error:
         if os.path.islink(name):
-            raise InputError(f"{name} is a link: a run writes only files of its own; remove the link") from None
+            raise InputError(f"{name} is a link, which is never written through: remove the link") from None
         raise error from None
 
 
