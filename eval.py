@@ -84,6 +84,8 @@ from minidisp.tasks import (
 )
 from minidisp.template import Template, load_template
 
+MOST_TEXT = 1 << 25  # bytes of --text-file
+
 
 class Subject(NamedTuple):
     """A model to evaluate, with what is known about its training."""
@@ -256,13 +258,15 @@ def draw_curves(args: argparse.Namespace) -> list[dict]:
 
 
 def read_text(path: str) -> str:
-    """Read a text file. Raises InputError if it is empty or not UTF-8."""
+    """Read a text file. Raises InputError if it is empty, not UTF-8, or too long to be in memory as tokens."""
     try:
-        text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = read_bytes(path, MOST_TEXT).removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start:,}") from None
     if not text.strip():
         raise InputError(f"{path} contains no text")
+    if "\0" in text:
+        raise InputError(f"{path} is a binary file, not text: it has NUL bytes")
     return text
 
 

@@ -31,6 +31,7 @@ from minidisp.runtime.device import to_device
 BATCH_TOKENS = 4096  # per forward pass
 ROW_TOKENS = 96  # of texts with common prefixes per row: longer rows share more, but cost more attention
 MOST_LINE = 1 << 24  # bytes of a row
+MOST_BYTES, MOST_LINES = 1 << 28, 1 << 20  # of a file, decompressed
 LOGITS = 1 << 24  # materialised at a time
 RESAMPLES = 1000
 
@@ -81,12 +82,15 @@ def _lines(path: str) -> Iterator[bytes]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path}: not a regular file")
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            first = True
+            number = size = 0
             while line := file.readline(MOST_LINE + 1):
+                number, size = number + 1, size + len(line)
                 if len(line) > MOST_LINE:
-                    raise InputError(f"{path}: a line is longer than {MOST_LINE:,} bytes")
-                yield line.removeprefix(b"\xef\xbb\xbf") if first else line
-                first = False
+                    raise InputError(f"{path}, line {number}: longer than {MOST_LINE:,} bytes")
+                if size > MOST_BYTES or number > MOST_LINES:
+                    most = f"{MOST_LINES:,} lines or {MOST_BYTES:,} bytes"
+                    raise InputError(f"{path}, line {number}: the file has more than {most}: split it")
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is damaged, or not compressed with gzip: {error}") from None
     except OSError as error:

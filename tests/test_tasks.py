@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -256,6 +257,16 @@ def test_a_bad_row_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, fl
         evaluation.main(["run", f"--{flag}", path])
 
 
+def test_files_of_rows_have_a_size_that_memory_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "MOST_LINES", 50)
+    monkeypatch.setattr(tasks, "MOST_BYTES", 1000)
+    row = b'{"context": "x", "completion": " y"}\n'
+    for content, line in ((row * 28, 28), (row + b"\n" * 90, 51)):
+        (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(InputError, match=rf"x\.jsonl\.gz, line {line}: .*split it"):
+            tasks.read_completions(str(tmp_path / "x.jsonl.gz"))
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     (tmp_path / "y.jsonl.gz").write_bytes(b'{"a": 1}\n')
@@ -344,6 +355,11 @@ def test_chat_through_a_pipe(run, monkeypatch, capsys):
         (["--choices", "q.jsonl", "--temperature", "0.3"], "--temperature needs"),
         (["--text-file", "EMPTY"], "contains no text"),
         (["--text-file", "LATIN"], "not UTF-8 text: byte 5"),
+        (["--text-file", "SPARSE"], "at most 33,554,432"),
+        (["--prompts", "SPARSE"], "at most 4,194,304"),
+        (["--text-file", "NUL"], "NUL bytes"),
+        (["--text-file", "PIPE"], "PIPE: not a regular file"),
+        (["--choices", "FOLDER"], "a.jsonl: not a regular file"),
         (["--text-file", "EMPTY", "--split", "val"], "replaces the corpus"),
         (["--text-file", "missing.txt"], "missing.txt"),
         (["--texts", "2000000000"], "the text is too short"),
@@ -356,6 +372,12 @@ def test_what_does_not_go_together_is_refused(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("minidisp.model.GPT.forward", None)
     (tmp_path / "EMPTY").write_text("\n")
     (tmp_path / "LATIN").write_bytes(b"good \xe9\n")
+    (tmp_path / "NUL").write_bytes(b"a\0b")
+    with open(tmp_path / "SPARSE", "wb") as file:
+        file.truncate(1 << 26)
+    (tmp_path / "FOLDER").mkdir()
+    os.mkfifo(tmp_path / "PIPE")
+    os.mkfifo(tmp_path / "FOLDER" / "a.jsonl")
     write(tmp_path / "q.jsonl", [{"context": "x", "choices": [" a", " b"], "answer": 1}])
     assert evaluation.cli([str(run), *flags]) == 2
     error = capsys.readouterr().err
