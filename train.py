@@ -34,6 +34,7 @@ from minidisp.data import micro_batches, shares, training_batches
 from minidisp.dispersion import DispersionLoss, mean_cosine
 from minidisp.model import GPT
 from minidisp.objective import Forward, build_objective
+from minidisp.ops import build
 from minidisp.optim import Average, build_optimizers, learning_rate, step_where
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.command import catch_signals, leave, run_command, stop
@@ -82,6 +83,7 @@ class Trainer:
         self.run = RunFolder(config, world, at_exit, report.loggers(config.tensorboard, config.wandb))
 
         # --- data -----------------------------------------------------------------------------------------------------
+        at_exit.enter_context(build.ahead(device.type))  # on first use: compiles while the corpus is prepared
         self.dataset = dataset = world.main_first("corpus", lambda: open_corpora(config.corpora))
         config = dataclasses.replace(config, vocab_size=dataset.tokenizer.vocab_size)
         source = None

@@ -550,6 +550,9 @@ def test_the_path_is_said_when_it_has_just_been_built(extension, words, monkeypa
 # Finding and building
 
 
+BUILD = build._build
+
+
 @pytest.fixture
 def unbuilt(tmp_path, monkeypatch):
     """As in a process that has not looked for the extension yet, with nothing built."""
@@ -800,6 +803,32 @@ def test_a_compiler_that_outlives_a_killed_build_keeps_the_lock(tmp_path):
     with build.locked(folder / "minidisp.lock"):
         assert (tmp_path / "ended").exists()
     assert not build.has_failed(folder)
+
+
+@on_linux
+@pytest.mark.parametrize("patient", [True, False])
+def test_it_compiles_in_the_background(tmp_path, monkeypatch, unbuilt, patient):
+    """A compiler that takes a while, and fails: who waits gets its answer, and who leaves stops it."""
+    compiler, pids = tmp_path / "c++", tmp_path / "pids"
+    wait = f"trap 'kill $!; exit 1' TERM; sleep {1 if patient else 60} & wait; exit 1"
+    compiler.write_text(f"#!/bin/sh\necho $$ >> {pids}\n{wait}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "_build", BUILD)
+    monkeypatch.setenv("CXX", str(compiler))
+    start = time.monotonic()
+    with build.ahead("cpu"):
+        while not (pids.exists() and pids.read_text().endswith("\n")):
+            assert time.monotonic() - start < 30
+            time.sleep(0.01)
+        assert "cpu" in build.started
+        if patient:
+            assert "did not build" in build.find_or_build("cpu").about
+    assert time.monotonic() - start < 30
+    assert not build.started
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    assert build.has_failed(build.cache_folder()) == patient  # what was stopped is no failure to remember
 
 
 @on_linux

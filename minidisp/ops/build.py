@@ -15,13 +15,14 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -323,9 +324,39 @@ def find() -> Extension:
     return _load(folder / BINARY, "cached", note)
 
 
+@contextlib.contextmanager
+def ahead(device_type: str) -> Iterator[None]:
+    """Build the extension in the background, if there is none, for the first find_or_build(device_type); on leaving, a
+    build that has not finished is stopped."""
+    if not find().can_build:
+        yield
+        return
+    in_background.set()
+    pool = ThreadPoolExecutor(1)
+    started[device_type] = pool.submit(_find_or_build, device_type)
+    try:
+        yield
+    finally:
+        stopping.set()
+        pool.shutdown()
+        stopping.clear()
+        del started[device_type]
+
+
+started: dict[str, Future] = {}  # by `ahead`, by kind of device
+in_background, stopping = threading.Event(), threading.Event()
+
+
 @functools.cache
 def find_or_build(device_type: str) -> Extension:
     """Load the extension, and build it first if that kind of device needs it."""
+    if device_type in started:
+        in_background.clear()  # from now on somebody waits
+        return started[device_type].result()
+    return _find_or_build(device_type)
+
+
+def _find_or_build(device_type: str) -> Extension:
     found = find()
     if not found.can_build:
         return found
@@ -503,7 +534,9 @@ def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None =
             progress = Progress(todo, instruction_set)
             waiting = {pool.submit(compile_unit, unit): unit for unit in todo}
             while waiting:
-                done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                if stopping.is_set():
+                    return Failure(b"stopped, as the run ended", -signal.SIGTERM)
+                done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     progress.finished.append(waiting.pop(future))
                     if failure := future.result():
@@ -546,7 +579,7 @@ class Progress:
         return max(1.0, elapsed * (total / done - 1))
 
     def show(self) -> None:
-        if self.terminal:
+        if self.terminal and not in_background.is_set():
             print(
                 f"\r\033[Kminidisp: {self.words}: {len(self.finished)} of {len(self.todo)} files, about {self.left():.0f} s left",
                 end="", file=sys.stderr, flush=True,
