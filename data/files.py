@@ -164,7 +164,7 @@ class _Unzstd(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise InputError("a .zst file needs the optional package zstandard: pip install 'minidisp[zst]'") from error
+            raise InputError("a .zst file needs the optional package zstandard: pip install zstandard") from error
         self._file, self._damage = file, zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj
         self._frame, self._packed, self._content = None, b"", memoryview(b"")

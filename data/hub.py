@@ -61,7 +61,7 @@ def hugging_face(spec: str, column: str, split: str = "train") -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("--hf needs the optional package datasets: pip install 'minidisp[datasets]'") from error
+        raise InputError("--hf needs the optional package datasets: pip install datasets") from error
     name, _, config = spec.partition(":")
     description = printable(
         f"Hugging Face dataset {spec}, column {column}" + (f", split {split}" if split != "train" else "")

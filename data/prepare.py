@@ -213,7 +213,8 @@ def _build(
         template = Template.from_meta(known["template"], tokenizer) if known["template"] else None
     else:
         encoded = {}
-        of_examples = any(document.messages for document in itertools.islice(documents(), 1))
+        first = next(documents(), None)
+        of_examples = bool(first and first.messages)
         if of_examples and options["one_document"]:
             raise InputError(
                 f"{meta['source']}: --one-document joins texts, but these are examples: leave out the flag"
@@ -232,7 +233,7 @@ def _build(
             tokenizer = ByteTokenizer()
         tokenizer.save(folder / "tokenizer.model")
         template = template_of(tokenizer) if of_examples else None
-        known["template"] = template.to_meta() if template else None
+        known |= {"template": template.to_meta() if template else None, "fields": first.fields}
 
     def save(encoded: dict) -> None:
         if source.inputs is None:
@@ -247,7 +248,11 @@ def _build(
     splits = write_shards(pieces(), known["chars"], tokenizer, folder, workers, encoded, save, template)
     return {
         **meta,
-        **({"format": EXAMPLES_FORMAT, "template": template.to_meta()} if template else {}),
+        **(
+            {"format": EXAMPLES_FORMAT, "template": template.to_meta(), "fields": known.get("fields", [])}
+            if template
+            else {}
+        ),
         "split_by": "position" if known["cut_chars"] else "hash",
         "skipped": known["skipped"],
         "vocab_size": tokenizer.vocab_size,
@@ -317,7 +322,12 @@ def _is_there(out: Path, source: Source, options: dict, overwrite: bool) -> bool
         return False
     dataset = Dataset(out)
     wanted = {"source": source.description, **options}
-    found = {"bad_rows": "stop", **dataset.meta["options"], "source": dataset.meta["source"]}
+    # A default that was once part of the description.
+    found = {
+        "bad_rows": "stop",
+        **dataset.meta["options"],
+        "source": dataset.meta["source"].removesuffix(", field text"),
+    }
     if different := [key for key in wanted if wanted[key] != found.get(key)]:
         key = different[0]
         raise InputError(
@@ -405,8 +415,9 @@ def _built(build: Path, out: Path) -> Iterator[None]:
 
 
 def _print_table(out: Path, meta: dict) -> None:
-    print(f"{printable(out)}: {meta['source']}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
     of_examples = meta["format"] == EXAMPLES_FORMAT
+    source = meta["source"] + (f", examples of {', '.join(meta['fields'])}" if of_examples else "")
+    print(f"{printable(out)}: {source}, split by {meta['split_by']}, vocabulary {meta['vocab_size']:,}")
     documents, tokens = ("examples", "counted") if of_examples else ("documents", "tokens")
     print(f"{'split':5} {documents:>10} {tokens:>14} {'bytes':>15} {'words':>14} {'bytes/token':>12}")
     for name, split in meta["splits"].items():

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -45,6 +45,7 @@ class Document(NamedTuple):
     name: str  # for messages: a file, or a line in it
     blocks: Iterable[str]  # the text, in consecutive parts
     messages: list[dict[str, str]] | None = None  # of an example, whose text is that of as_text, in one part
+    fields: Sequence[str] = ()  # of an example: those of its row that it was recognised by
 
 
 class BadRow(InputError):
@@ -136,7 +137,7 @@ def row(record: object, field: str, flag: str, where: str) -> Document | BadRow:
             except Unusable as error:
                 return BadRow(error.reason, f"{where}: {error}")
             if messages:
-                return Document(where, [as_text(messages)], messages)
+                return Document(where, [as_text(messages)], messages, [name for name in FIELDS if name in record])
             fields = printable(", ".join(map(str, [*record][:20]))[:200]) or "none at all"
             return BadRow("no such field", f"{where}: no field {field!r}, only {fields}; see {flag}")
         text = record[field]
@@ -301,9 +302,7 @@ def parquet_rows(file: Input, field: str) -> Iterator[Document | BadRow]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(
-            "a .parquet file needs the optional package pyarrow: pip install 'minidisp[parquet]'"
-        ) from error
+        raise InputError("a .parquet file needs the optional package pyarrow: pip install pyarrow") from error
     number = 0
     file.check()  # as Parquet is not read sequentially
     try:
@@ -389,7 +388,7 @@ def input_files(
             else:
                 yield from READERS[file.kind](file, field)
 
-    has_rows = any(file.kind != "text" for file in inputs)
+    has_rows = field != "text" and any(file.kind != "text" for file in inputs)
     description = " ".join("standard input" if pattern == "-" else printable(pattern) for pattern in patterns)
     description += (f", read as {kind}" if kind else "") + (f", field {printable(field)}" if has_rows else "")
     return Source(description, documents, inputs)

@@ -114,7 +114,7 @@ def test_files_of_every_kind_give_the_same_corpus(tmp_path, name):
     assert Dataset(tmp_path / "same" / "out").hash == dataset.hash
 
 
-def test_parquet_of_dialogues(tmp_path):
+def test_parquet_of_dialogues(tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -123,6 +123,7 @@ def test_parquet_of_dialogues(tmp_path):
     flags = ["--tokenizer", "byte", "--name", "t", "--out", str(tmp_path / "out")]
     assert prepare.main(["--input", str(tmp_path / "rows.parquet"), *flags]) == 0
     assert Dataset(tmp_path / "out").template is not None
+    assert "rows.parquet, examples of messages, split by hash" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
