@@ -35,13 +35,14 @@ import torch
 from data.prepare import open_corpora
 from minidisp import InputError, hf, printable, read_bytes, report
 from minidisp.comparison import Comparison, Run, short_names
-from minidisp.config import Config, parse_corpora, read_json, to_dict
+from minidisp.config import Config, parse_corpora, to_dict
 from minidisp.data import Corpora, Dataset
 from minidisp.hf.other import OtherModel, is_other, load_other
 from minidisp.model import GPT
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
 from minidisp.runtime.device import pick_device
+from minidisp.runtime.run_folder import environment_of
 from minidisp.sampling import (
     Sampling,
     answer_all,
@@ -544,9 +545,7 @@ def _recipe(config: Config) -> dict:
 
 def _data_hash(run: Path) -> str | None:
     """The hash of the corpus that a run was trained on, from its config.json; None if not recorded."""
-    path = run / "config.json"
-    environment = read_json(path).get("environment") if path.is_file() else None
-    found = environment.get("data_hash") if isinstance(environment, dict) else None
+    found = environment_of(run).get("data_hash")
     return found if isinstance(found, str) else None
 
 

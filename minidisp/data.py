@@ -355,7 +355,7 @@ class Mixture:
     """
 
     def __init__(self, parts: Sequence[Batches | Examples], weights: Sequence[int]):
-        self._parts, self._weights = parts, weights
+        self.parts, self._weights = parts, weights
         self._segmented = any(len(part.batch(0, 1)) == 3 for part in parts)
         self._cycle = interleaved(tuple(weights))
 
@@ -364,7 +364,7 @@ class Mixture:
         rows: list[tuple[np.ndarray, ...]] = []
         for cycle, place in (divmod(k, len(self._cycle)) for k in range(first, first + count)):
             i, j = self._cycle[place]
-            rows.append(self._parts[i].batch(cycle * self._weights[i] + j, 1))
+            rows.append(self.parts[i].batch(cycle * self._weights[i] + j, 1))
         if self._segmented:
             rows = [row if len(row) == 3 else (*row, np.zeros_like(row[0])) for row in rows]
         return tuple(np.concatenate(columns) for columns in zip(*rows, strict=True))

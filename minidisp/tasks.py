@@ -4,7 +4,6 @@ Files are JSON lines, optionally compressed (.gz); everything is read and checke
 Continuations are scored as in lm-evaluation-harness. Nats are -log p, natural logarithm.
 """
 
-import functools
 import glob
 import gzip
 import math
@@ -514,6 +513,7 @@ class Completed(NamedTuple):
     exact: np.ndarray  # (N,), 1 if the answer equals the completion, both stripped
     new_tokens: np.ndarray  # (N,), of the answer
     seconds: float  # spent on generation
+    translated: dict[tuple[int, ...], "Translated"]  # see translations
 
 
 def complete(
@@ -539,7 +539,7 @@ def complete(
         for i, (text, count) in zip(asked, answer([rows[i].start for i in asked]), strict=True):
             answers[i], new_tokens[i] = text, count
             exact[i] = text.strip() == rows[i].completion.strip()
-    return Completed(nats, tokens, greedy, answers, exact, new_tokens, time.perf_counter() - began)
+    return Completed(nats, tokens, greedy, answers, exact, new_tokens, time.perf_counter() - began, {})
 
 
 def no_sacrebleu() -> str:
@@ -602,10 +602,6 @@ def summarise_completions(rows: list[Completion], completed: list[Completed]) ->
     files = [row.file for row in rows]
     translated = not no_sacrebleu()
 
-    @functools.cache
-    def translations_of(model: int, which: tuple[int, ...]) -> Translated:
-        return translations(rows, completed[model], which)
-
     def of(model: int) -> Callable[[np.ndarray], dict]:
         own, first = completed[model], completed[0]
 
@@ -628,11 +624,11 @@ def summarise_completions(rows: list[Completion], completed: list[Completed]) ->
                     difference = own.exact[asked] - first.exact[asked]
                     versus |= {"exact_match": float(difference.mean()), "exact_match_interval": _resampled(difference)}
                 if translated:
-                    answers = translations_of(model, tuple(asked))
+                    answers, firsts = (translations(rows, c, asked) for c in (own, first))
                     for key in Translated.METRICS:
                         found |= {key: answers.score(key), f"{key}_interval": answers.interval(key)}
                         if model:
-                            difference, low, high = answers.against(translations_of(0, tuple(asked)), key)
+                            difference, low, high = answers.against(firsts, key)
                             versus |= {key: difference, f"{key}_interval": [low, high]}
                 if len(which) < len(rows) or len(set(files)) == 1:
                     found["answers"] = [
@@ -659,7 +655,11 @@ def _exp(nats: float) -> float:
 
 
 def translations(rows: list[Completion], completed: Completed, which: Sequence[int]) -> Translated:
-    return Translated([completed.answers[i] for i in which], [rows[i].completion for i in which])
+    """The answers to these rows, whose counts are extracted and resampled once for summaries and comparisons."""
+    key = tuple(which)
+    if key not in completed.translated:
+        completed.translated[key] = Translated([completed.answers[i] for i in key], [rows[i].completion for i in key])
+    return completed.translated[key]
 
 
 def compare_completions(

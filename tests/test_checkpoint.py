@@ -306,7 +306,7 @@ def test_values_of_the_wrong_kind_are_named_in_one_line(corpus, run, tmp_path, c
 @pytest.mark.parametrize(
     "value",
     [np.float32(1), np.zeros(2), Path("x"), Counter("ab"), {1, 2}, b"bytes", torch.float32, torch.zeros(2).to_sparse(),
-     torch.zeros(2, dtype=torch.complex64), torch.Size([2]), 1j],
+     torch.zeros(2, dtype=torch.complex64), torch.Size([2]), 1j, torch.zeros(2, device="meta")],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
@@ -331,10 +331,13 @@ def test_a_state_with_a_numpy_number_ends_a_training_with_its_key(corpus, tmp_pa
 
 def test_views_and_transposed_tensors_are_saved_as_what_they_show(tmp_path):
     big = torch.arange(1000.0)
-    state = minimal(views=[big[10:16], big[:6].view(2, 3).T, torch.ones(1).expand(3), torch.nn.Parameter(big[:2])])
+    views = [big[10:16], big[:6].view(2, 3).T, torch.ones(1).expand(3), torch.nn.Parameter(big[:2])]
+    state = minimal(views=views, pair=(*views, big[8:16]))  # big[8:16] overlaps with the first
     checkpoint.save(tmp_path, checkpoint.gathered(state), 1, keep=0)
     assert (tmp_path / checkpoint.LAST).stat().st_size < 4000
-    for mine, view in zip(checkpoint.read(tmp_path / checkpoint.LAST)["views"], state["views"], strict=True):
+    found = checkpoint.read(tmp_path / checkpoint.LAST)
+    assert type(found["pair"]) is tuple
+    for mine, view in zip([*found["views"], *found["pair"]], [*state["views"], *state["pair"]], strict=True):
         assert torch.equal(mine, view)
 
 

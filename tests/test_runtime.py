@@ -25,7 +25,7 @@ import minidisp
 import train
 from minidisp import InputError, loss, report
 from minidisp.config import parse
-from minidisp.data import Dataset
+from minidisp.data import Dataset, training_batches
 from minidisp.runtime import checkpoint, command, device, processes
 from minidisp.runtime.processes import World
 from tests.conftest import small_config, small_flags
@@ -359,14 +359,19 @@ def test_the_first_lines_warn_of_many_epochs_and_the_last_can_be_pasted(corpus, 
     assert words[:5] == ["next", "python", "eval.py", str(out), "--split"]
     evaluation.main([*words[3:], "--device", "cpu"])
     assert f"\n{words[-1]}" in capsys.readouterr().out
+
+    def first_lines(config):
+        batches = training_batches(Dataset(corpus), config.block_size, 0, "separate")
+        return report.introduction(config, Dataset(corpus), batches, 1, [], "here", 0, [])
+
     epochs = 20
     config = small_config(corpus, out, batch_size=8, overwrite=True)
     many = dataclasses.replace(config, max_steps=epochs * tokens // config.tokens_per_step)
-    warned = report.introduction(many, Dataset(corpus), 1, [], "here", 0, [])
+    warned = first_lines(many)
     enough = int(re.search(r"warning: (\d+) epochs of the same text .* --max-steps (\d+)", warned)[2])
     assert "warning: 20 epochs" in warned
     assert enough * config.tokens_per_step / tokens == pytest.approx(10, rel=0.05)
-    few = report.introduction(dataclasses.replace(many, max_steps=enough), Dataset(corpus), 1, [], "here", 0, [])
+    few = first_lines(dataclasses.replace(many, max_steps=enough))
     assert "warning" not in few
 
 

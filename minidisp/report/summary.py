@@ -6,7 +6,7 @@ from pathlib import Path
 
 import minidisp
 from minidisp.config import Config
-from minidisp.data import Corpora, Dataset, Examples
+from minidisp.data import Batches, Corpora, Dataset, Examples, Mixture
 from minidisp.optim import learning_rate
 from minidisp.report.figures import cannot_draw
 from minidisp.report.tables import number, table
@@ -34,14 +34,21 @@ ROWS = {
 
 
 def introduction(
-    config: Config, dataset: Dataset, parameters: int, terms: Sequence, where: str, step: int, changed: Sequence[str]
+    config: Config,
+    dataset: Dataset | Corpora,
+    batches: Batches | Examples | Mixture,
+    parameters: int,
+    terms: Sequence,
+    where: str,
+    step: int,
+    changed: Sequence[str],
 ) -> str:
     """The first lines of a run.
 
-    terms: of the objective. where: the device and how it is used. step, changed: where a resumed run continues, and the
-    settings that have changed, in words.
+    batches: the training sequences. terms: of the objective. where: the device and how it is used. step, changed: where
+    a resumed run continues, and the settings that have changed, in words.
     """
-    data, epochs = _data(config, dataset)
+    data, epochs = _data(dataset, batches, config)
     seen = config.max_steps * config.tokens_per_step
     times = ", ".join(f"{number:,.2f}" if number < MANY_EPOCHS else f"{number:,.0f}" for number in epochs)
     steps = f"{config.max_steps:,} of {config.tokens_per_step:,} tokens: {seen:,} tokens, {times} epochs"
@@ -80,16 +87,18 @@ def introduction(
     return "\n".join(lines) + "\n"
 
 
-def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[float]]:
+def _data(
+    dataset: Dataset | Corpora, batches: Batches | Examples | Mixture, config: Config
+) -> tuple[list[str], list[float]]:
     """For each corpus, a line with its size and its share of a mixture, and the number of epochs in this run."""
     lines, epochs, total = [], [], sum(dataset.weights)
     sequences = config.max_steps * config.batch_size * config.grad_accum
-    for part, weight in zip(dataset.parts, dataset.weights, strict=True):
+    read = batches.parts if isinstance(batches, Mixture) else [batches]
+    for part, weight, examples in zip(dataset.parts, dataset.weights, read, strict=True):
         split = part.split("train")
         windows = split.tokens / config.block_size
         line = f"{part.meta['name']}: {split.tokens:,} training tokens, vocabulary {config.vocab_size:,}"
         if part.template:
-            examples = Examples(split, config.block_size, config.seed, config.packing)
             counted = part.meta["splits"]["train"]["counted"]
             line += f"; {counted:,} of them counted, in {split.documents:,} examples in {examples.n:,} windows"
             windows = examples.n
@@ -105,7 +114,8 @@ def _data(config: Config, dataset: Dataset | Corpora) -> tuple[list[str], list[f
 def next_command(run: Path, text: str) -> str:
     """The command to try next: generates text from the start of a line of the corpus."""
     lines = text.splitlines()
-    words = next((line.split() for line in lines[1:] or lines if line.strip()), ["The"])
+    # Not one such as "---", which would be read as a flag.
+    words = next((line.split() for line in lines[1:] or lines if line.strip(" \t-") == line.strip() != ""), ["The"])
     prompt = " ".join(words[:3])[:40]
     return f"next    {shlex.join(['python', 'eval.py', str(run), '--split', 'none', '--sample', prompt])}"
 

@@ -57,8 +57,9 @@ def _refuse_unreadable(value: object, where: str) -> None:
         for index, part in enumerate(value):
             _refuse_unreadable(part, f"{where}[{index}]")
     elif kind is torch.Tensor:
-        if value.dtype not in _STORAGES.values() or value.layout != torch.strided:
-            raise InputError(f"{where} is a tensor of {value.dtype}, {value.layout}, which a checkpoint cannot store")
+        if value.dtype not in _STORAGES.values() or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise InputError(f"{where} is a tensor of {kind}, which a checkpoint cannot store")
     elif kind not in (str, int, float, bool, type(None)):
         raise InputError(
             f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot store: convert it to a "
@@ -68,7 +69,7 @@ def _refuse_unreadable(value: object, where: str) -> None:
 
 def gathered(value, keep: bool = True):
     """A value as a checkpoint stores it: sharded tensors gathered on the CPU, and every tensor contiguous, with a
-    storage no larger than itself. Recurses into dictionaries and lists; other values are returned unchanged.
+    storage no larger than itself. Recurses into dictionaries, lists and tuples; other values are returned unchanged.
 
     Every process must call it in the same order. With keep=False, a process takes part in gathering and gets None.
     """
@@ -78,8 +79,8 @@ def gathered(value, keep: bool = True):
 def _gathered(value, keep: bool, seen: dict):
     if isinstance(value, dict):
         return {key: _gathered(part, keep, seen) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_gathered(part, keep, seen) for part in value]
+    if isinstance(value, list) or type(value) is tuple:
+        return (tuple if type(value) is tuple else list)(_gathered(part, keep, seen) for part in value)
     if hasattr(value, "full_tensor"):
         if id(value) not in seen:
             full = value.detach().full_tensor()

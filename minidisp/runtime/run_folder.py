@@ -91,10 +91,7 @@ class RunFolder:
 
     def _check_shards(self, dataset: Dataset) -> None:
         """Verify the corpus if its files were modified after the run's start. Raises InputError if a shard differs."""
-        saved = self.path / "config.json"
-        environment = read_json(saved).get("environment") if saved.exists() else None
-        known = environment.get("data_files") if isinstance(environment, dict) else None
-        if known != dataset.files_state:
+        if environment_of(self.path).get("data_files") != dataset.files_state:
             self._say(f"checking the shards of {dataset.folder}: their times have changed since this run started")
             dataset.verify()
 
@@ -183,6 +180,13 @@ class RunFolder:
     def close_loggers(self) -> None:
         for logger in self._loggers:
             logger.close()
+
+
+def environment_of(run: Path) -> dict:
+    """What a run ran on, from its config.json (see describe_environment); {} if it is not recorded."""
+    saved = run / "config.json"
+    environment = read_json(saved).get("environment") if saved.is_file() else None
+    return environment if isinstance(environment, dict) else {}
 
 
 def refuse_occupied(run: Path, config: Config) -> None:
