@@ -143,12 +143,11 @@ class Trainer:
         self.last_eval = self.run.begin(config, dataset, device, self.saved_step)
 
     def introduce(self) -> None:
-        """The first lines of a run: what is in use."""
-        config, data, terms = self.config, (self.dataset, self.batches), self.objective.terms
+        """Print the first lines of a run: data, model, steps, loss, device."""
+        config, size, data = self.config, self.model.num_params(), (self.dataset, self.batches)
         where = describe_use(config, self.device, self.dtype, self.compiled, self.world, self.dataset)
         print(
-            report.introduction(config, *data, self.model.num_params(), terms, where, self.step, self.changed),
-            flush=True,
+            report.introduction(*data, config, size, self.objective.terms, where, self.step, self.changed), flush=True
         )
 
     # --- the loop -----------------------------------------------------------------------------------------------------

@@ -547,6 +547,10 @@ def default_run_dir(fields: dict) -> Path:
         matters = field.metadata["resume"] != "silent" or field.name in ("init_from", "distill")
         if matters and field.name not in (*named, "max_steps", "eval_tokens") and value != usual[field.name]:
             name += f"-{field.name}_{Path(value).name if isinstance(value, str) else value}"
+    # How a step is divided into micro-steps does not matter, but how many sequences it has does.
+    found = {**usual, **fields}
+    if (sequences := found["batch_size"] * found["grad_accum"]) != usual["batch_size"] * usual["grad_accum"]:
+        name += f"-sequences_{sequences}"
     if len(name.encode()) > MOST_BYTES:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / name

@@ -246,6 +246,8 @@ def test_the_folder_of_a_run_says_what_is_not_usual():
         "--preset gpt2 --recipe fast": "pystdlib-gpt2-d0-s0-recipe_fast",
         "--optimizer adamw --lr 3e-3": "pystdlib-tiny-d0-s0-optimizer_adamw-lr_0.003",
         "--max-steps 9 --eval-every 3 --n-layer 2": "pystdlib-tiny-d0-s0-n_layer_2",
+        "--batch-size 2 --grad-accum 4": "pystdlib-tiny-d0-s0",  # the same eight sequences per step
+        "--grad-accum 2 --preset mini": "pystdlib-mini-d0-s0-sequences_64",
         "--init-from runs/base --dispersion 0.1": "pystdlib-tiny-d0.1-s0-init_from_base",
     }
     for line, name in names.items():

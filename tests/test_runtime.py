@@ -362,7 +362,7 @@ def test_the_first_lines_warn_of_many_epochs_and_the_last_can_be_pasted(corpus, 
 
     def first_lines(config):
         batches = training_batches(Dataset(corpus), config.block_size, 0, "separate")
-        return report.introduction(config, Dataset(corpus), batches, 1, [], "here", 0, [])
+        return report.introduction(Dataset(corpus), batches, config, 1, [], "here", 0, [])
 
     epochs = 20
     config = small_config(corpus, out, batch_size=8, overwrite=True)
@@ -829,8 +829,11 @@ def test_the_commit_is_of_the_codes_own_repository(tmp_path, monkeypatch):
         return done.stdout.strip()
 
     outer, inner = tmp_path / "outer", tmp_path / "outer" / "vendored"
-    inner.mkdir(parents=True)
-    (inner / "train.py").write_text("")
+    for folder in (inner, outer):
+        (folder / "minidisp").mkdir(parents=True)
+        (folder / "minidisp" / "__init__.py").touch()
+        (folder / "train.py").touch()
+    (outer / ".gitignore").write_text("/minidisp")  # outer has a train.py of its own, and minidisp is installed there
     git("init", "-q", where=outer)
     git("add", "-A", where=outer)
     git("commit", "-qm", "outer", where=outer)
@@ -844,6 +847,8 @@ def test_the_commit_is_of_the_codes_own_repository(tmp_path, monkeypatch):
     mine = git("rev-parse", "HEAD", where=inner)
     monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a git hook
     assert device.git("rev-parse", "HEAD") == mine
+    monkeypatch.setattr(device, "ROOT", outer)
+    assert device.git("rev-parse", "HEAD") is None
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ ROWS = {
 
 
 def introduction(
-    config: Config,
     dataset: Dataset | Corpora,
     batches: Batches | Examples | Mixture,
+    config: Config,
     parameters: int,
     terms: Sequence,
     where: str,

@@ -286,7 +286,8 @@ def git(*arguments: str) -> str | None:
         return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
     below_top = run("rev-parse", "--show-prefix")  # empty at the top of a repository
-    return None if below_top != "" else run(*arguments)
+    is_own = below_top == "" and run("ls-files", "--error-unmatch", "train.py", "minidisp/__init__.py") is not None
+    return run(*arguments) if is_own else None
 
 
 def resident_peak_kib() -> int:
