@@ -274,6 +274,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "pip install gguf" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError("8224 requested and 3216 written")  # as numpy puts it
+
+    write_run(tmp_path / "run", ByteTokenizer(), **KINDS["fast"])
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--gguf"]) == 2
+    assert "run-F32.gguf cannot be written to its end: free some space" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_exact_gelu_goes_out_as_the_tanh_form_and_the_difference_is_reported(tmp_path, capsys):
     write_run(tmp_path / "erf", ByteTokenizer(), gelu="erf")
     write_run(tmp_path / "tanh", ByteTokenizer(), gelu="tanh")

@@ -357,6 +357,7 @@ def test_the_first_lines_warn_of_many_epochs_and_the_last_can_be_pasted(corpus, 
     assert "warning" not in first
     words = shlex.split(first.splitlines()[-1])
     assert words[:5] == ["next", "python", "eval.py", str(out), "--split"]
+    assert report.next_command(out, "cut\n---\n\n- a list\na line of\n").endswith("--sample 'a line of'")
     evaluation.main([*words[3:], "--device", "cpu"])
     assert f"\n{words[-1]}" in capsys.readouterr().out
 
@@ -368,7 +369,7 @@ def test_the_first_lines_warn_of_many_epochs_and_the_last_can_be_pasted(corpus, 
     config = small_config(corpus, out, batch_size=8, overwrite=True)
     many = dataclasses.replace(config, max_steps=epochs * tokens // config.tokens_per_step)
     warned = first_lines(many)
-    enough = int(re.search(r"warning: (\d+) epochs of the same text .* --max-steps (\d+)", warned)[2])
+    enough = int(re.search(r"warning: (\d+) epochs of the same text.* --max-steps (\d+)", warned)[2])
     assert "warning: 20 epochs" in warned
     assert enough * config.tokens_per_step / tokens == pytest.approx(10, rel=0.05)
     few = first_lines(dataclasses.replace(many, max_steps=enough))

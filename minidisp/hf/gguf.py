@@ -105,10 +105,16 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
         writer.write_tensors_to_file()
         writer.close()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         if made:
             path.parent.rmdir()
+        if (
+            isinstance(error, OSError) and error.errno is None
+        ):  # numpy's, of a full disk: "8224 requested and 3216 written"
+            raise InputError(
+                f"{path} cannot be written to its end: free some space, or choose another folder"
+            ) from None
         raise
     return path
 

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="-m minidisp.report",
+        usage="python -m minidisp.report [--flag value ...] RUN [RUN ...]",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
