@@ -114,9 +114,7 @@ class Muon(Untraced, torch.optim.Muon):
 
 @functools.cache
 def newton_schulz_dtype(device_type: str) -> torch.dtype:
-    """bfloat16, as in torch.optim.Muon; float32 on CPUs without bfloat16 instructions, where it is 10 to 20 times as
-    fast.
-    """
+    """bfloat16, as in torch.optim.Muon; float32, 10 to 20 times as fast, on CPUs without bfloat16 instructions."""
     if device_type != "cpu":
         return torch.bfloat16
     has = getattr(torch.cpu, "get_capabilities", dict)()  # {} if this version of torch cannot tell

@@ -41,7 +41,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def no_figures():
-    """Training draws no figures, which take longer than a small run; the fixture `run` has some, and test_report.py draws."""
+    """Training draws no figures, which take longer than a small run; test_report.py and the fixture `run` draw some."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_run", lambda *_: [])
         yield

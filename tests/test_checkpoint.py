@@ -92,7 +92,7 @@ def saved(path: Path, **more) -> Path:
     return path
 
 
-def test_a_reader_of_its_own_reads_what_torch_saves(tmp_path):
+def test_our_reader_reads_torch_checkpoints(tmp_path):
     dtypes = [
         torch.float32,
         torch.float64,
@@ -140,13 +140,13 @@ def test_a_reader_of_its_own_reads_what_torch_saves(tmp_path):
         (lambda: np.float64(1), "asks for"),
     ],
 )  # fmt: skip
-def test_strange_tensors_are_refused(tmp_path, strange, reason):
+def test_unusual_tensors_are_rejected(tmp_path, strange, reason):
     path = saved(tmp_path / "x.pt", extra=strange())
     with pytest.raises(InputError, match=rf"x\.pt is not .*{reason}"):
         checkpoint.read(path)
 
 
-def test_one_file_is_never_two(tmp_path):
+def test_ambiguous_files_are_rejected_or_read_as_inspected(tmp_path):
     """A file that is valid in two formats is rejected, or the part that was inspected is the part that is loaded."""
     path, content = tmp_path / "x.pt", saved(tmp_path / "honest.pt").read_bytes()
     legacy = io.BytesIO()
@@ -287,7 +287,9 @@ def test_the_state_of_a_generator_is_checked_beyond_what_torch_checks():
         ("logged", 10**9, "logged"),
     ],
 )
-def test_values_of_the_wrong_kind_are_named_in_one_line(corpus, run, tmp_path, capsys, monkeypatch, key, value, reason):
+def test_values_of_the_wrong_type_are_reported_in_one_line(
+    corpus, run, tmp_path, capsys, monkeypatch, key, value, reason
+):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / checkpoint.LAST
     torch.save({**checkpoint.read(path), key: value}, path)
@@ -329,7 +331,7 @@ def test_a_state_with_a_numpy_number_ends_a_training_with_its_key(corpus, tmp_pa
     assert error.count("\n") == 1
 
 
-def test_views_and_transposed_tensors_are_saved_as_what_they_show(tmp_path):
+def test_views_and_transposed_tensors_are_saved_contiguously(tmp_path):
     big = torch.arange(1000.0)
     views = [big[10:16], big[:6].view(2, 3).T, torch.ones(1).expand(3), torch.nn.Parameter(big[:2])]
     state = minimal(views=views, pair=(*views, big[8:16]))  # big[8:16] overlaps with the first
@@ -418,7 +420,7 @@ def test_a_link_among_the_files_of_a_run_is_refused(corpus, run, tmp_path, capsy
     assert (folder / checkpoint.LAST).read_bytes() == (run / checkpoint.LAST).read_bytes()
 
 
-def test_links_beside_the_files_of_a_run_are_replaced(corpus, run, tmp_path, monkeypatch):
+def test_links_next_to_the_files_of_a_run_are_replaced(corpus, run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw_run", figures.draw_run)  # figures are among them
     folder, victim = tmp_path / "run", tmp_path / "victim"
     shutil.copytree(run, folder)
@@ -452,13 +454,13 @@ def test_a_hard_link_elsewhere_keeps_its_content(tmp_path):
     assert (path.read_text(), backup.read_text()) == ("one\ntwo\n", "one\n")
 
 
-def test_a_pipe_in_the_place_of_metrics_is_refused(tmp_path):
+def test_a_pipe_instead_of_metrics_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
         files.open_log(tmp_path / "metrics.jsonl", print)
 
 
-def test_a_zip_with_a_directory_of_its_own_choice_is_read_by_one_reader(tmp_path):
+def test_a_zip_with_overlapping_entries_is_rejected(tmp_path):
     """Overlapping entries would describe more data than the file contains."""
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:

@@ -286,6 +286,6 @@ def test_weights_of_any_size_end_in_numbers_or_one_line(run, tmp_path, capsys, s
         ends_well(capsys, "eval.py", lambda argv=argv: evaluation.cli(argv), argv)
 
 
-def test_a_folder_of_paths_is_what_it_says(paths):
+def test_the_folder_of_paths_has_every_kind(paths):
     assert not Path(paths[0]).exists()
     assert len({*paths}) == len(paths)

@@ -97,7 +97,7 @@ def test_wrong_settings_are_named(values, expected):
         ("dispersion", "1e39", "--dispersion is 1e\\+39, but must be at least -1e\\+38 and at most 1e\\+38"),
     ],
 )
-def test_the_bounds_of_a_flag_are_beside_it(name, value, message):
+def test_values_beyond_the_bounds_of_a_flag_are_rejected(name, value, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         parse([f"--{name}={value}"])
 
@@ -220,7 +220,7 @@ OLD_RUN = json.loads(
 )  # saved by the version before fast became the default
 
 
-def test_a_run_of_before_means_what_it_meant(corpus, tmp_path):
+def test_an_old_config_keeps_its_meaning(corpus, tmp_path):
     """Training with an old config.json reproduces its losses, also without the settings that did not exist then."""
     (tmp_path / "config.json").write_text(json.dumps(OLD_RUN["config"]))
     config = parse(["--config", str(tmp_path / "config.json"), "--data", str(corpus), "--out", str(tmp_path / "again")])
@@ -237,7 +237,7 @@ def test_a_run_of_before_means_what_it_meant(corpus, tmp_path):
     assert parse(line) == config
 
 
-def test_the_folder_of_a_run_says_what_is_not_usual():
+def test_the_folder_of_a_run_names_unusual_settings():
     names = {
         "": "pystdlib-tiny-d0-s0",
         "--recipe fast --seed 2": "pystdlib-tiny-d0-s2",

@@ -70,7 +70,7 @@ def test_two_micro_batches_of_four_equal_one_of_eight(corpus, run, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
 
 
-def test_they_are_named_at_the_start_and_in_the_config(corpus, run, tmp_path, capsys):
+def test_they_are_reported_at_the_start_and_in_the_config(corpus, run, tmp_path, capsys):
     train.main(small_config(corpus, tmp_path / "run", **ALL, distill=str(run), dispersion=0.1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
     for part in (
@@ -164,7 +164,7 @@ def test_resets_come_every_k_steps_and_leave_k_to_learn(corpus, tmp_path, monkey
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_forgetting_draws_the_embeddings_anew_and_clears_their_state(corpus, tmp_path, optimizer, tied):
+def test_forgetting_reinitialises_the_embeddings_and_clears_their_state(corpus, tmp_path, optimizer, tied):
     model, config = model_of(corpus, tmp_path, optimizer=optimizer, tied=tied)
     optimizers = build_optimizers(model, config)
     idx = torch.arange(32)[None]

@@ -432,7 +432,7 @@ def test_a_signal_finishes_the_step_and_saves(corpus, tmp_path, capfd, monkeypat
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_a_second_interrupt_leaves_at_once(half_done, capfd, monkeypatch):
+def test_a_second_interrupt_exits_immediately(half_done, capfd, monkeypatch):
     before = (half_done / checkpoint.LAST).read_bytes()
     interrupt_in(monkeypatch, 10, times=2)
     assert resume(half_done) == 130
@@ -489,7 +489,7 @@ def test_metrics_that_end_before_the_checkpoint_are_refused(half_done, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"]])
-def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, flags):
+def test_a_second_run_in_the_folder_is_rejected(half_done, corpus, capsys, flags):
     before = {path.name: path.read_bytes() for path in half_done.iterdir()}
     with files.open_log(half_done / "metrics.jsonl", print):
         code = train.cli([*small_flags(), "--data", str(corpus), "--out", str(half_done), *flags])
@@ -500,7 +500,7 @@ def test_a_second_training_in_the_folder_is_refused(half_done, corpus, capsys, f
     assert_it_goes_on(half_done)  # the lock ends with its holder
 
 
-def test_where_there_are_no_locks_it_says_so(tmp_path, monkeypatch):
+def test_missing_file_locks_are_reported(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(37, "No locks available")
 

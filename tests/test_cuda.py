@@ -178,7 +178,7 @@ def assert_within_tolerance(result, z, variant, **options):
 
 @pytest.mark.parametrize("variant", TILED)
 @pytest.mark.parametrize("shape", [(1, 2, 3), (2, 129, 40), (1, 260, 17), (1, 31, 200), (1, 140, 770)])
-def test_tensor_cores_keep_what_they_promise(emulated, variant, shape):
+def test_tensor_cores_stay_within_their_tolerance(emulated, variant, shape):
     B, T, C = shape
     for spread in (1.0, 1e-3, 0.1):  # 1e-3: nearly parallel
         z = (randn(B, 1, C, seed=1) * (spread < 1) + spread * randn(*shape)).float()
@@ -250,7 +250,7 @@ def test_tensor_cores_meet_odd_tokens(emulated, variant, case):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_backward_rounds_once_and_takes_what_comes_from_above(emulated, dtype):
+def test_backward_rounds_once_and_applies_the_upstream_gradient(emulated, dtype):
     """Any strides, features that can and cannot be read 16 bytes at a time, and scaled upstream gradients."""
     for z in (
         randn(2, 20, 24).to(dtype),
@@ -408,7 +408,7 @@ def test_float16_neither_overflows_nor_vanishes(emulated, variant, eps):
             assert ((gradient - exact).norm(dim=-1) / norm <= 2 * (plain - exact).norm(dim=-1) / norm + 1e-2).all()
 
 
-def test_refuses_what_it_cannot_do(emulated):
+def test_unsupported_input_is_rejected(emulated):
     for z in (torch.ones(3, 4), torch.ones(1, 1, 4), torch.ones(1, 3, 4, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"dispersion takes|z must be"):
             emulated(z, "angular_spread")
@@ -446,7 +446,7 @@ def test_cross_entropy_against_float64(emulated, dtype, V):
     assert torch.equal(whole[:, V:], padded[:, V:])  # the memory between the rows
 
 
-def test_cross_entropy_of_what_is_not_finite(emulated):
+def test_cross_entropy_of_nan_and_inf(emulated):
     logits = randn(4, 300).float()
     logits[0, 8:280] = -math.inf  # invalid tokens
     logits[1, 5] = math.nan
@@ -487,7 +487,7 @@ def test_cross_entropy_offsets_beyond_32_bits(emulated):
     assert torch.equal(logits, found)
 
 
-def test_cross_entropy_says_what_it_takes(emulated):
+def test_cross_entropy_rejects_unsupported_input(emulated):
     logits, targets = randn(4, 9).float(), torch.zeros(4, dtype=torch.int64)
     for wrong in ((logits.mT, targets), (logits, targets[:3]), (logits, targets.int()), (logits, targets.expand(4, 4))):
         with pytest.raises(ValueError, match="takes logits"):

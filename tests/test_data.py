@@ -179,7 +179,7 @@ def test_slices_cross_shards(corpus):
             split.slice(start, stop)
 
 
-def test_dataset_offers_what_its_files_say(corpus):
+def test_dataset_matches_its_files(corpus):
     _, folder = corpus
     dataset = Dataset(str(folder))
     assert dataset.folder == folder

@@ -460,7 +460,7 @@ def test_positions_are_copied_to_a_device_once_per_step_for_all_layers():
     assert [where.device.type for where in taken] == ["meta", "meta", "cpu", "cpu"]
 
 
-def test_without_a_step_every_call_draws_anew():
+def test_without_a_step_every_call_resamples():
     module = DispersionLoss(tokens=7)
     first, second = positions(module), positions(module)
     assert first != second
@@ -508,7 +508,7 @@ def test_module_has_no_state_to_save_and_says_what_it_is():
     assert all(part in shown for part in ("variant='l2_repel'", "layers='last'", "tokens=256", "tau=0.5", "seed=0"))
 
 
-def test_compiled_module_does_not_compile_anew_each_step():
+def test_compiled_module_does_not_recompile_each_step():
     torch.compiler.reset()
     module, hidden_states = DispersionLoss(tokens=7), states()
     compiled = torch.compile(DispersionLoss(tokens=7), backend="eager")

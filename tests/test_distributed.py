@@ -214,7 +214,7 @@ def test_all_skip_the_same_steps_and_give_up_together(runs):
     assert "became NaN or Inf first" in message
 
 
-def test_out_of_memory_in_one_of_several_says_what_to_lower():
+def test_out_of_memory_in_one_process_gives_advice():
     """It cannot retry its step with half the micro-batch: the others are waiting in the middle of theirs."""
     with pytest.raises(InputError, match=r"step 3: process 1 is out of memory: lower --batch-size.* --shard"):
         half_of(4, MemoryError(), "step 3", World(rank=1, size=2))

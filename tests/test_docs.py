@@ -165,7 +165,7 @@ def test_the_file_tree_of_the_readme_is_the_tree():
     assert modules - {"__init__.py", "__pycache__"} == named[ROOT / "minidisp"]
 
 
-def test_what_resume_may_change_is_what_the_flags_say():
+def test_the_resume_table_matches_the_flags():
     """The table in resuming.md; it omits flags that only name things (the folder, the corpus)."""
     rows = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").splitlines()
     naming = {"out", "resume", "overwrite", "preset", "data", "init_from", "distill"}

@@ -336,7 +336,7 @@ def test_prompts_are_answered_together_and_in_their_order():
     assert sorted(len(idx) for idx, _ in model.asked) == [2, 4]
 
 
-def test_a_batch_draws_what_every_seed_gives_alone(bpe_run):
+def test_a_batch_gives_the_same_samples_as_each_seed_alone(bpe_run):
     """Also if some end early and leave the batch, and if the context is full."""
     model, vocabulary = load(bpe_run)
     prompts = ["abc", "d e f g", "abd"]
@@ -486,7 +486,7 @@ def test_a_sample_on_any_stdout(run, tmp_path, monkeypatch, encoding):
         (["--minimal-pairs", "EMPTY", "b.jsonl"], "quote the pattern"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_the_first_forward_pass(
+def test_unsupported_options_are_rejected_before_the_first_forward_pass(
     run, tmp_path, monkeypatch, capsys, flags, expected
 ):
     monkeypatch.chdir(tmp_path)

@@ -65,7 +65,7 @@ def used(ids: list[int], counted: list[bool], block_size: int) -> tuple[list[int
     return ids[start:stop], counted[start:stop]
 
 
-def test_shards_and_masks_are_what_the_template_says(examples):
+def test_shards_and_masks_follow_the_template(examples):
     dataset = Dataset(examples)
     assert dataset.meta["format"] == 2
     for name in ("train", "val", "test"):
@@ -223,7 +223,7 @@ def test_a_fine_tuning_run_that_was_stopped_resumes_bit_for_bit(examples, corpus
         assert min(last["val_loss_by_corpus"]) < last["val_loss"] < max(last["val_loss_by_corpus"])
 
 
-def test_training_counts_the_answers_alone_whatever_the_micro_batch(examples, tmp_path):
+def test_training_counts_only_the_answers_for_any_micro_batch(examples, tmp_path):
     """The loss of a step is the mean over its counted targets, and so it is for every split into micro-batches."""
     fields = {**RUN, "data": str(examples), "max_steps": 3, "eval_every": 3}
     for size, accum in ((4, 1), (1, 4)):
@@ -277,7 +277,7 @@ def test_weights(data, pairs):
 @pytest.mark.parametrize(
     "data", [["a:0", "b"], ["a:-1", "b"], ["a:1.2.3", "b"], ["a", "a:2"], ["a:99999999", "b"], ["a:0.001", "b:999999"]]
 )
-def test_weights_that_make_no_sense_are_refused(data):
+def test_invalid_weights_are_rejected(data):
     with pytest.raises(InputError, match=r"^--data"):
         from_dict({"data": data})
 

@@ -85,7 +85,7 @@ def test_a_study_at_equal_time_and_on_another_corpus(load, corpus, tmp_path, cap
         assert "--time-ratio" in capsys.readouterr().err
 
 
-def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_study_continues_to_the_same_result(load, corpus, tmp_path, monkeypatch, capsys):
     script, lr = load("mlp_width"), train.learning_rate
 
     def command(out):
@@ -122,7 +122,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(load, corpus, tm
     assert not calls  # nothing is left to do
 
 
-def test_a_run_with_other_settings_is_not_taken_for_the_studys_own(load, corpus, tmp_path, capsys):
+def test_a_run_with_other_settings_is_not_used_by_the_study(load, corpus, tmp_path, capsys):
     script = load("mlp_width")
     flags = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path), "--seeds", "1"]
     assert script.main(flags) == 0
@@ -168,7 +168,7 @@ def test_a_run_that_fails_ends_the_study_with_its_code(load, corpus, tmp_path, c
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_comparisons_agree_with_scipy_and_are_called_what_they_are(load):
+def test_comparisons_and_their_verdicts_agree_with_scipy(load):
     study, rng = load("study"), np.random.default_rng(0)
     base = rng.normal(2, 0.1, 6)
     rows = {"base": base, "less": base - 0.05 + rng.normal(0, 0.01, 6), "more": base + 0.05 + rng.normal(0, 0.01, 6),

@@ -673,7 +673,7 @@ def zip_of(path: Path, changes: dict[str, bytes], source: Path, compression: int
             new.writestr(name, changes.get(short, old.read(name)))
 
 
-def test_what_a_checkpoint_may_not_hold(small_run, tmp_path):
+def test_content_not_allowed_in_a_checkpoint(small_run, tmp_path):
     source, path = small_run / checkpoint.LAST, tmp_path / "x.pt"
     zip_of(path, {}, source)
     assert checkpoint.read(path)["step"] == 2  # the unmodified copy is fine

@@ -58,7 +58,7 @@ def read(path: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_says_what_the_one_for_transformers_says(tmp_path, kind):
+def test_the_file_agrees_with_the_one_for_transformers(tmp_path, kind):
     """Tensor by tensor, under the names that gguf has for those of transformers; and setting by setting."""
     model = write_run(tmp_path / "run", ByteTokenizer(), **KINDS[kind])
     settings, tensors = read(ours.export_run(tmp_path / "run", tmp_path / "out"))
@@ -221,7 +221,7 @@ def test_an_imported_tokenizer(tmp_path, kind):
     assert settings["tokenizer.ggml.add_bos_token"] is False  # as in its own settings
 
 
-def test_what_llama_cpp_does_not_have_is_refused_with_the_way_out(tmp_path, capsys, sentencepiece_tokenizer):
+def test_models_unsupported_by_llama_cpp_are_rejected_with_advice(tmp_path, capsys, sentencepiece_tokenizer):
     tokenizer = byte_level_bpe(qwen=True)
     write_run(tmp_path / "plain", sentencepiece_tokenizer)
     folder = hf.export(tmp_path / "plain", tmp_path / "folder")

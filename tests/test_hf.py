@@ -289,7 +289,7 @@ def test_the_exported_bpe_merges_as_sentencepiece_does():
         assert [encoding.ids for encoding in exported.encode_batch(texts)] == vocabulary.encode_batch(texts)
 
 
-def test_what_the_format_cannot_represent_is_refused_by_name(tmp_path, capsys):
+def test_settings_that_the_format_cannot_represent_are_rejected(tmp_path, capsys):
     write_run(tmp_path / "grouped", ByteTokenizer(), n_kv_head=2)
     write_run(tmp_path / "wide", ByteTokenizer(), head_dim=16)
     write_run(tmp_path / "squared", ByteTokenizer(), mlp="relu2")
@@ -370,7 +370,7 @@ def scaled_embedding(self, idx, *rest, original=GPT._backbone, **options):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_model_that_was_changed_without_a_name_is_refused(tmp_path, monkeypatch, capsys, where, method, hack, arch):
+def test_a_silently_modified_model_is_rejected(tmp_path, monkeypatch, capsys, where, method, hack, arch):
     """Same parameters and config, but a different function: only the outputs show it."""
     write_run(tmp_path / "run", ByteTokenizer(), arch=arch)
     monkeypatch.setattr(where, method, hack)
@@ -519,7 +519,7 @@ def test_a_run_and_its_export_evaluate_to_the_same(run, bpe_corpus, tmp_path):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
 
 
-def test_evaluation_beside_a_run_and_with_a_shorter_context(run, gpt2, capsys):
+def test_evaluation_together_with_a_run_and_with_a_shorter_context(run, gpt2, capsys):
     scores = evaluation.main([str(run), "--hf", str(gpt2), "--tokens", "500", "--block-size", "8", "--sample", "ab"])
     assert [s["name"] for s in scores] == ["small", "gpt2"]
     assert [s["block_size"] for s in scores] == [8, 8]  # the flag counts for runs and folders alike
@@ -530,7 +530,7 @@ def test_evaluation_beside_a_run_and_with_a_shorter_context(run, gpt2, capsys):
     assert "--data" in capsys.readouterr().err
 
 
-def test_training_goes_on_from_a_hugging_face_model(transformers, gpt2, gpt2_corpus, tmp_path):
+def test_training_starts_from_a_hugging_face_model(transformers, gpt2, gpt2_corpus, tmp_path):
     """The run starts with the model's weights, steps, is resumed, and its export is that model's folder again."""
     defaults = from_dict({})
     base = {k: v for k, v in SMALL.items() if k not in ("n_layer", "n_head", "n_embd")} | {"block_size": 24}
@@ -592,7 +592,7 @@ def test_the_settings_of_an_imported_tokenizer_go_out_as_they_came(transformers,
     assert str(source / "generation_config.json") in refusal(hf.load_tokenizer, source)
 
 
-def test_added_tokens_without_a_row_are_text_and_a_warning_says_so(transformers, gpt2, tmp_path):
+def test_added_tokens_without_a_row_are_text_with_a_warning(transformers, gpt2, tmp_path):
     source = shutil.copytree(gpt2, tmp_path / "source")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     assert len(tokenizer) == 290
@@ -614,7 +614,7 @@ def test_added_tokens_without_a_row_are_text_and_a_warning_says_so(transformers,
     assert "no row" in refusal(hf.load_tokenizer, source)
 
 
-def test_mid_training_refuses_what_does_not_fit(gpt2, gpt2_corpus, corpus, tmp_path, capsys):
+def test_mid_training_rejects_mismatches(gpt2, gpt2_corpus, corpus, tmp_path, capsys):
     for flags, expected in [
         (["--data", str(corpus)], f"hf:{gpt2}"),
         (["--data", str(gpt2_corpus), "--n-layer", "5"], "n_layer 3, not 5"),
@@ -796,7 +796,7 @@ def test_an_index_cannot_lead_out_of_the_folder(models, tmp_path):
     assert "is also in a.safetensors" in refusal(hf.load_model, folder)
 
 
-def test_folders_that_are_none(tmp_path, models, monkeypatch):
+def test_invalid_folders(tmp_path, models, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "file").touch()
@@ -1026,7 +1026,7 @@ def test_a_loss_that_is_not_of_the_logits_is_not_exported(run, tmp_path, monkeyp
     assert hf.main(["export", str(run), str(tmp_path / "out")]) == 0  # a regulariser changes no probabilities
 
 
-def test_rotary_positions_are_said_to_every_version_of_transformers():
+def test_rotary_settings_reach_every_version_of_transformers():
     """Version 4 gives Apertus a different RoPE scaling unless the config says that there is none."""
     config = families.to_config(GPTConfig(n_layer=1, n_head=2, n_embd=16, arch="qwen3", mlp="relu2", tied=False))
     assert (config["rope_theta"], config["rope_scaling"]) == (1e4, None)

@@ -360,7 +360,7 @@ def test_tables_first_made_in_inference_mode_serve_training():
 
 
 @needs_operators
-def test_bfloat16_where_onednn_has_none():
+def test_bfloat16_without_onednn_products():
     """As on a processor without AVX-512, where oneDNN has no bfloat16 product and torch's own is used."""
     script = (
         "import torch; from minidisp import GPT, GPTConfig; torch.manual_seed(0); idx = torch.arange(8)[None]\n"

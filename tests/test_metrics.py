@@ -323,7 +323,7 @@ def test_singular_entropy_by_hand():
     torch.testing.assert_close(singular_entropy(s), torch.tensor([2.0, 0.0, 1.5, math.nan]), equal_nan=True)
 
 
-def test_singular_values_of_what_is_not_finite():
+def test_singular_values_of_nan_and_inf():
     x = randn(3, 4, 5)
     x[1, 2, 3] = math.inf
     s = singular_values(x)

@@ -362,7 +362,7 @@ def test_the_cache_changes_no_token(model):
     assert torch.equal(model.generate(idx, 11, temperature=0), slow)
 
 
-def test_generation_goes_on_when_the_context_is_full(model):
+def test_generation_continues_when_the_context_is_full(model):
     idx = torch.arange(20).unsqueeze(0)  # longer than the context already
     out = model.generate(idx, 30, seed=3)
     assert out.shape == (1, 50)
@@ -407,7 +407,7 @@ def test_tokens_are_drawn_without_waiting_for_the_device(model, monkeypatch):
             assert len(list(model.stream(idx, 15, stop_token=0, **options))) == 15
 
 
-def test_each_row_of_a_batch_draws_what_its_seed_draws_alone():
+def test_each_row_of_a_batch_equals_its_seed_alone():
     model = GPT(GPTConfig(**SMALL)).double()
     idx = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
     options = {"temperature": 1.3, "top_k": 7, "top_p": 0.9}
@@ -587,7 +587,7 @@ def test_several_tokens_behind_a_cache(arch):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx).logits, atol=1e-12, rtol=1e-12)
 
 
-def test_rotations_are_made_for_what_is_read():
+def test_rotary_tables_cover_only_the_tokens_read():
     config = GPTConfig(**{**SMALL, "block_size": 1 << 20, "head_dim": 256}, arch="qwen3")
     model = GPT(config).eval()
     assert sum(buffer.nbytes for buffer in model.buffers()) <= 1 << 25

@@ -505,7 +505,9 @@ def test_names():
         ("fused", "mean_cosine", torch.float32, "mps", "reference", "closed form"),
     ],
 )
-def test_what_is_said_is_what_runs_and_only_that_is_built(impl, variant, dtype, device, chosen, words, monkeypatch):
+def test_the_reported_implementation_runs_and_only_it_is_built(
+    impl, variant, dtype, device, chosen, words, monkeypatch
+):
     """Per variant, dtype and device; calls of the search for the extension and of the operators are recorded."""
     searched, ran = [], []
     monkeypatch.setattr(
@@ -536,7 +538,7 @@ def test_what_is_said_is_what_runs_and_only_that_is_built(impl, variant, dtype, 
         ),
     ],
 )
-def test_the_path_is_said_when_it_has_just_been_built(extension, words, monkeypatch):
+def test_the_path_is_reported_after_a_build(extension, words, monkeypatch):
     monkeypatch.setattr(build, "find_or_build", lambda device: extension)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     assert DispersionLoss().prepare("cpu") == words
@@ -625,7 +627,7 @@ def test_each_compiler_has_a_cache_of_its_own(unbuilt, tmp_path, monkeypatch):
 
 
 @on_linux
-def test_without_a_compiler_one_line_says_so(unbuilt, tmp_path, monkeypatch):
+def test_a_missing_compiler_is_reported_in_one_line(unbuilt, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert re.fullmatch("streamed in PyTorch: no C.. compiler was found", describe("cpu"))
     with pytest.raises(InputError):
@@ -634,7 +636,7 @@ def test_without_a_compiler_one_line_says_so(unbuilt, tmp_path, monkeypatch):
 
 
 @on_linux
-def test_without_a_folder_to_build_in_one_line_says_what_to_set(unbuilt, tmp_path, monkeypatch):
+def test_a_missing_build_folder_is_reported_in_one_line(unbuilt, tmp_path, monkeypatch):
     import pwd
 
     (tmp_path / "cache").touch()  # a file, since root can write to read-only folders
@@ -699,7 +701,7 @@ def test_one_built_with_cuda_serves_where_nvcc_is_missing(unbuilt, monkeypatch):
 
 
 @on_linux
-def test_a_binary_that_the_loader_refuses_stops_nothing_and_its_reason_is_shown(unbuilt, monkeypatch):
+def test_a_binary_that_does_not_load_is_reported_and_training_continues(unbuilt, monkeypatch):
     put_binary(build.make_cache_folder())
 
     def refuse(path):
@@ -951,7 +953,7 @@ def test_cuda_kernels_are_checked_once(good, tmp_path, monkeypatch, capsys):
         ("echo begun; exec sleep 60", "failed their check", True),
     ],
 )
-def test_a_check_that_could_not_be_made_is_made_again(script, reason, remembered, tmp_path, monkeypatch):
+def test_a_check_that_could_not_run_is_repeated(script, reason, remembered, tmp_path, monkeypatch):
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\n{script}\n")
     child.chmod(0o755)
@@ -1091,7 +1093,7 @@ def test_the_extension_can_be_switched_off(tmp_path):
 
 
 @needs_fused
-def test_the_operator_refuses_what_it_cannot_do():
+def test_the_operator_rejects_unsupported_input():
     op = torch.ops.minidisp.dispersion
     for z in (torch.ones(3, 4), torch.ones(1, 1, 4), torch.ones(1, 3, 4, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"dispersion takes|z must be"):

@@ -321,7 +321,7 @@ def test_bad_usage_is_refused_in_one_line(run, tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("flag", ["--input", "--hf"])
-def test_a_corpus_of_ones_own_needs_a_name_or_a_place(tmp_path, capsys, flag):
+def test_a_custom_corpus_needs_a_name_or_a_folder(tmp_path, capsys, flag):
     assert prepare.main([flag, "x.txt"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -375,7 +375,7 @@ def test_existing_corpus_is_kept(run, tmp_path, jsonl):
     assert_nothing_left(tmp_path, but=("out",))
 
 
-def test_what_else_lies_in_a_corpus_is_not_removed(run, tmp_path, jsonl):
+def test_other_files_in_a_corpus_are_not_removed(run, tmp_path, jsonl):
     argv = ["--input", jsonl, "--name", "t", "--tokenizer", "byte"]
     assert run(*argv)[0] == 0
     (tmp_path / "out" / "thesis.txt").write_text("do not delete")
@@ -489,7 +489,7 @@ def test_signals_clean_up(tmp_path, number, code):
 
 
 @pytest.mark.skipif(prepare.fcntl is None, reason="no file locks")
-def test_two_at_once_prepare_it_once(tmp_path, jsonl, capsys):
+def test_two_processes_prepare_it_once(tmp_path, jsonl, capsys):
     """As the processes of torchrun do in a fresh clone."""
     calls = []
     whole = sources.input_files([str(jsonl)], "text")
@@ -741,7 +741,7 @@ def test_hugging_face_errors_are_one_line(run, tmp_path, hub, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
-def test_prepare_offers_what_the_trainer_needs(tmp_path, monkeypatch):
+def test_prepare_provides_everything_that_the_trainer_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "DATA", tmp_path)
     source = sources.Source("s", lambda: iter([sources.Document("d", ["some text " * 50])]))
     monkeypatch.setattr(downloads, "standard_library", lambda: source)

@@ -151,7 +151,7 @@ def test_metrics_of_a_loss_that_is_huge(tmp_path):
     "line",
     ["{", "[1]", "{}", '{"step": "1"}', '{"step": 2, "ce": "x"}', '{"step": 2, "histogram_by_layer": [1]}', "\x00"],
 )
-def test_metrics_that_are_none(tmp_path, line):
+def test_invalid_metrics(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
@@ -247,7 +247,7 @@ def test_a_finished_run_does_not_fail_for_its_figures(corpus, tmp_path, monkeypa
     assert (out / "summary.json").exists()
 
 
-def test_eval_does_not_begin_without_what_its_figures_need(run, tmp_path, monkeypatch):
+def test_eval_does_not_start_without_the_requirements_of_its_figures(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("minidisp.model.GPT.forward", None)
     with pytest.raises(InputError, match=r"--figures: .*pip install matplotlib"):
@@ -277,7 +277,7 @@ def test_a_heat_map_shows_the_range_of_its_data():
     assert figures.pair_density([histogram.tolist()]) == 4
 
 
-def test_the_loss_axis_begins_after_the_warm_up():
+def test_the_loss_axis_is_scaled_after_the_warm_up():
     """Step 0, at 8.3, does not determine the axis: two runs at 3.0 can be distinguished."""
     lines = [{"step": 0, "val_loss": 8.3}]
     for step in range(1, 101):
@@ -603,7 +603,7 @@ def test_eval_writes_the_page(run, tmp_path, capsys):
 # Loggers
 
 
-def test_tensorboard_has_what_metrics_jsonl_has(corpus, tmp_path):
+def test_tensorboard_matches_metrics_jsonl(corpus, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
     train.main(small_config(corpus, out, tensorboard=True, max_steps=6))
@@ -620,7 +620,7 @@ def test_tensorboard_has_what_metrics_jsonl_has(corpus, tmp_path):
     assert list((out / "tensorboard").iterdir()) == []
 
 
-def test_wandb_is_told_what_metrics_jsonl_has(corpus, tmp_path, monkeypatch):
+def test_wandb_matches_metrics_jsonl(corpus, tmp_path, monkeypatch):
     calls = []
 
     class Run:
@@ -657,7 +657,7 @@ def test_wandb_is_told_what_metrics_jsonl_has(corpus, tmp_path, monkeypatch):
         train.main(small_config(corpus, tmp_path / "other", wandb=True))
 
 
-def test_wandb_goes_on_with_the_same_run(corpus, tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run(corpus, tmp_path, monkeypatch):
     begun = []
     fake = types.SimpleNamespace(Error=RuntimeError)
     fake.init = lambda **options: (
@@ -706,7 +706,7 @@ def test_a_missing_logger_is_named_before_anything_is_lost(corpus, tmp_path, mon
     assert (out / checkpoint.LAST).exists()
 
 
-def test_a_logger_that_cannot_begin_loses_nothing(corpus, tmp_path, monkeypatch):
+def test_a_logger_that_fails_to_start_loses_nothing(corpus, tmp_path, monkeypatch):
     class Error(Exception):
         pass
 

@@ -146,7 +146,7 @@ def test_an_example_among_texts_is_a_bad_row(tmp_path, capsys):
     assert "line 61: an example among texts" in capsys.readouterr().err
 
 
-def test_what_a_template_refuses_is_a_bad_row(tmp_path, capsys):
+def test_a_row_that_the_template_rejects_is_a_bad_row(tmp_path, capsys):
     from test_template import bpe
 
     source = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"

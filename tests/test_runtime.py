@@ -60,7 +60,7 @@ def test_what_is_called_good_has_been_seen_to_work(corpus, tmp_path, capsys, lr)
         assert not (run / checkpoint.LAST).exists()
 
 
-def test_a_run_that_diverged_goes_on_from_its_good_checkpoint(corpus, tmp_path, capsys):
+def test_a_diverged_run_resumes_from_its_good_checkpoint(corpus, tmp_path, capsys):
     run = tmp_path / "run"
     base = ["--data", str(corpus), "--out", str(run)]
     assert train.cli([*small_flags(max_steps=4, save_every=2), *base]) == 0
@@ -83,9 +83,7 @@ def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path):
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_training_loss_is_what_trains_and_evaluation_keeps_the_cross_entropy(
-    corpus, tmp_path, monkeypatch, capsys
-):
+def test_a_custom_training_loss_is_used_and_evaluation_keeps_the_cross_entropy(corpus, tmp_path, monkeypatch, capsys):
     """Also with the fast cross-entropy for large vocabularies."""
     plain, found = loss.plain, []
     for factor, fast in ((1.0, 1), (3.0, 1), (3.0, None)):
@@ -242,7 +240,7 @@ def test_help_has_groups_and_no_false_default(capsys):
     assert text.index("--n-layer") < text.index("--dispersion ")
 
 
-def test_a_run_that_is_all_warm_up_says_so(corpus, tmp_path, capsys):
+def test_a_run_that_is_all_warm_up_is_reported(corpus, tmp_path, capsys):
     train.main(small_config(corpus, tmp_path / "run", max_steps=2, warmup_steps=40))
     out = capsys.readouterr().out
     assert "all of it warm-up" in out
@@ -259,7 +257,7 @@ def test_without_a_terminal_there_are_lines(corpus, tmp_path, monkeypatch, capsy
     assert all("tokens/s" in line and "left" in line for line in lines)
 
 
-def test_resume_of_a_run_that_is_not_there_says_so(tmp_path, capsys):
+def test_resuming_a_missing_run_is_reported(tmp_path, capsys):
     assert train.cli(["--resume", "--out", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert f"--resume: there is no run in {tmp_path / 'nowhere'}" in error
@@ -274,7 +272,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
 # --- --init-from ------------------------------------------------------------------------------------------------------
 
 
-def test_init_from_brings_its_architecture_and_refuses_what_was_typed_otherwise(corpus, run, tmp_path, capsys):
+def test_init_from_sets_the_architecture_and_rejects_conflicting_flags(corpus, run, tmp_path, capsys):
     """Even if the given value is the flag's default."""
     base = ["--init-from", str(run), "--data", str(corpus), "--max-steps", "1", "--device", "cpu"]
     further = tmp_path / "further.json"
@@ -299,7 +297,7 @@ def test_init_from_brings_its_architecture_and_refuses_what_was_typed_otherwise(
     assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 32)
 
 
-def test_a_world_shares_a_batch_evenly_or_says_what_to_change():
+def test_a_batch_that_does_not_divide_evenly_is_rejected():
     assert World(rank=1, size=2).share_of(6) == 3
     with pytest.raises(InputError, match="2 processes cannot share evenly"):
         World(rank=0, size=2).share_of(7)
@@ -336,7 +334,7 @@ def test_recomputing_gives_the_same_weights_and_keeps_less(corpus, tmp_path, opt
         ({"compile": "off"}, "compile off instead of auto (dropout draws other random numbers)"),
     ],
 )
-def test_what_changes_the_random_numbers_of_dropout_is_said(corpus, tmp_path, capsys, changes, said):
+def test_changes_of_dropout_random_numbers_are_reported(corpus, tmp_path, capsys, changes, said):
     for dropout in (0.1, 0.0):
         config = small_config(
             corpus, tmp_path / f"{dropout}", max_steps=2, dropout=dropout, batch_size=4, grad_accum=1, compile="auto"
@@ -429,7 +427,7 @@ def test_an_average_is_resumed_bit_for_bit_and_changes_nothing_else(corpus, tmp_
 
 
 @pytest.mark.parametrize("decay", ["1", "-0.1", "nan"])
-def test_a_decay_that_is_none_is_refused(decay):
+def test_an_invalid_decay_is_rejected(decay):
     with pytest.raises(InputError, match="--ema"):
         parse(["--ema", decay])
 
@@ -455,7 +453,7 @@ def test_the_average_is_never_older_than_the_checkpoint(corpus, tmp_path, monkey
         assert all(torch.equal(there[key], here[key]) for key in there)
 
 
-def test_a_reader_that_is_gone_and_a_port_that_is_taken_are_said(corpus, tmp_path, monkeypatch, capsys):
+def test_a_closed_stdout_and_a_port_in_use_are_reported(corpus, tmp_path, monkeypatch, capsys):
     def gone(*_):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -481,7 +479,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_begun_from_weights_and_stopped_before_its_first_checkpoint_begins_from_them_again(corpus, run, tmp_path):
+def test_a_run_from_weights_stopped_before_its_first_checkpoint_starts_from_them_again(corpus, run, tmp_path):
     flags = [*small_flags(max_steps=2), "--init-from", str(run), "--data", str(corpus), "--out", str(tmp_path / "next")]
     assert train.cli(flags) == 0
     before = metrics(tmp_path / "next")[0]["val_loss"]
@@ -491,7 +489,7 @@ def test_a_run_begun_from_weights_and_stopped_before_its_first_checkpoint_begins
     assert metrics(tmp_path / "next")[0]["val_loss"] == before
 
 
-def test_a_float32_run_goes_on_in_float16_and_back(corpus, tmp_path):
+def test_a_float32_run_resumes_in_float16_and_back(corpus, tmp_path):
     config = small_config(corpus, tmp_path / "run", max_steps=2)
     train.main(config)
     for steps, dtype in ((4, "float16"), (6, "float32")):
@@ -499,7 +497,7 @@ def test_a_float32_run_goes_on_in_float16_and_back(corpus, tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_the_best_of_steps_that_are_taken_again_is_forgotten(corpus, tmp_path, monkeypatch):
+def test_the_best_of_repeated_steps_is_discarded(corpus, tmp_path, monkeypatch):
     """A run that is killed after its last checkpoint, and continues differently."""
     config = small_config(corpus, tmp_path / "run", max_steps=8, save_every=4, eval_every=2, lr=0.01)
     forward_backward, steps = train.Trainer.forward_backward, []
@@ -742,7 +740,7 @@ def test_what_could_command_a_terminal_is_escaped():
         ["--seed", "9" * 5000],
     ],
 )
-def test_messages_are_one_line_of_what_can_be_printed(words, capsys):
+def test_messages_are_one_printable_line(words, capsys):
     assert train.cli([word.replace("\0", "") for word in words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -219,7 +219,7 @@ def test_a_missing_package_is_named(run, monkeypatch, name, package, extra):
     assert f"\n{extra} = [" in (SCRIPT.parents[1] / "pyproject.toml").read_text()
 
 
-def test_format_reads_what_a_name_does_not_say(run):
+def test_format_overrides_the_file_name(run):
     texts = make_texts()
     write_jsonl(Path("rows.log"), texts)
     refused(run("--input", "rows.log", *BYTES), "rows.log: only .txt", "--format")
@@ -454,7 +454,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(run, name):
     assert text_of() == text
 
 
-def test_copies_of_one_text_are_said(run):
+def test_copies_of_one_text_are_reported(run):
     write_jsonl(Path("a.jsonl"), ["always the same"] * 200)
     refused(run("--input", "a.jsonl", *BYTES), "200 documents leave nothing for", "all one and the same text")
     write_jsonl(Path("a.jsonl"), ["one", "two"] * 100)
@@ -521,7 +521,7 @@ def test_folders_names_and_patterns(tree, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
-def test_every_file_once_whatever_leads_to_it(tree, run, capsys):
+def test_every_file_is_read_once(tree, run, capsys):
     for path, target in [("in/loop", "."), ("in/sub/up", ".."), ("in/x1/self", "../x1"), ("in/z.txt", "a.txt")]:
         Path(path).symlink_to(target)
     os.link("in/b.md", "in/hard.md")
@@ -591,7 +591,7 @@ def test_a_place_is_a_name(run, tmp_path, monkeypatch, capsys):
 # --- input that changes -----------------------------------------------------------------------------------------------
 
 
-def test_a_changed_input_is_said(run):
+def test_a_changed_input_is_reported(run):
     Path("in").mkdir()
     for name in "abc":
         Path("in", f"{name}.txt").write_text(f"text of {name}\n" * 100)
@@ -623,7 +623,7 @@ def test_a_changed_input_is_said(run):
     assert_nothing_left(Path(), but=("out",))
 
 
-def test_a_corpus_stands_on_its_own(run):
+def test_a_corpus_is_self_contained(run):
     """The trainer needs only the prepared files; those of earlier versions do not record their input."""
     Path("a.txt").write_text("words and more words\n" * 10)
     argv = ["--input", "a.txt", *BYTES]
@@ -762,7 +762,7 @@ def small_steps(monkeypatch):
 @pytest.mark.parametrize(
     "flags", [["--tokenizer", "byte", "--bad-rows", "skip"], ["--one-document", "--vocab-size", "310"]]
 )
-def test_an_interrupted_preparation_goes_on(run, small_steps, monkeypatch, flags):
+def test_an_interrupted_preparation_continues(run, small_steps, monkeypatch, flags):
     texts = make_texts(150)
     write_jsonl(Path("a.jsonl"), texts)
     if "skip" in flags:
@@ -937,7 +937,7 @@ def test_a_folder_is_filled_in_place_though_interrupted(run, place, small_steps,
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions")
-def test_ones_own_folder_below_another_s(run, tmp_path):
+def test_a_folder_below_another_users(run, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_texts(150))
     for folder in [tmp_path / "theirs" / "out", *tmp_path.parents[:3], tmp_path]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -962,7 +962,7 @@ def test_ones_own_folder_below_another_s(run, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_killed_preparation_goes_on(run):
+def test_a_killed_preparation_continues(run):
     write_jsonl(Path("a.jsonl"), make_texts(1500))
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from data import pieces, prepare; pieces.SAVE_EVERY_S = 0; "
@@ -1008,7 +1008,7 @@ class StreamWithState(Stream):
 
 @pytest.mark.parametrize("kind", [Stream, StreamWithState])
 @pytest.mark.parametrize("limit", [0, 100])
-def test_a_hub_download_that_breaks_off_goes_on(run, monkeypatch, kind, limit):
+def test_an_interrupted_hub_download_continues(run, monkeypatch, kind, limit):
     monkeypatch.setattr(hub, "STATE_EVERY", 10)
     texts, read = [f"{text} to the end" for text in make_texts(130)], []  # a word that also appears in the last line
     rows = [{"text": text} for text in texts]
@@ -1137,7 +1137,7 @@ def python(*arguments: object, path: Path = Path("/nowhere"), **options) -> subp
         ),
     ],
 )
-def test_a_folder_beside_a_script_is_not_imported(tmp_path, script):
+def test_a_folder_next_to_a_script_is_not_imported(tmp_path, script):
     """A corpus unpacked into data/ may contain folders named like modules; so may other folders with scripts."""
     script = Path(script)
     here = tmp_path / script.parent
@@ -1187,7 +1187,7 @@ def test_python_may_leave_the_folder_of_a_script_out_of_its_path(tmp_path, scrip
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="no -P")
 @pytest.mark.parametrize("script", ["bench/recipe.py", "experiments/size.py", "experiments/verdict.py"])
-def test_studies_and_benchmarks_too_and_their_help_has_their_own_name(tmp_path, script):
+def test_help_of_studies_and_benchmarks_has_their_name(tmp_path, script):
     (tmp_path / "study.py").write_text("raise SystemExit('the wrong one')")
     result = python("-P", ROOT / script, "--help", path=tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -132,7 +132,7 @@ def test_a_continuation_longer_than_the_context_is_read_in_windows(model):
     assert found.nats[0] == pytest.approx(want, rel=1e-6)
 
 
-def test_shared_beginnings_are_computed_once():
+def test_common_prefixes_are_computed_once():
     context = list(range(40))
     passages = [tasks.Passage([*context, 100 + i, 7, 8], [False] * 40 + [True] * 3) for i in range(4)]
     (row,) = tasks.plant(passages)
@@ -275,7 +275,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             tasks.read_rows("--choices", str(tmp_path / f"{name}.jsonl.gz"))
 
 
-def test_a_continuation_without_a_token_of_its_own_is_named(bpe_run):
+def test_a_continuation_without_its_own_token_is_reported(bpe_run):
     class Merging:
         eos_id = 0
 
@@ -316,7 +316,7 @@ def test_a_conversation(run, monkeypatch, capsys):
     assert asked[0][2] == {template.stop_id, tokenizer.eos_id}
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(run, monkeypatch, capsys):
+def test_ctrl_c_stops_an_answer_and_the_conversation_continues(run, monkeypatch, capsys):
     model, tokenizer = load(run)
     calls = []
 
@@ -367,7 +367,7 @@ def test_chat_through_a_pipe(run, monkeypatch, capsys):
         (["--figures", "f", "--split", "none", "--hf", "x"], "draws training curves"),
     ],
 )
-def test_what_does_not_go_together_is_refused(run, tmp_path, monkeypatch, capsys, flags, expected):
+def test_incompatible_options_are_rejected(run, tmp_path, monkeypatch, capsys, flags, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minidisp.model.GPT.forward", None)
     (tmp_path / "EMPTY").write_text("\n")

@@ -144,7 +144,7 @@ def test_the_ids_are_those_of_transformers(tmp_path, kind):
                 assert len(rendered.counted) == len(wanted)
 
 
-def test_counted_are_the_answers_and_what_closes_them(tmp_path):
+def test_the_answers_and_their_end_tokens_are_counted(tmp_path):
     plain = Template.of(ByteTokenizer())
     assert plain.stop_id == 256
     assert counted_text(ByteTokenizer(), plain.render(DIALOGUES[0])) == "Hello there.</s>"

@@ -229,7 +229,7 @@ def test_every_byte_can_be_decoded(tokenizer):
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
 
 
-def test_eos_stands_for_nothing(tokenizer):
+def test_eos_decodes_to_nothing(tokenizer):
     ids = tokenizer.encode("ab")
     assert tokenizer.decode([*ids, tokenizer.eos_id, *ids]) == "abab"
     assert tokenizer.token_bytes[tokenizer.eos_id] == b""
@@ -241,7 +241,7 @@ def test_half_a_character_decodes_to_a_replacement(tokenizer):
     assert tokenizer.decode(ids[:2]) == "\ufffd"
 
 
-def test_half_a_surrogate_pair_is_refused(tokenizer):
+def test_a_lone_surrogate_is_rejected(tokenizer):
     with pytest.raises(UnicodeEncodeError):
         tokenizer.encode("a\ud83d")
     with pytest.raises(UnicodeEncodeError):

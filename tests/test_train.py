@@ -72,7 +72,7 @@ def assert_same_weights(a: dict, b: dict) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_a_run_leaves_what_it_promises(run):
+def test_a_run_writes_its_documented_files(run):
     files = {path.name for path in run.iterdir()}
     assert files == {
         "config.json",
@@ -353,7 +353,7 @@ def test_the_command_trains(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, number, code):
+def test_a_signal_saves_and_prints_how_to_resume(corpus, tmp_path, number, code):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -453,7 +453,7 @@ def test_an_occupied_folder_is_not_overwritten(corpus, run, tmp_path, capsys):
     "name", ["meta.json", "figures/loss.png", "tokenizer.model", "metrics.jsonl", "model.safetensors"]
 )
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_what_lies_in_a_folder_that_is_no_run_is_not_lost(corpus, tmp_path, capsys, name, flags):
+def test_files_in_other_folders_are_not_lost(corpus, tmp_path, capsys, name, flags):
     file = tmp_path / "mine" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -464,7 +464,7 @@ def test_what_lies_in_a_folder_that_is_no_run_is_not_lost(corpus, tmp_path, caps
     assert file.read_text() == "mine"
 
 
-def test_fewer_steps_than_were_taken_are_refused(corpus, run, tmp_path, capsys):
+def test_fewer_steps_than_completed_are_rejected(corpus, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_text()
     flags = ["--resume", "--out", str(tmp_path / "run"), "--data", str(corpus), "--max-steps", "5"]
@@ -553,7 +553,7 @@ def test_a_new_flag_is_refused_on_resume_unless_it_says_otherwise():
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
-def test_what_resume_refuses_allows_and_says(corpus, run, name):
+def test_settings_that_resume_rejects_allows_and_reports(corpus, run, name):
     fields = {field.name: field for field in dataclasses.fields(Config)}
     may_change = {name: field.metadata.get("resume", "refused") for name, field in fields.items()}
     assert {name for name, may in may_change.items() if may == "refused"} - FIXED == set(), (
@@ -626,7 +626,7 @@ def test_resume_reads_a_corpus_that_was_written_to(corpus, tmp_path, capsys):
         train.main(small_config(data, out, max_steps=6, resume=True))
 
 
-def test_settings_changed_on_resume_are_in_force_and_said(corpus, tmp_path, capsys):
+def test_settings_changed_on_resume_apply_and_are_reported(corpus, tmp_path, capsys):
     """load_state_dict would silently restore the old weight decay."""
     run = tmp_path / "run"
     train.main(small_config(corpus, run, max_steps=6))
@@ -646,7 +646,7 @@ def test_a_run_begun_from_weights_can_be_resumed(corpus, run, tmp_path):
     assert lines(tmp_path / "next")[-1]["step"] == 6
 
 
-def test_config_json_tells_what_it_ran_on(corpus, run):
+def test_config_json_records_the_environment(corpus, run):
     environment = json.loads((run / "config.json").read_text())["environment"]
     assert environment["torch"] == torch.__version__
     assert environment["numpy"] == np.__version__
@@ -687,7 +687,7 @@ def poison(monkeypatch, steps, where=lambda model, loss: loss * math.nan) -> Non
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_bad_step_is_skipped_counted_and_shown(corpus, tmp_path, monkeypatch, capsys, optimizer, bad):
+def test_a_nan_step_is_skipped_counted_and_reported(corpus, tmp_path, monkeypatch, capsys, optimizer, bad):
     """Weights, optimiser and schedule equal those of normal training without that update; the data moves on."""
     steps = (0, 3, 4)
     # The loss is finite but its derivative is not: 0 * sqrt'(0).
@@ -871,7 +871,7 @@ def limit_memory(monkeypatch, sequences: int, training_only: bool = True, error=
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
-def test_short_of_memory_it_takes_half_at_a_time(corpus, tmp_path, monkeypatch, capsys, error):
+def test_out_of_memory_halves_the_micro_batch(corpus, tmp_path, monkeypatch, capsys, error):
     options = {"dropout": 0.1, "dispersion": 0.1, "dispersion_tokens": 8, "max_steps": 6}
     train.main(small_config(corpus, tmp_path / "small", batch_size=2, grad_accum=4, **options))
     seen = limit_memory(monkeypatch, 2, error=error)
@@ -916,7 +916,7 @@ def test_evaluation_takes_half_at_a_time_too(corpus, run, tmp_path, monkeypatch)
     assert lines(tmp_path / "run")[0]["val_loss"] == pytest.approx(lines(run)[0]["val_loss"], abs=1e-5)
 
 
-def test_what_does_not_fit_at_all_is_said(corpus, tmp_path, monkeypatch, capsys):
+def test_a_model_that_does_not_fit_at_all_is_reported(corpus, tmp_path, monkeypatch, capsys):
     limit_memory(monkeypatch, 0)
     assert train.cli([*small_flags(), "--data", str(corpus), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
