@@ -19,10 +19,7 @@ from typing import BinaryIO
 from minidisp import InputError, printable
 
 MAX_WINDOW = 1 << 28  # of a zstd file, held in memory; zstd -19 uses 8 MiB, --ultra and --long 128 MiB
-MAX_UNPACKED, MAX_RATIO = (
-    1 << 28,
-    200,
-)  # a file or Parquet column that exceeds both size and compression ratio is rejected
+MAX_UNPACKED, MAX_RATIO = 1 << 28, 200  # a file or Parquet column that exceeds both its size and ratio is rejected
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # errors on reading a damaged compressed file
 
 

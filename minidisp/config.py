@@ -427,7 +427,7 @@ def parse(
 
     begin_if_missing: if there is no run to resume, start a new one.
     architecture_of: returns the architecture of the model given as --init-from, and whether the run may use a shorter
-    context; None: reads it. The run adopts this architecture; a flag that contradicts it is an error.
+    context; by default it is read from there. The run adopts it; a flag that contradicts it is an error.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "init_from", "distill"} & given.keys():

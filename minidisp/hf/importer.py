@@ -196,12 +196,12 @@ def open_tensors(folder: Path, prefix: str, stack: contextlib.ExitStack) -> dict
         raise InputError("Hugging Face weights need the package safetensors: pip install safetensors") from None
     stored: dict[str, _Stored] = {}
     for path in _weight_files(folder):
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise InputError(f"{path} is not a file")
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
             found = [_Stored(path, file, name) for name in file.keys()]  # noqa: SIM118, it is no dictionary
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # of mmap, it is a RuntimeError
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # RuntimeError: mmap failed
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise InputError(f"{path} is not a safetensors file, or it is damaged: {reason}") from None
         for tensor in found:
