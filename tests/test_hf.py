@@ -702,8 +702,15 @@ def test_strange_configs_are_refused_by_name(models, tmp_path, arch, changes, ex
     assert str(folder) in message
 
 
-OTHER = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "vocab_size": 257, "max_position_embeddings": 64}  # fmt: skip
+OTHER = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 257,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(

@@ -346,10 +346,15 @@ def packed(start: bytes, unit: bytes, megabytes: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "unit", "message"),
-    [("a.jsonl.zst", b"a", f"a.jsonl.zst, line {len(make_texts()) + 1}: longer than"), ("a.jsonl.zst", b"\n", "1,000 blank lines"),
-     ("a.jsonl.zst", b" ", "expand to more than"), ("a.txt.zst", b"ab", "expand to more than"), ("a.json.zst", b"\t", "expand to more than"),
-     ("a.csv.zst", b"\n", "is a quote not closed?")],
-)  # fmt: skip
+    [
+        ("a.jsonl.zst", b"a", f"a.jsonl.zst, line {len(make_texts()) + 1}: longer than"),
+        ("a.jsonl.zst", b"\n", "1,000 blank lines"),
+        ("a.jsonl.zst", b" ", "expand to more than"),
+        ("a.txt.zst", b"ab", "expand to more than"),
+        ("a.json.zst", b"\t", "expand to more than"),
+        ("a.csv.zst", b"\n", "is a quote not closed?"),
+    ],
+)
 def test_a_small_file_that_becomes_a_large_one_is_refused_early(run, monkeypatch, name, unit, message):
     monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 18)
     monkeypatch.setattr(sources, "MAX_ROW_VALUES", 1000)
