@@ -672,16 +672,14 @@ def test_what_others_could_have_put_there_is_not_run(unbuilt, how, built, monkey
         monkeypatch.setattr(os, "getuid", lambda: 12345)
     else:
         folder.chmod(0o707 if how == "writable by all" else 0o770)
-    assert re.fullmatch(
-        "streamed in PyTorch: other users can write into .*; set TORCH_EXTENSIONS_DIR.*", describe("cpu")
-    )
+    assert re.fullmatch("streamed in PyTorch: other users can write to .*; set TORCH_EXTENSIONS_DIR.*", describe("cpu"))
 
 
 @on_linux
 def test_a_binary_that_others_can_write_is_not_run(unbuilt):
     folder = put_binary(build.make_cache_folder())
     (folder / build.BINARY).chmod(0o775)
-    assert re.fullmatch("streamed in PyTorch: other users can write into .*minidisp_fused.so.*", describe("cpu"))
+    assert re.fullmatch("streamed in PyTorch: other users can write to .*minidisp_fused.so.*", describe("cpu"))
 
 
 @on_linux
@@ -743,7 +741,7 @@ def test_a_prebuilt_library_that_is_cut_off_is_not_loaded(unbuilt, tmp_path, mon
     for length in (0, 40, 64, len(whole) // 2, len(whole) - 1):
         prebuilt.write_bytes(whole[:length])
         build.find.cache_clear(), build.find_or_build.cache_clear()
-        assert f"{prebuilt} does not load: the file is cut off or empty" in describe("cpu")
+        assert f"{prebuilt} does not load: the file is truncated or empty" in describe("cpu")
     prebuilt.write_bytes(whole)
     assert build.is_whole(prebuilt)
 
@@ -780,7 +778,7 @@ def test_what_a_compiler_fails_of_decides_whether_it_is_tried_again(unbuilt, how
     monkeypatch.setattr(build, "_build", BUILD)
     for _ in range(2):
         build.find.cache_clear(), build.find_or_build.cache_clear()
-        assert re.search("did not build" if how == "an error" else "not be built this time", describe("cpu"))
+        assert re.search("failed to build" if how == "an error" else "not be built this time", describe("cpu"))
     (folder,) = (tmp_path / "cache").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [build.LOG, "minidisp.lock"]  # nothing is left behind
     assert (tmp_path / "calls").read_text().count("x") == (1 if how == "an error" else 2)
@@ -1031,9 +1029,9 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernel(unbuilt, tmp_path, monkeypatc
         build.find.cache_clear(), build.find_or_build.cache_clear()
         found = build.find_or_build("cpu")
         assert found.about.startswith(about)
-        assert "its CUDA part did not build" in found.note
+        assert "its CUDA part failed to build" in found.note
     assert tried == [True, False]
-    assert "for the CPU alone" in capsys.readouterr().err
+    assert "for the CPU only" in capsys.readouterr().err
     folder = found.path.parent
     assert (folder / build.CUDA_LOG).read_text() == "no such architecture\n"
     assert not (folder / build.LOG).exists()

@@ -1,10 +1,10 @@
-"""The extension, csrc/ compiled: where it is, how it is found, and how it is built on first use.
+"""The extension compiled from csrc/: how it is found, and how it is built on first use.
 
-It is looked for in this order: prebuilt by `pip install --no-build-isolation -e .`, in the folder of the package; cached,
-in torch's cache of extensions. Otherwise it is compiled into that cache, if there is a C++ compiler: for the instruction
-set of this processor alone, or for all of them if MINIDISP_CPU is set. A failed build is remembered for a day. find() and
-find_or_build() only raise InputError for an unknown MINIDISP_CPU, as training continues without the extension: what they
-return says why there is none.
+It is searched for in this order: prebuilt by `pip install --no-build-isolation -e .`, in the package folder; cached, in
+torch's extension cache. Otherwise it is compiled into that cache, if there is a C++ compiler: for this processor's
+instruction set only, or for all of them if MINIDISP_CPU is set. A failed build is remembered for a day. find() and
+find_or_build() raise InputError only for an unknown MINIDISP_CPU, since training continues without the extension: their
+result gives the reason.
 """
 
 import contextlib
@@ -41,36 +41,50 @@ BINDINGS_FLAGS = (
     "-fPIC",
     "-DAT_PER_OPERATOR_HEADERS",
 )  # where compiling takes longest
-NVCC_FLAGS = ("-O3", "-std=c++20", "-ftz=true")  # numbers below 1e-38 are 0, or every root would ask for them
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is visible to ask; newer ones compile the PTX
+NVCC_FLAGS = ("-O3", "-std=c++20", "-ftz=true")  # flushes numbers below 1e-38 to 0, or every root would test for them
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # if no GPU is visible; newer ones compile the PTX
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")  # each includes all before it; csrc/cpu/host.h numbers them so
-# About the CPU seconds of each file, for one instruction set and for all: for the order, and the time left at first. GCC 12 on a
-# busy EPYC; those of the CUDA files are guesses.
-SECONDS = {"bindings": (40, 40), "attention": (8, 15), "dispersion": (6, 12), "layers": (4, 9), "attention_amx": (1, 4),
-           "dispersion_amx": (1, 4), "dispersion.cu": (100, 100), "cross_entropy.cu": (40, 40)}  # fmt: skip
+# Approximate CPU seconds of each file, for one instruction set and for all, to order the files and to estimate the time
+# left. Measured with GCC 12 on a busy EPYC; those of the CUDA files are guesses.
+SECONDS = {
+    "bindings": (40, 40),
+    "attention": (8, 15),
+    "dispersion": (6, 12),
+    "layers": (4, 9),
+    "attention_amx": (1, 4),
+    "dispersion_amx": (1, 4),
+    "dispersion.cu": (100, 100),
+    "cross_entropy.cu": (40, 40),
+}
 BINARY = "minidisp_fused.so"  # in the cache; DONE holds its checksum
 DONE = "done"
-LOG = "build.log"  # there, of a build that failed
-CUDA_LOG = "build-cuda.log"  # there, if what was built leaves CUDA out because that failed
-REMEMBERED_SECONDS = 24 * 3600  # for which a failed build is not tried again
-# What a compiler says that ran out of memory or disk, or was killed: the same build may succeed the next time.
-TRANSIENT = ("no space left on device", "virtual memory exhausted", "out of memory", "cannot allocate memory",
-             "terminated program", "killed")  # fmt: skip
+LOG = "build.log"  # in the cache, of a failed build
+CUDA_LOG = "build-cuda.log"  # in the cache, if the extension was built without CUDA because that part failed
+REMEMBERED_SECONDS = 24 * 3600  # a failed build is not tried again within this time
+# Messages of a compiler that ran out of memory or disk space, or was killed: the same build may succeed the next time.
+TRANSIENT = (
+    "no space left on device",
+    "virtual memory exhausted",
+    "out of memory",
+    "cannot allocate memory",
+    "terminated program",
+    "killed",
+)
 OTHER_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 
 
 @dataclass(frozen=True)
 class Extension:
-    """The extension as this process has it."""
+    """The state of the extension in this process."""
 
-    path: Path | None  # it is loaded from there; None: there is none
-    about: str  # where it is from: "prebuilt", "cached", "compiled now in 14 s"; or why there is none
-    note: str = ""  # on a prebuilt one that does not fit
-    can_build: bool = False  # nothing is there yet, and nothing known speaks against building it
+    path: Path | None  # where it was loaded from; None if it is not available
+    about: str  # its origin: "prebuilt", "cached", "compiled now in 14 s"; or why it is not available
+    note: str = ""  # on a prebuilt one that does not match
+    can_build: bool = False  # it has not been built yet, and there is no known obstacle
 
 
 def has_sources() -> bool:
-    """Whether csrc/ lies beside the package. It does in a clone; a wheel comes without it."""
+    """Whether csrc/ is next to the package, as in a clone; wheels do not contain it."""
     return (SOURCE_FOLDER / "dispersion.h").is_file()
 
 
@@ -81,9 +95,9 @@ def sources(cuda: bool) -> list[Path]:
 
 
 def wanted_instruction_set() -> str:
-    """The one instruction set to compile for: this processor's highest; or "all", if MINIDISP_CPU is set or none is known.
+    """The instruction set to compile for: this processor's highest, or "all" if it is unknown or MINIDISP_CPU is set.
 
-    Raises InputError if MINIDISP_CPU names none.
+    Raises InputError if MINIDISP_CPU is not an instruction set.
     """
     asked = os.environ.get("MINIDISP_CPU", "")
     if asked and asked not in INSTRUCTION_SETS:
@@ -95,9 +109,9 @@ def wanted_instruction_set() -> str:
 
 @functools.cache
 def processor_instruction_set() -> str:
-    """The highest instruction set of this processor, as best_instruction_set() in csrc/cpu finds it; "all" if unknown."""
+    """The highest instruction set of this processor, like best_instruction_set() in csrc/cpu; "all" if unknown."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return "all"  # which is one: the vector code without x86's extensions
+        return "all"  # only one: the vector code without x86 extensions
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -112,9 +126,9 @@ def processor_instruction_set() -> str:
 
 
 def builds_cuda() -> bool:
-    """Whether the extension is compiled for CUDA too: there is a kernel, PyTorch has CUDA, and nvcc is there.
+    """Whether to compile the extension for CUDA too: if there are kernels, PyTorch has CUDA, and nvcc is found.
 
-    MINIDISP_CUDA=0 or 1 overrides the last two.
+    MINIDISP_CUDA=0 or 1 overrides the last two conditions.
     """
     if not any(SOURCE_FOLDER.glob("cuda/*.cu")):
         return False
@@ -125,8 +139,8 @@ def builds_cuda() -> bool:
 
 
 def file_stem(cuda: bool) -> str:
-    """Of the extension built ahead, with CUDA or without. The name contains everything that the binary depends on, so an
-    old one is never loaded."""
+    """File stem of the prebuilt extension, with CUDA or without. It identifies everything that the binary depends on,
+    so that an outdated one is never loaded."""
     digest = hashlib.sha256("\0".join((*CXX_FLAGS, *BINDINGS_FLAGS, *NVCC_FLAGS, str(cuda))).encode())
     for path in sorted(SOURCE_FOLDER.rglob("*.*")):
         digest.update(path.relative_to(SOURCE_FOLDER).as_posix().encode() + path.read_bytes())
@@ -134,8 +148,8 @@ def file_stem(cuda: bool) -> str:
 
 
 def fitting() -> list[bool]:
-    """With CUDA or without: what may be loaded, the best first. One with CUDA also fits where nvcc is missing now: on
-    clusters, only some machines have it."""
+    """Which builds may be loaded, with CUDA or without, in order of preference. One with CUDA is also accepted if nvcc
+    is missing now: on clusters, only some machines have it."""
     wanted = builds_cuda()
     return [True, False] if torch.version.cuda and "MINIDISP_CUDA" not in os.environ and not wanted else [wanted]
 
@@ -144,42 +158,42 @@ def fitting() -> list[bool]:
 
 
 def compiler() -> list[str]:
-    """The command that compiles C++: CXX, a program that may have arguments ("ccache g++"), else one from the path.
+    """The C++ compiler command: CXX, which may have arguments ("ccache g++"), or the first one found in PATH.
 
-    Empty if there is none, or if there is not the one that CXX names.
+    Empty if there is none, or if the one in CXX is not found.
     """
     wanted = os.environ.get("CXX", "").strip()
     if not wanted:
         return [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
-    if path := shutil.which(wanted):  # as a whole first: a path may have spaces
+    if path := shutil.which(wanted):  # the whole string first, since a path may contain spaces
         return [os.path.abspath(path)]
     try:
         program, *arguments = shlex.split(wanted)
-    except ValueError:  # a quotation mark that is not closed
+    except ValueError:  # unbalanced quotation mark
         return []
     path = shutil.which(program)
     return [os.path.abspath(path), *arguments] if path else []
 
 
 def missing_tool() -> str:
-    """Why nothing can be compiled here; "" if it can."""
+    """Why the extension cannot be compiled here; "" if it can."""
     if not compiler():
         wanted = os.environ.get("CXX", "").strip()
-        return f"the C++ compiler that CXX names was not found: {wanted}" if wanted else "no C++ compiler was found"
+        return f"the C++ compiler in CXX was not found: {wanted}" if wanted else "no C++ compiler was found"
     return ""
 
 
 def cuda_toolkit() -> str | None:
-    """The folder of the CUDA toolkit: CUDA_HOME, or where nvcc says that it is; None if it does not say.
+    """The folder of the CUDA toolkit: CUDA_HOME, or the one that nvcc reports; None if unknown.
 
-    torch takes it for the folder above nvcc's, where nvcc may be a link or a script that calls another one.
+    torch assumes the parent of nvcc's folder, but nvcc may be a link, or a script that calls another one.
     """
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     if named or not nvcc:
         return named
     try:
         said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
-    except OSError:  # it is no program; the build will say so
+    except OSError:  # not an executable; the build will report it
         return None
     found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     return os.path.normpath(found[1]) if found else None
@@ -189,31 +203,36 @@ def cuda_toolkit() -> str | None:
 
 
 def cache_folder(cuda: bool | None = None) -> Path:
-    """Where the extension is built on first use: one folder per torch, ABI, compiler, flags, sources and
-    instruction set: machines with unlike processors may share a home folder.
+    """The folder in which the extension is built on first use: one per torch version, ABI, compiler, flags, sources and
+    instruction set, since machines with different processors may share a home folder.
 
-    cuda: with CUDA or without; None: as it would be built now.
-
-    Raises OSError if there is no home folder for it.
+    cuda: with CUDA or without; None: as it would be built now. Raises OSError if there is no home folder.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         try:
             cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError:  # neither HOME nor an entry in the list of users
+        except RuntimeError:  # neither HOME nor a passwd entry
             raise OSError("there is no home folder to build the extension in") from None
         root = Path(cache) / "torch_extensions"
     programs = [os.path.realpath(path) for path in map(shutil.which, compiler()) if path]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in programs]
     parts = (
-        file_stem(builds_cuda() if cuda is None else cuda), torch.compiled_with_cxx11_abi(), torch.version.cuda, platform.machine(), compiler(), stats,
-        os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ.get("CUDA_HOME"), wanted_instruction_set(),
-    )  # fmt: skip
+        file_stem(builds_cuda() if cuda is None else cuda),
+        torch.compiled_with_cxx11_abi(),
+        torch.version.cuda,
+        platform.machine(),
+        compiler(),
+        stats,
+        os.environ.get("TORCH_CUDA_ARCH_LIST"),
+        os.environ.get("CUDA_HOME"),
+        wanted_instruction_set(),
+    )
     return Path(os.path.abspath(root)) / f"minidisp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def make_cache_folder() -> Path:
-    """The cache folder, which exists from now on. Raises OSError if it cannot be made, or as check_owner does."""
+    """Create the cache folder and return it. Raises OSError if it cannot be created, or as check_owner does."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     check_owner(folder)
@@ -221,15 +240,15 @@ def make_cache_folder() -> Path:
 
 
 def check_owner(path: Path) -> None:
-    """Raise OSError if another user, but root, could have written into a folder or file: what lies there is run."""
+    """Raise OSError if a user other than root could have written to a folder or file whose code will be executed."""
     found = path.stat()
     if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise OSError(f"other users can write into {path}, so that nothing from there is run")
+        raise OSError(f"other users can write to {path}, so code from there is not executed")
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """One process at a time; yields the descriptor. The lock lasts until all processes that have inherited it are gone."""
+    """A lock between processes; yields its descriptor. It lasts until all processes that inherit it have ended."""
     import fcntl
 
     with open(path, "w") as file:
@@ -238,16 +257,16 @@ def locked(path: Path) -> Iterator[int]:
 
 
 def first_line(error: Exception) -> str:
-    """One line about an error: an OSError's path and reason, or the first line of what it says."""
+    """One line about an error: an OSError's path and reason, or the first line of its message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """For a child process that runs `python -m minidisp.ops`, wherever this one was started."""
+    """The environment of a child process that runs `python -m minidisp.ops` from any working folder."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    # Safe: a module in the working folder that has the name of another one is not seen by train.py, either.
+    # PYTHONSAFEPATH: modules in the working folder must not shadow others, as they do not in train.py.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", **changes}
 
 
@@ -258,7 +277,7 @@ def checksum(path: Path) -> str:
 
 
 def intact(folder: Path) -> bool:
-    """Whether the binary in a cache folder is the one that was built there. Loading a truncated one would end the process."""
+    """Whether the binary in a cache folder is the one built there. Loading a truncated one would kill the process."""
     try:
         return (folder / DONE).read_text() == checksum(folder / BINARY)
     except FileNotFoundError:
@@ -266,20 +285,20 @@ def intact(folder: Path) -> bool:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a shared library, of which no checksum is known, is as long as its ELF header says; True if it has none."""
+    """Whether a shared library has the length given in its ELF header, for files without a checksum."""
     with open(path, "rb") as file:
         header = file.read(64)
         size = os.fstat(file.fileno()).st_size
     if header[:4] != b"\x7fELF":
         return size > 0
-    if len(header) < 64 or header[4:6] != b"\x02\x01":  # cut off; or not of 64 bits, which the loader refuses by itself
+    if len(header) < 64 or header[4:6] != b"\x02\x01":  # truncated, or not 64-bit, which the loader rejects itself
         return len(header) == 64
     sections, entry, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
     return sections + entry * count <= size
 
 
 def has_failed(folder: Path) -> bool:
-    """Whether a build has failed here lately: its log is complete, and not older than a day."""
+    """Whether a build has failed here recently: its log is complete and less than a day old."""
     try:
         log = folder / LOG
         complete = re.search(rb"\nexit code -?\d+\n\Z", log.read_bytes())
@@ -293,20 +312,20 @@ def has_failed(folder: Path) -> bool:
 
 @functools.cache
 def find() -> Extension:
-    """Load the extension if it has been built; nothing is built."""
+    """Load the extension if it has been built; does not build it."""
     if os.environ.get("MINIDISP_FUSED") == "0":
         return Extension(None, "MINIDISP_FUSED=0 is set")
     ahead = sorted(PACKAGE.glob("_fused_*.so"))
     stems = [file_stem(cuda) for cuda in fitting()]
     prefixes = stems if has_sources() else [stems[0].rsplit("_", 1)[0] + "_"]
-    note = "; the prebuilt one is for another torch or other sources" if ahead else ""
+    note = "; the prebuilt one is for another version of torch or of the sources" if ahead else ""
     for path in (path for prefix in prefixes for path in ahead if path.name.startswith(prefix)):
         found = _load(path, "prebuilt")
         if found.path:
             return found
         note = f"; {found.about}"
     if not has_sources():
-        return Extension(None, "there is neither an extension for this torch nor its sources", note)
+        return Extension(None, "there is no extension for this version of torch, and no sources to build it", note)
     if os.name != "posix" or sys.platform == "darwin":
         return Extension(None, f"the extension is not built on {platform.system()}", note)
     try:
@@ -326,8 +345,8 @@ def find() -> Extension:
 
 @contextlib.contextmanager
 def ahead(device_type: str) -> Iterator[None]:
-    """Build the extension in the background, if there is none, for the first find_or_build(device_type); on leaving, a
-    build that has not finished is stopped."""
+    """If necessary, build the extension in the background for the first find_or_build(device_type). On exit, an
+    unfinished build is stopped."""
     if not find().can_build:
         yield
         return
@@ -343,15 +362,15 @@ def ahead(device_type: str) -> Iterator[None]:
         del started[device_type]
 
 
-started: dict[str, Future] = {}  # by `ahead`, by kind of device
+started: dict[str, Future] = {}  # builds started by `ahead`, by device type
 in_background, stopping = threading.Event(), threading.Event()
 
 
 @functools.cache
 def find_or_build(device_type: str) -> Extension:
-    """Load the extension, and build it first if that kind of device needs it."""
+    """Load the extension; build it first if necessary for that type of device."""
     if device_type in started:
-        in_background.clear()  # from now on somebody waits
+        in_background.clear()  # from now on, the caller waits for it
         return started[device_type].result()
     return _find_or_build(device_type)
 
@@ -371,7 +390,7 @@ def _find_or_build(device_type: str) -> Extension:
             if not intact(folder) and not has_failed(folder):
                 about = _build(folder, lock)
             if not intact(folder):
-                known = f"did not build; see {folder / LOG} (delete it to try again)"
+                known = f"failed to build; see {folder / LOG} (delete it to try again)"
                 why = known if has_failed(folder) else f"could not be built this time; see {folder / LOG}"
                 return Extension(None, f"the extension {why}", found.note)
     except OSError as error:
@@ -382,20 +401,20 @@ def _find_or_build(device_type: str) -> Extension:
 def _load(path: Path, about: str, note: str = "") -> Extension:
     try:
         if not is_whole(path):
-            return Extension(None, f"{path} does not load: the file is cut off or empty", note)
+            return Extension(None, f"{path} does not load: the file is truncated or empty", note)
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        why = first_line(error.__cause__ or error)  # torch wraps what the loader says
+        why = first_line(error.__cause__ or error)  # torch wraps the loader's error
         return Extension(None, f"{path} does not load: {why}", note)
     if (log := path.parent / CUDA_LOG).exists():
-        note += f"; its CUDA part did not build, see {log} (delete that folder to try again)"
+        note += f"; its CUDA part failed to build, see {log} (delete that folder to try again)"
     return Extension(path, about, note)
 
 
 def _build(folder: Path, lock: int) -> str:
-    """Compile into folder: BINARY and DONE, or LOG. Says how long it took.
+    """Compile into folder: BINARY and DONE, or LOG. Returns a text with the time that it took.
 
-    If it fails with CUDA (an nvcc of another version, a card that is too old), it is tried again without.
+    If it fails with CUDA (nvcc of another version, a GPU that is too old), it is tried again without CUDA.
     """
     start = time.monotonic()
     for name in (DONE, BINARY, LOG, CUDA_LOG):
@@ -405,10 +424,10 @@ def _build(folder: Path, lock: int) -> str:
     failure = compile_into(folder / BINARY, builds_cuda(), wanted_instruction_set(), lock)
     if failure is not None and builds_cuda():
         (folder / CUDA_LOG).write_bytes(failure.log)
-        say(f"the CUDA part did not build, see {folder / CUDA_LOG}; compiling for the CPU alone")
+        say(f"the CUDA part failed to build, see {folder / CUDA_LOG}; compiling for the CPU only")
         failure = compile_into(folder / BINARY, False, wanted_instruction_set(), lock)
     if failure is None:
-        (folder / BINARY).chmod(0o755)  # whatever the user's umask: see check_owner
+        (folder / BINARY).chmod(0o755)  # independent of the user's umask; see check_owner
         write_atomic(folder / DONE, lambda file: file.write(checksum(folder / BINARY).encode()))
     else:
         last = b"exit code %d" % failure.code if not failure.transient else b"to be tried again"
@@ -427,7 +446,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    log: bytes  # the command, and what it said
+    log: bytes  # the command and its output
     code: int
 
     @property
@@ -441,12 +460,12 @@ class Unit:
     """A file to compile."""
 
     source: Path
-    command: list[str]  # lacks -o
+    command: list[str]  # without -o
     expected: float  # CPU seconds
 
 
 def units(cuda: bool, instruction_set: str) -> list[Unit]:
-    """What is to be compiled, the longest first. Only bindings need torch's headers."""
+    """The files to compile, in order of decreasing time. Only the bindings need torch's headers."""
     only = [] if instruction_set == "all" else [f"-DMINIDISP_ONLY={INSTRUCTION_SETS.index(instruction_set)}"]
     torch_include = Path(torch.__file__).parent / "include"
     headers = [f"-isystem{torch_include}", f"-isystem{torch_include / 'torch/csrc/api/include'}"]
@@ -476,8 +495,8 @@ def nvcc_command() -> list[str]:
     program = str(Path(toolkit) / "bin" / "nvcc") if toolkit else shutil.which("nvcc") or "nvcc"
     includes = [f"-isystem={folder}" for folder in cpp_extension.include_paths("cuda")]
     host = ["-ccbin", compiler()[0]] if len(compiler()) == 1 else []
-    return [program, *NVCC_FLAGS, *cpp_extension.COMMON_NVCC_FLAGS, *cpp_extension._get_cuda_arch_flags(), *includes, *host,
-            "--compiler-options", "-fPIC"]  # fmt: skip
+    flags = [*NVCC_FLAGS, *cpp_extension.COMMON_NVCC_FLAGS, *cpp_extension._get_cuda_arch_flags()]
+    return [program, *flags, *includes, *host, "--compiler-options", "-fPIC"]
 
 
 def link_command(objects: list[str], cuda: bool, out: Path) -> list[str]:
@@ -485,12 +504,12 @@ def link_command(objects: list[str], cuda: bool, out: Path) -> list[str]:
     if cuda:
         folders += [str(Path(toolkit) / "lib64")] if (toolkit := cuda_toolkit()) else []
         libraries += ["c10_cuda", "torch_cuda", "cudart"]
-    return [*compiler(), "-shared", "-fopenmp", "-s", *objects, *(f"-L{folder}" for folder in folders),
-            *(f"-l{name}" for name in libraries), "-o", str(out)]  # fmt: skip
+    found = [*(f"-L{folder}" for folder in folders), *(f"-l{name}" for name in libraries)]
+    return [*compiler(), "-shared", "-fopenmp", "-s", *objects, *found, "-o", str(out)]
 
 
 def jobs() -> int:
-    """How many files are compiled at once: a processor each, or MAX_JOBS."""
+    """The number of files compiled in parallel: one per processor, or MAX_JOBS."""
     asked = os.environ.get("MAX_JOBS", "")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(asked) if asked.isdecimal() else available)
@@ -499,7 +518,7 @@ def jobs() -> int:
 def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None = None) -> Failure | None:
     """Compile and link; returns None, or the first failure.
 
-    lock: a descriptor that the compilers inherit, so that it stays locked while one is left if this process is killed.
+    lock: a descriptor that the compilers inherit, so that it stays locked until they end if this process is killed.
     """
     todo = units(cuda, instruction_set)
     running: dict[int, subprocess.Popen] = {}
@@ -510,15 +529,19 @@ def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None =
             if stopped.is_set():
                 return None
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=[] if lock is None else [lock], env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[] if lock is None else [lock],
+                env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
+            )
             running[child.pid] = child
         said = child.communicate()[0]
         with guard:
             del running[child.pid]
             if child.returncode:
-                stopped.set()  # nothing more is begun
+                stopped.set()  # no further file is started
         return Failure(f"{shlex.join(command)}\n".encode() + said, child.returncode) if child.returncode else None
 
     def compile_unit(unit: Unit) -> Failure | None:
@@ -535,7 +558,7 @@ def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None =
             waiting = {pool.submit(compile_unit, unit): unit for unit in todo}
             while waiting:
                 if stopping.is_set():
-                    return Failure(b"stopped, as the run ended", -signal.SIGTERM)
+                    return Failure(b"stopped, since the run ended", -signal.SIGTERM)
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     progress.finished.append(waiting.pop(future))
@@ -559,7 +582,7 @@ def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None =
 
 
 class Progress:
-    """The line that is shown while compiling: how many files are done, and the time left."""
+    """The progress line while compiling: the number of finished files, and the time left."""
 
     def __init__(self, todo: list[Unit], instruction_set: str):
         self.todo, self.finished = todo, []
@@ -569,7 +592,7 @@ class Progress:
         say(f"{self.words}: {len(todo)} files, about {self.left():.0f} s")
 
     def left(self) -> float:
-        """Seconds: the work that is left at the speed so far, at first as it was measured when SECONDS was written."""
+        """Estimated seconds left, from the speed so far, or initially from SECONDS."""
         workers = max(1, min(jobs(), len(self.todo)))
         total, done = (sum(unit.expected for unit in group) for group in (self.todo, self.finished))
         elapsed = time.monotonic() - self.start
@@ -580,10 +603,9 @@ class Progress:
 
     def show(self) -> None:
         if self.terminal and not in_background.is_set():
-            print(
-                f"\r\033[Kminidisp: {self.words}: {len(self.finished)} of {len(self.todo)} files, about {self.left():.0f} s left",
-                end="", file=sys.stderr, flush=True,
-            )  # fmt: skip
+            files = f"{len(self.finished)} of {len(self.todo)} files"
+            line = f"\r\033[Kminidisp: {self.words}: {files}, about {self.left():.0f} s left"
+            print(line, end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self.terminal:
