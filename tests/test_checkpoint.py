@@ -139,7 +139,7 @@ def test_our_reader_reads_torch_checkpoints(tmp_path):
         (lambda: torch.zeros(3).to_sparse(), "asks for"),
         (lambda: np.float64(1), "asks for"),
     ],
-)  # fmt: skip
+)
 def test_unusual_tensors_are_rejected(tmp_path, strange, reason):
     path = saved(tmp_path / "x.pt", extra=strange())
     with pytest.raises(InputError, match=rf"x\.pt is not .*{reason}"):
@@ -307,10 +307,22 @@ def test_values_of_the_wrong_type_are_reported_in_one_line(
 
 @pytest.mark.parametrize(
     "value",
-    [np.float32(1), np.zeros(2), Path("x"), Counter("ab"), {1, 2}, b"bytes", torch.float32, torch.zeros(2).to_sparse(),
-     torch.zeros(2, dtype=torch.complex64), torch.Size([2]), 1j, torch.zeros(2, device="meta")],
+    [
+        np.float32(1),
+        np.zeros(2),
+        Path("x"),
+        Counter("ab"),
+        {1, 2},
+        b"bytes",
+        torch.float32,
+        torch.zeros(2).to_sparse(),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.Size([2]),
+        1j,
+        torch.zeros(2, device="meta"),
+    ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
     checkpoint.save(tmp_path, minimal(), 1, keep=0)
     before = (tmp_path / checkpoint.LAST).read_bytes()

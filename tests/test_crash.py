@@ -118,8 +118,13 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
 def test_fifty_kills_lose_nothing(corpus, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_crash", corpus, tmp_path],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -221,8 +226,13 @@ def kill_overwriting_twice(corpus: Path, folder: Path, every: int) -> dict:
 def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every):
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_crash", corpus, tmp_path, str(every)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -222,9 +222,12 @@ def test_what_tensor_cores_leave_to_the_exact_path(emulated):
     z = randn(1, 70, 24).float()
     tight = (1 << 20, 100, 1 << 20, 1 << 20, 8192, 65535)
     for variant, options in (
-        ("angular_spread", {"tau": 0.04}), ("angular_spread", {"workspace": tight}), ("l2_repel", {}),
-        ("orthogonalization", {"z": randn(1, 70, 1).float()}), ("decorrelation", {"z": randn(1, 140, 2).float()}),
-    ):  # fmt: skip
+        ("angular_spread", {"tau": 0.04}),
+        ("angular_spread", {"workspace": tight}),
+        ("l2_repel", {}),
+        ("orthogonalization", {"z": randn(1, 70, 1).float()}),
+        ("decorrelation", {"z": randn(1, 140, 2).float()}),
+    ):
         z = options.pop("z", z)
         loss, gradient = emulated(z, variant, exact=False, **options)
         exact_loss, exact_gradient = emulated(z, variant, **options)
@@ -366,9 +369,15 @@ def test_non_finite_input_gives_nan_on_tensor_cores(emulated, variant, bad):
 def test_strides(emulated, variant, dtype):
     base = randn(2, 34, 144).to(dtype)
     views = (
-        base.mT[:, ::2], base[:, :, ::3], base.flip(1).transpose(0, 1), base[:, :1].expand(2, 9, 144),
-        base[:1].expand(3, 34, 144), base[:, :, 8:48], base[:, :, 1:41], base[:, ::2],
-    )  # fmt: skip
+        base.mT[:, ::2],
+        base[:, :, ::3],
+        base.flip(1).transpose(0, 1),
+        base[:, :1].expand(2, 9, 144),
+        base[:1].expand(3, 34, 144),
+        base[:, :, 8:48],
+        base[:, :, 1:41],
+        base[:, ::2],
+    )
     for z in views:
         loss, gradient = emulated(z, variant)
         plain_loss, plain_gradient = emulated(z.contiguous(), variant)

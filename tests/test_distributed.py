@@ -114,28 +114,38 @@ def runs(corpus, tmp_path_factory) -> Path:
     muon = {**EVERYTHING, "max_steps": 4, "optimizer": "muon"}
     alone("one-muon", **muon)
     dropout = {**EVERYTHING, "dropout": 0.2}
-    printed = several(2, corpus, folder, [
-        ["moving", {**EVERYTHING, "max_steps": 3}],
-        ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
-        ["rest", {**EVERYTHING, **rest, "recompute": True}],
-        ["sharded-rest", {**EVERYTHING, **rest, "recompute": True, "shard": True}],
-        ["sharded-compiled", {**EVERYTHING, **rest, "shard": True, "compile": "on"}],
-        ["muon", muon],
-        ["sharded-muon", {**muon, "shard": True}],
-        ["dropout", {**dropout, "max_steps": 6}],
-        ["dropout-resumed", {**dropout, "max_steps": 3}],
-        ["dropout-resumed", {**dropout, "max_steps": 6, "resume": True}],
-        ["odd", {"batch_size": 3}],
-        ["diverged", {**EVERYTHING, "lr": 1e30, "warmup_steps": 0}],
-    ])  # fmt: skip
+    printed = several(
+        2,
+        corpus,
+        folder,
+        [
+            ["moving", {**EVERYTHING, "max_steps": 3}],
+            ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
+            ["rest", {**EVERYTHING, **rest, "recompute": True}],
+            ["sharded-rest", {**EVERYTHING, **rest, "recompute": True, "shard": True}],
+            ["sharded-compiled", {**EVERYTHING, **rest, "shard": True, "compile": "on"}],
+            ["muon", muon],
+            ["sharded-muon", {**muon, "shard": True}],
+            ["dropout", {**dropout, "max_steps": 6}],
+            ["dropout-resumed", {**dropout, "max_steps": 3}],
+            ["dropout-resumed", {**dropout, "max_steps": 6, "resume": True}],
+            ["odd", {"batch_size": 3}],
+            ["diverged", {**EVERYTHING, "lr": 1e30, "warmup_steps": 0}],
+        ],
+    )
     (folder / "two.txt").write_text(printed)
     for name in ("moving", "sharded"):
         steps = {"moving": 6, "sharded": 7}[name]
         alone(name, **EVERYTHING, max_steps=steps, resume=True)
-    printed = several(3, corpus, folder, [
-        ["moving", {**EVERYTHING, "max_steps": 9, "resume": True}],
-        ["sharded", {**EVERYTHING, "max_steps": 9, "resume": True, "shard": True}],
-    ])  # fmt: skip
+    printed = several(
+        3,
+        corpus,
+        folder,
+        [
+            ["moving", {**EVERYTHING, "max_steps": 9, "resume": True}],
+            ["sharded", {**EVERYTHING, "max_steps": 9, "resume": True, "shard": True}],
+        ],
+    )
     (folder / "three.txt").write_text(printed)
     patch.undo()
     return folder
@@ -287,8 +297,13 @@ def test_processes_with_other_flags_data_or_code_are_told_which(corpus, bpe_corp
         (tmp_path / str(rank) / "here").symlink_to(source)
     script = tmp_path / "disagree.py"
     script.write_text(DISAGREE)
-    cases = [*([{}, {name: value}] for name, value in DIFFERENT.items()), [{}, {"data": str(bpe_corpus)}],
-             [{"data": "here"}, {}], [{}, {"code": True}], [{"max_steps": 1}, {}]]  # fmt: skip
+    cases = [
+        *([{}, {name: value}] for name, value in DIFFERENT.items()),
+        [{}, {"data": str(bpe_corpus)}],
+        [{"data": "here"}, {}],
+        [{}, {"code": True}],
+        [{"max_steps": 1}, {}],
+    ]
     process = torchrun(2, json.dumps([str(corpus)]), str(tmp_path), json.dumps(cases), script=str(script))
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed

@@ -76,8 +76,14 @@ def test_condensation_agrees_with_plain_numpy(run, corpus):
 
 def test_a_run_does_not_differ_from_itself(run, capsys):
     scores = evaluation.main([str(run), str(run)])
-    assert scores[1]["versus_first"] == {"bits_per_byte": 0.0, "low": 0.0, "high": 0.0, "verdict": "no difference",
-                                         "nats_per_token": 0.0, "tokens_better": 0.5}  # fmt: skip
+    assert scores[1]["versus_first"] == {
+        "bits_per_byte": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "verdict": "no difference",
+        "nats_per_token": 0.0,
+        "tokens_better": 0.5,
+    }
     printed = capsys.readouterr().out
     assert "no difference: both predict the same on this text" in printed
     assert "settings that differ" not in printed
@@ -107,8 +113,10 @@ def seed_run(name, seed, lr=0.1, data="d", tokenizer="t", **settings):
 
 def text_results(runs, *nats):
     n_bytes = 200 * scoring.BLOCK_BYTES
-    scores = [{"name": r.name, "tokenizer": r.tokenizer, "bytes": n_bytes,
-               "bits_per_byte": x.sum() / math.log(2) / n_bytes} for r, x in zip(runs, nats, strict=True)]  # fmt: skip
+    scores = [
+        {"name": r.name, "tokenizer": r.tokenizer, "bytes": n_bytes, "bits_per_byte": x.sum() / math.log(2) / n_bytes}
+        for r, x in zip(runs, nats, strict=True)
+    ]
     blocks = np.full(200, scoring.BLOCK_BYTES)
     return [scoring.Result(s, x, blocks, x) for s, x in zip(scores, nats, strict=True)]
 
@@ -117,8 +125,15 @@ def test_a_plain_sentence_for_every_outcome():
     """Blocks with a certain difference, and with differences of both signs; one seed each, so there is no verdict."""
     rng = np.random.default_rng(0)
     base = rng.uniform(500, 900, 200)
-    runs = [seed_run("a", 0), seed_run("b", 0, 0.2), seed_run("c", 0, 0.2, tokenizer="u"), seed_run("d", 0, 0.3),
-            seed_run("e", 0, 0.2, data="other"), Run("f", "t"), seed_run("g", 1)]  # fmt: skip
+    runs = [
+        seed_run("a", 0),
+        seed_run("b", 0, 0.2),
+        seed_run("c", 0, 0.2, tokenizer="u"),
+        seed_run("d", 0, 0.3),
+        seed_run("e", 0, 0.2, data="other"),
+        Run("f", "t"),
+        seed_run("g", 1),
+    ]
     nats = [base, base * 0.98, base * 1.02, base + rng.normal(0, 30, 200), base * 0.9, base * 0.9, base * 0.97]
     results = text_results(runs, *nats)
     group, better, worse, same, other, unknown = evaluation.compare_texts(runs, results).sentences
@@ -395,8 +410,21 @@ def test_a_file_of_prompts(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "token_nats", None)
     prompts, path = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_bytes("\ufeffabc\r\n\n\u00e9 b\nxyz\n".encode())
-    evaluation.main([str(run), "--prompts", str(prompts), "--split", "none", "--json", str(path), "--temperature", "0",
-                     "--max-new-tokens", "15"])  # fmt: skip
+    evaluation.main(
+        [
+            str(run),
+            "--prompts",
+            str(prompts),
+            "--split",
+            "none",
+            "--json",
+            str(path),
+            "--temperature",
+            "0",
+            "--max-new-tokens",
+            "15",
+        ]
+    )
     (scores,) = json.loads(path.read_text())
     assert [s["prompt"] for s in scores["samples"]] == ["abc", "\u00e9 b", "xyz"]
     for sample in scores["samples"]:

@@ -171,8 +171,13 @@ def test_a_run_that_fails_ends_the_study_with_its_code(load, corpus, tmp_path, c
 def test_comparisons_and_their_verdicts_agree_with_scipy(load):
     study, rng = load("study"), np.random.default_rng(0)
     base = rng.normal(2, 0.1, 6)
-    rows = {"base": base, "less": base - 0.05 + rng.normal(0, 0.01, 6), "more": base + 0.05 + rng.normal(0, 0.01, 6),
-            "same": base + rng.normal(0, 0.05, 6), "unknown": [None] + [1.0] * 5}  # fmt: skip
+    rows = {
+        "base": base,
+        "less": base - 0.05 + rng.normal(0, 0.01, 6),
+        "more": base + 0.05 + rng.normal(0, 0.01, 6),
+        "same": base + rng.normal(0, 0.05, 6),
+        "unknown": [None] + [1.0] * 5,
+    }
     compared = study.compare(
         {label: [{"x": v} for v in values] for label, values in rows.items()}, "x", ("less", "more")
     )
@@ -182,16 +187,23 @@ def test_comparisons_and_their_verdicts_agree_with_scipy(load):
         assert compared[label]["mean"] == pytest.approx(np.mean(rows[label]))
         assert compared[label]["sd"] == pytest.approx(np.std(rows[label], ddof=1))
     words = {label: c["verdict"] for label, c in compared.items()}
-    assert words == {"base": words["base"], "less": "less", "more": "more", "unknown": "undefined",
-                     "same": "not significant"}  # fmt: skip
+    assert words == {
+        "base": words["base"],
+        "less": "less",
+        "more": "more",
+        "unknown": "undefined",
+        "same": "not significant",
+    }
     table = study.comparison_table("x", 3, compared)
     assert "baseline" in table.splitlines()[2]
     assert math.isnan(compared["unknown"]["mean"])
 
 
 def test_through_training_compares_later_moments_with_step_0(load):
-    evaluations = {arm: [[{"step": 50 * k, "seed": seed, "arm": arm} for k in range(15)] for seed in range(2)]
-                   for arm in ("cross-entropy", "with dispersion")}  # fmt: skip
+    evaluations = {
+        arm: [[{"step": 50 * k, "seed": seed, "arm": arm} for k in range(15)] for seed in range(2)]
+        for arm in ("cross-entropy", "with dispersion")
+    }
     rows = load("through_training").moments(evaluations)
     steps = [0, 50, 100, 200, 400, 700]
     assert [row[0]["step"] for row in rows.values()] == [*steps, *steps[1:]]
@@ -202,8 +214,12 @@ def test_through_training_compares_later_moments_with_step_0(load):
 
 def test_learning_rates_are_chosen_on_other_seeds(load):
     """Only seed 2 is best at the second learning rate, and its own result must not decide the selection."""
-    bits = {"cross-entropy, 0.001": [1.0, 2.0, 3.0], "cross-entropy, 0.002": [1.5, 2.5, 0.0],
-            "with dispersion, 0.001": [1.0, 1.0, 1.0], "with dispersion, 0.002": [0.5, 0.5, 0.5]}  # fmt: skip
+    bits = {
+        "cross-entropy, 0.001": [1.0, 2.0, 3.0],
+        "cross-entropy, 0.002": [1.5, 2.5, 0.0],
+        "with dispersion, 0.001": [1.0, 1.0, 1.0],
+        "with dispersion, 0.002": [0.5, 0.5, 0.5],
+    }
     best = load("learning_rate").at_its_best(
         {
             label: [[{"bits_per_byte": 9.0}, {"bits_per_byte": value}] for value in values]

@@ -64,9 +64,12 @@ def fuzz(request, name: str, strategy: st.SearchStrategy, check: Callable) -> No
     cases = math.ceil(CASES[name] * request.getfixturevalue("share") * times)
 
     @settings(
-        max_examples=cases, derandomize=times == 1, deadline=None, database=None,
+        max_examples=cases,
+        derandomize=times == 1,
+        deadline=None,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(strategy)
     def run(case):
         nonlocal done

@@ -236,15 +236,17 @@ def test_models_unsupported_by_llama_cpp_are_rejected_with_advice(tmp_path, caps
         token: 320 + i for i, token in enumerate(("/", "s", ">", "/s", "/s>")) if token not in packed["model"]["vocab"]
     }
     parts = {"vocab": {**packed["model"]["vocab"], **more}, "merges": [*merges, ["/", "s"], ["/s", ">"]]}
-    for number, (vocabulary, fields, expected) in enumerate([
-        (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
-        (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
-        (tokenizer, {"arch": "qwen3"}, "does not support the pre-tokenizer"),
-        (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "does not support the pre-tokenizer"),
-        (changed(merges=merges[1:]), {"arch": "qwen3"}, "cannot reproduce the merges"),
-        (changed(**space), {"arch": "qwen3"}, "U+2581"),
-        (changed(**parts), {"arch": "qwen3"}, "'</s>' from text"),
-    ]):  # fmt: skip
+    for number, (vocabulary, fields, expected) in enumerate(
+        [
+            (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
+            (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
+            (tokenizer, {"arch": "qwen3"}, "does not support the pre-tokenizer"),
+            (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "does not support the pre-tokenizer"),
+            (changed(merges=merges[1:]), {"arch": "qwen3"}, "cannot reproduce the merges"),
+            (changed(**space), {"arch": "qwen3"}, "U+2581"),
+            (changed(**parts), {"arch": "qwen3"}, "'</s>' from text"),
+        ]
+    ):
         run = tmp_path / f"run{number}"
         write_run(run, vocabulary, **fields)
         assert hf.main(["export", str(run), str(tmp_path / "out"), "--gguf"]) == 2
@@ -264,8 +266,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert hf.main([*flags[:4], "--dtype", "float16"]) == 0  # beside it
     assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "here" / "a.gguf"), "--gguf"]) == 0
     assert sorted(path.name for path in tmp_path.rglob("*.*") if path.suffix != ".pt") == [
-        "a.gguf", "run-F16.gguf", "run-Q8_0.gguf", "tokenizer.model",
-    ]  # fmt: skip
+        "a.gguf",
+        "run-F16.gguf",
+        "run-Q8_0.gguf",
+        "tokenizer.model",
+    ]
     capsys.readouterr()
     assert hf.main([*flags[:3], "--dtype", "q8_0"]) == 2
     assert "--gguf" in capsys.readouterr().err

@@ -54,11 +54,22 @@ GPT2 = {
 }
 NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 QWEN3 = {
-    "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 48,
-}  # fmt: skip
-APERTUS = QWEN3 | {"hidden_act": "relu2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-                   "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": None}  # fmt: skip
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 48,
+}
+APERTUS = QWEN3 | {
+    "hidden_act": "relu2",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -863,9 +874,17 @@ def test_the_trainer_example(transformers, gpt2, tmp_path, monkeypatch):
     from examples import hf_trainer
 
     text = write_text(tmp_path / "text.txt", words=400)
-    common = {"length": 24, "max_steps": 2, "use_cpu": True, "logging_steps": 2, "save_strategy": "no",
-              "disable_tqdm": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-              "lr_scheduler_type": "constant"}  # fmt: skip
+    common = {
+        "length": 24,
+        "max_steps": 2,
+        "use_cpu": True,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
     batches = []
 
     class Recording(hf_trainer.DispersionTrainer):
@@ -934,9 +953,24 @@ target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
     folder = f"pretrained={tmp_path}/folder,dtype=float32"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", folder,
-               "--tasks", "tiny", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples",
-               "--output_path", str(tmp_path / "results")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        folder,
+        "--tasks",
+        "tiny",
+        "--include_path",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--log_samples",
+        "--output_path",
+        str(tmp_path / "results"),
+    ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -1015,8 +1049,11 @@ def test_of_an_imported_config_the_ids_of_special_tokens_alone_are_exported(mode
 
     config = json.loads(_files({"activation_function": "gelu"}, tokenizer, None)["config.json"])
     assert config == {
-        "activation_function": "gelu", "bos_token_id": 3, "eos_token_id": [1, 5], "pad_token_id": None,
-    }  # fmt: skip
+        "activation_function": "gelu",
+        "bos_token_id": 3,
+        "eos_token_id": [1, 5],
+        "pad_token_id": None,
+    }
 
 
 def test_a_loss_that_is_not_of_the_logits_is_not_exported(run, tmp_path, monkeypatch, capsys):

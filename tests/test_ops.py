@@ -846,8 +846,10 @@ def test_an_unknown_instruction_set_is_one_line(unbuilt, monkeypatch):
 def test_the_diagnosis_takes_no_arguments(arguments, code, words):
     result = subprocess.run(
         [sys.executable, "-m", "minidisp.ops", *arguments],
-        capture_output=True, text=True, env={**os.environ, "MINIDISP_CPU": "nonsense"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MINIDISP_CPU": "nonsense"},
+    )
     assert result.returncode == code
     assert words in result.stderr
     assert result.stderr.count("\n") <= 1

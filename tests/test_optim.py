@@ -182,10 +182,13 @@ def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch, dtype, er
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [
-        ({"avx2": True}, torch.float32), ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32),
+        ({"avx2": True}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
     ],
-)  # fmt: skip
+)
 def test_muon_orthogonalises_in_bfloat16_where_the_processor_has_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert optim.newton_schulz_dtype.__wrapped__("cpu") == dtype

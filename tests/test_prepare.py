@@ -242,7 +242,7 @@ def test_file_blocks_end_at_lines(tmp_path, monkeypatch):
 GOOD = b'{"text": "a"}\n'
 BAD_INPUT = {
     "binary.txt": (b"text\0text", "binary.txt: a binary file"),
-    "latin.md": ("caf\u00e9 " .encode("latin-1") * 3, "latin.md: not UTF-8 text"),
+    "latin.md": ("caf\u00e9 ".encode("latin-1") * 3, "latin.md: not UTF-8 text"),
     "empty.txt": (b"", "characters are too few"),
     "short.txt": (b"abc", "3 characters are too few"),
     "none.jsonl": (b"\n", "there is no text"),
@@ -258,7 +258,7 @@ BAD_INPUT = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:-20], "cut.jsonl.gz: damaged gzip file"),
     "text.jsonl.gz": (GOOD, "text.jsonl.gz: damaged gzip file"),
     "few.jsonl": (GOOD * 3, "3 documents leave nothing for"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

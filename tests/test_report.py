@@ -512,8 +512,11 @@ READ = """
 @pytest.mark.parametrize("width", [500, 1000, 1900])  # a window is at least 500 pixels wide
 def test_the_page_at_three_widths_in_both_colour_schemes(tmp_path, width, dark):
     """No script errors, nothing wider than the window, unscaled text, values on hover, the winner marked."""
-    scores = [{**made_up_scores(f"{name}-s{seed}"), "samples": [{"seed": 3, "prompt": "a <b>", "continuation": " &c"}]}
-              for name in ("plain", "better") for seed in (0, 1, 2)]  # fmt: skip
+    scores = [
+        {**made_up_scores(f"{name}-s{seed}"), "samples": [{"seed": 3, "prompt": "a <b>", "continuation": " &c"}]}
+        for name in ("plain", "better")
+        for seed in (0, 1, 2)
+    ]
     groups = [
         {"name": name, "runs": [f"{name}-s{seed}" for seed in (0, 1, 2)], "seeds": [0, 1, 2], "mean": mean, "sd": 0.1}
         for name, mean in (("plain", 1.0), ("better", 0.9))
@@ -554,9 +557,15 @@ def test_the_page_at_three_widths_in_both_colour_schemes(tmp_path, width, dark):
 def test_a_winner_needs_a_verdict():
     def winners(*verdicts):
         groups = [{"name": "first", "runs": [], "mean": 1.0}]
-        groups += [{"name": f"{i}", "runs": [], "mean": 1.0 + sign * (i + 1) / 10,
-                    "versus_first": {"pairs": 3, "mean": 0.1, "low": 0.0, "high": 0.2, "verdict": verdict}}
-                   for i, (verdict, sign) in enumerate(verdicts)]  # fmt: skip
+        groups += [
+            {
+                "name": f"{i}",
+                "runs": [],
+                "mean": 1.0 + sign * (i + 1) / 10,
+                "versus_first": {"pairs": 3, "mean": 0.1, "low": 0.0, "high": 0.2, "verdict": verdict},
+            }
+            for i, (verdict, sign) in enumerate(verdicts)
+        ]
         return [
             c["name"] for c in _configurations([{"over_seeds": {"bits_per_byte": g}} for g in groups]) if c["winner"]
         ]

@@ -110,8 +110,14 @@ def test_training_in_a_thread(corpus, tmp_path):
     assert summaries[0]["last"]["step"] == 12
 
 
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID",
-             *(name for names in processes.OTHER_LAUNCHERS.values() for name in names))  # fmt: skip
+VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "LOCAL_RANK",
+    "TORCHELASTIC_RUN_ID",
+    *(name for names in processes.OTHER_LAUNCHERS.values() for name in names),
+)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +218,17 @@ def test_a_compiler_that_fails_is_one_line(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("--learning-rate", "--lr"), ("--max_iters", "--max-steps"), ("--gradient-accumulation-steps", "--grad-accum"),
-     ("--n_layers", "--n-layer"), ("--d-model", "--n-embd"), ("--lambda", "--dispersion"), ("--output_dir", "--out"),
-     ("--context-length=8", "--block-size")],
-)  # fmt: skip
+    [
+        ("--learning-rate", "--lr"),
+        ("--max_iters", "--max-steps"),
+        ("--gradient-accumulation-steps", "--grad-accum"),
+        ("--n_layers", "--n-layer"),
+        ("--d-model", "--n-embd"),
+        ("--lambda", "--dispersion"),
+        ("--output_dir", "--out"),
+        ("--context-length=8", "--block-size"),
+    ],
+)
 def test_the_usual_names_lead_to_the_flag(theirs, ours):
     with pytest.raises(InputError, match=f"did you mean {ours}\\?"):
         parse([theirs, "1"])

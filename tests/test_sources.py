@@ -68,10 +68,15 @@ def pack(content: bytes, ending: str) -> bytes:
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize(("name", "dialect"), [
-    ("a.csv", {}), ("a.csv", {"delimiter": ";", "quoting": csv.QUOTE_ALL}), ("a.tsv", {"delimiter": "\t"}),
-    ("a.CSV", {"lineterminator": "\n"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        ("a.csv", {}),
+        ("a.csv", {"delimiter": ";", "quoting": csv.QUOTE_ALL}),
+        ("a.tsv", {"delimiter": "\t"}),
+        ("a.CSV", {"lineterminator": "\n"}),
+    ],
+)
 def test_tables(run, name, dialect, ending):
     texts = [f'{text}, "quoted";\n\ttext {i}' for i, text in enumerate(make_texts(120))]
     table = io.StringIO(newline="")

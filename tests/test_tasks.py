@@ -585,12 +585,23 @@ def test_scores_equal_lm_evaluation_harness(bpe_run, tmp_path):
     }
     configs = []
     for config, file in zip((choices, completions), files, strict=True):
-        configs.append({**config, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},
-                        "test_split": "test", "doc_to_text": lambda d: d["context"]})  # fmt: skip
+        configs.append(
+            {
+                **config,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": file}},
+                "test_split": "test",
+                "doc_to_text": lambda d: d["context"],
+            }
+        )
     results = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": str(tmp_path / "hf"), "dtype": "float32"}, tasks=configs, device="cpu",
-        bootstrap_iters=0, batch_size=8,
-    )["results"]  # fmt: skip
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "hf"), "dtype": "float32"},
+        tasks=configs,
+        device="cpu",
+        bootstrap_iters=0,
+        batch_size=8,
+    )["results"]
     (found,) = evaluation.main([str(bpe_run), "--choices", files[0], "--completions", files[1]])
     for key in ("acc", "acc_norm"):
         assert found["choices"]["overall"][key] == results["choices"][f"{key},none"]

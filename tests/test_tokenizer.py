@@ -178,9 +178,14 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
             with pytest.raises(InputError, match=r"tokenizer\.model: "):
                 load(path)
     whole = HuggingFaceTokenizer.pack(good, "<|endoftext|>", 0)
-    for content in (whole[:-40], HuggingFaceTokenizer.pack(good, "</s>", 0), HuggingFaceTokenizer.pack(good, 5, 0),
-                    HuggingFaceTokenizer.pack(good, "<|endoftext|>", -1), HuggingFaceTokenizer.pack(good, "a", 10**9),
-                    HuggingFaceTokenizer.pack(good, "d", 0)):  # fmt: skip
+    for content in (
+        whole[:-40],
+        HuggingFaceTokenizer.pack(good, "</s>", 0),
+        HuggingFaceTokenizer.pack(good, 5, 0),
+        HuggingFaceTokenizer.pack(good, "<|endoftext|>", -1),
+        HuggingFaceTokenizer.pack(good, "a", 10**9),
+        HuggingFaceTokenizer.pack(good, "d", 0),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"tokenizer\.model: "):
             load(path)
@@ -321,13 +326,27 @@ def test_the_vocabulary_sizes_that_errors_suggest_work():
 
 
 SCRIPTS = {
-    "Latin": "abcdefghijklmnopqrstuvwxyz\u00e4\u00f6\u00e9\u00df", "Greek": (0x391, 0x3C9), "Cyrillic": (0x410, 0x44F),
-    "Hebrew": (0x5D0, 0x5EA), "Arabic": (0x621, 0x64A), "Devanagari": (0x904, 0x94D), "Thai": (0xE01, 0xE3A),
-    "Ethiopic": (0x1200, 0x1248), "hiragana": (0x3041, 0x3096), "hangul": (0xAC00, 0xB100), "Han": (0x4E00, 0x5E00),
-    "emoji": (0x1F600, 0x1F64F), "cuneiform": (0x12000, 0x120FF), "private use": (0xE000, 0xE0FF), "DNA": "ACGT",
-    "base64": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=", "digits": "01", "controls": (1, 31),
-    "marks that combine": (0x300, 0x36F), "one letter": "a",
-}  # fmt: skip
+    "Latin": "abcdefghijklmnopqrstuvwxyz\u00e4\u00f6\u00e9\u00df",
+    "Greek": (0x391, 0x3C9),
+    "Cyrillic": (0x410, 0x44F),
+    "Hebrew": (0x5D0, 0x5EA),
+    "Arabic": (0x621, 0x64A),
+    "Devanagari": (0x904, 0x94D),
+    "Thai": (0xE01, 0xE3A),
+    "Ethiopic": (0x1200, 0x1248),
+    "hiragana": (0x3041, 0x3096),
+    "hangul": (0xAC00, 0xB100),
+    "Han": (0x4E00, 0x5E00),
+    "emoji": (0x1F600, 0x1F64F),
+    "cuneiform": (0x12000, 0x120FF),
+    "private use": (0xE000, 0xE0FF),
+    "DNA": "ACGT",
+    "base64": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=",
+    "digits": "01",
+    "controls": (1, 31),
+    "marks that combine": (0x300, 0x36F),
+    "one letter": "a",
+}
 
 
 def text_in(alphabet: str | tuple[int, int], n: int, seed: int, spaces: int) -> str:
