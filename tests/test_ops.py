@@ -571,7 +571,7 @@ def unbuilt(tmp_path, monkeypatch):
 def put_binary(folder, content=b"some code"):
     """A folder as left by a build."""
     (folder / build.BINARY).write_bytes(content)
-    (folder / build.DONE).write_text(build.checksum(folder / build.BINARY))
+    (folder / build.DONE).write_bytes(build.checksum(folder / build.BINARY))
     return folder
 
 
@@ -713,7 +713,7 @@ def test_a_binary_that_does_not_load_is_reported_and_training_continues(unbuilt,
 
 
 @on_linux
-@pytest.mark.parametrize("damage", ["cut off", "empty", "missing", "changed", "no checksum"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "missing", "changed", "no checksum", "checksum damaged"])
 def test_a_damaged_binary_in_the_cache_is_built_again(unbuilt, damage, monkeypatch):
     """Loading a truncated shared library would kill the process with SIGBUS."""
     folder = put_binary(build.make_cache_folder(), bytes(range(256)) * 100)
@@ -722,6 +722,8 @@ def test_a_damaged_binary_in_the_cache_is_built_again(unbuilt, damage, monkeypat
         binary.unlink()
     elif damage == "no checksum":  # from a killed build or a full disk
         (folder / build.DONE).write_text("")
+    elif damage == "checksum damaged":
+        (folder / build.DONE).write_bytes(b"\xff\0\xfe")
     else:
         content = binary.read_bytes()
         binary.write_bytes({"cut off": content[:-1], "empty": b"", "changed": content[:-1] + b"x"}[damage])

@@ -270,16 +270,16 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", **changes}
 
 
-def checksum(path: Path) -> str:
+def checksum(path: Path) -> bytes:
     """Size and SHA-256 of a file, as a line."""
     content = path.read_bytes()
-    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n".encode()
 
 
 def intact(folder: Path) -> bool:
     """Whether the binary in a cache folder is the one built there. Loading a truncated one would kill the process."""
     try:
-        return (folder / DONE).read_text() == checksum(folder / BINARY)
+        return (folder / DONE).read_bytes() == checksum(folder / BINARY)
     except FileNotFoundError:
         return False
 
@@ -428,7 +428,7 @@ def _build(folder: Path, lock: int) -> str:
         failure = compile_into(folder / BINARY, False, wanted_instruction_set(), lock)
     if failure is None:
         (folder / BINARY).chmod(0o755)  # independent of the user's umask; see check_owner
-        write_atomic(folder / DONE, lambda file: file.write(checksum(folder / BINARY).encode()))
+        write_atomic(folder / DONE, lambda file: file.write(checksum(folder / BINARY)))
     else:
         last = b"exit code %d" % failure.code if not failure.transient else b"to be tried again"
         text = f"{failure.log.decode(errors='replace')}\n{last.decode()}\n"

@@ -171,6 +171,6 @@ def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
     available = memory_bytes(device)
     if available and needed > available:
         raise InputError(
-            f"out of memory: {count:,} parameters need {needed / 2**30:,.0f} GiB with gradients and optimiser "
-            f"state, but {device.type} has {available / 2**30:,.0f} GiB: lower --n-layer or --n-embd"
+            f"out of memory: {count:,} parameters need {needed / 2**30:,.1f} GiB with gradients and optimiser "
+            f"state, but {device.type} has {available / 2**30:,.1f} GiB: lower --n-layer or --n-embd"
         )
