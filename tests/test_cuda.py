@@ -270,7 +270,7 @@ def test_backward_rounds_once_and_applies_the_upstream_gradient(emulated, dtype)
             torch.testing.assert_close(narrow.float(), wide.to(z.dtype).float(), rtol=1e-2, atol=1e-6)
             _, plain = emulated(z, variant, exact=False)
             torch.testing.assert_close(wide / 65536, plain, rtol=1e-5, atol=1e-9)
-    with pytest.raises(ValueError, match="what the forward call"):
+    with pytest.raises(ValueError, match="the results of the forward call"):
         torch.ops.minidisp_emulator.backward(upstream, z, product, state[1:], variant, 0)
 
 
