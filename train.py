@@ -144,11 +144,9 @@ class Trainer:
 
     def introduce(self) -> None:
         """Print the first lines of a run: data, model, steps, loss, device."""
-        config, size, data = self.config, self.model.num_params(), (self.dataset, self.batches)
-        where = describe_use(config, self.device, self.dtype, self.compiled, self.world, self.dataset)
-        print(
-            report.introduction(*data, config, size, self.objective.terms, where, self.step, self.changed), flush=True
-        )
+        where = describe_use(self.config, self.device, self.dtype, self.compiled, self.world, self.dataset)
+        run = self.dataset, self.batches, self.config, self.model.num_params(), self.objective.terms
+        print(report.introduction(*run, where, self.step, self.changed), flush=True)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
