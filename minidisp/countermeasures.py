@@ -101,7 +101,7 @@ class Teacher:
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
         self.model, vocabulary, saved = checkpoint.load_run(config.distill, device)
         self.model.requires_grad_(False)
-        self.temperature, self.of_examples = config.distill_temperature, dataset.template is not None
+        self.temperature = config.distill_temperature
         self.hash = sha256_of(checkpoint.find(config.distill))
         if vocabulary.hash != dataset.tokenizer.hash:
             raise InputError(
@@ -126,14 +126,14 @@ class Teacher:
 
         The factor temperature^2 keeps the size of the gradient independent of the temperature. idx: (B, T) tokens; x:
         the student's hidden states after the final norm, (B, T, C); logits: its output layer, from (N, C) to (N, V).
-        targets, segments: see GPT.forward; for examples, the mean is over the targets that are not masked. Returns a
+        targets, segments: see GPT.forward; the mean is over the targets that are not masked. Returns a
         float32 scalar (float64 if x is). The logits are computed chunk by chunk and recomputed in the backward pass, so
         they are never fully materialised.
         """
         with torch.no_grad():
             target, _ = self.model._backbone(idx, context=None if segments is None else Segments(segments))
         x, target, number = x.flatten(0, 1), target.flatten(0, 1), idx.numel()
-        if self.of_examples and targets is not None:
+        if targets is not None:
             kept = (targets.flatten() != IGNORE).nonzero()[:, 0]
             x, target, number = x[kept], target[kept], max(1, len(kept))
         size, total = tokens_at_once(x.device, self.model.config.vocab_size), x.sum() * 0.0 if not len(x) else 0.0

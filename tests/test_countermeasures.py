@@ -230,6 +230,10 @@ def test_the_divergence_and_its_gradient_agree_with_the_formula(corpus, run, tmp
     log_p, log_q = log_softmax(logits / T), log_softmax(a @ W.T / T)
     p, q = np.exp(log_p), np.exp(log_q)
     assert loss.item() == pytest.approx(T**2 * (p * (log_p - log_q)).sum() / 30, rel=1e-12)
+    targets = torch.where(idx % 3 == 0, -1, idx)  # masked in a text, as in examples
+    kept = (targets != -1).flatten().numpy()
+    masked = teacher.divergence(idx, x.detach(), lambda x: F.linear(x, weight), targets).item()
+    assert masked == pytest.approx(T**2 * (p * (log_p - log_q))[kept].sum() / kept.sum(), rel=1e-12)
     d_logits = T * (q - p) / 30
     np.testing.assert_allclose(x.grad.numpy().reshape(30, 16), d_logits @ W, atol=1e-12)
     np.testing.assert_allclose(weight.grad.numpy(), d_logits.T @ a, atol=1e-12)
