@@ -1183,6 +1183,11 @@ def test_a_folder_named_like_a_module_of_ours(tmp_path, name):
     result = python(tmp_path / "data/prepare.py", "--help")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"{folder} would be imported in place of {name}.py" in result.stderr
+    shutil.rmtree(folder)
+    (tmp_path / "data" / f"{name}.abi3.so").write_bytes(b"")
+    result = python(tmp_path / "data/prepare.py", "--help")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"{name}.abi3.so would be imported in place of {name}.py" in result.stderr
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="no -P")
