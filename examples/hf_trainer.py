@@ -7,10 +7,13 @@ pip install -e '.[trainer]' && python examples/hf_trainer.py MODEL TEXT.txt OUT 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in a clone, minidisp need not be installed
+
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 except ImportError as error:
-    sys.exit(f"hf_trainer.py: {error}: pip install transformers accelerate")
+    print(f"hf_trainer.py: {error}: pip install transformers accelerate", file=sys.stderr)
+    sys.exit(2)
 
 from minidisp import DispersionLoss, InputError
 from minidisp.runtime.cli import Parser, exit_code

@@ -100,3 +100,21 @@ print(*(importlib.util.find_spec(name).origin for name in sys.argv[2:]), sep="\\
     found = run(script, unpacked, *(name.removesuffix(".__init__") for name in modules.values()))
     assert [Path(line) for line in found.splitlines()] == list(modules)
     assert (tree / "minidisp" / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("transformers", "says"),
+    [
+        ("raise ImportError('none here')", "pip install transformers accelerate"),
+        ("__getattr__ = lambda name: object", "OUT"),
+    ],
+    ids=["without transformers", "without an installed minidisp"],
+)
+def test_the_trainer_example_runs_from_a_clone(tmp_path, transformers, says):
+    (tmp_path / "transformers.py").write_text(transformers)
+    command = [sys.executable, ROOT / "examples" / "hf_trainer.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert says in done.stderr
