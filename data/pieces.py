@@ -20,6 +20,7 @@ from minidisp.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 23  # encoded at a time, by all threads together
+BATCH_PIECES = 100_000  # likewise: a piece of a few characters and its tokens take 500 bytes
 SAMPLE_PIECES = 500_000  # each takes 300 bytes in addition to its text
 MAX_DOCUMENT_CHARS = 1 << 25  # a document is held in memory, as its hash decides the split
 SAVE_EVERY_S = 10  # the most work that an interruption may lose
@@ -222,7 +223,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         chars += len(piece.text)
-        if chars >= BATCH_CHARS:
+        if chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
             yield batch
             batch, chars = [], 0
     if batch:

@@ -194,6 +194,14 @@ def test_same_bytes_on_any_number_of_cores(tmp_path, monkeypatch, tokenizer):
     assert len(list(folders[0].glob("train_*.bin"))) > 1
 
 
+def test_a_batch_is_bounded_in_pieces_too(monkeypatch):
+    monkeypatch.setattr(pieces, "BATCH_PIECES", 3)
+    names = [pieces.Piece("train", "ab" * (1 << 22 if i == 1 else 1), True) for i in range(9)]  # the second: 8 MB
+    batches = list(pieces._batches(iter(names)))
+    assert [len(batch) for batch in batches] == [2, 3, 3, 1]
+    assert sum(batches, []) == names
+
+
 def test_tokenizer_sees_a_fixed_sample_of_the_training_split():
     documents = [sources.Document("", [text]) for text in make_texts(400)]
     train = [text for text in make_texts(400) if split_of(text) == "train"]
