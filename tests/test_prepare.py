@@ -199,7 +199,7 @@ def test_a_batch_is_bounded_in_pieces_too(monkeypatch):
     names = [pieces.Piece("train", "ab" * (1 << 22 if i == 1 else 1), True) for i in range(9)]  # the second: 8 MB
     batches = list(pieces._batches(iter(names)))
     assert [len(batch) for batch in batches] == [2, 3, 3, 1]
-    assert sum(batches, []) == names
+    assert [piece for batch in batches for piece in batch] == names
 
 
 def test_tokenizer_sees_a_fixed_sample_of_the_training_split():
