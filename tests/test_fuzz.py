@@ -689,6 +689,7 @@ def test_content_not_allowed_in_a_checkpoint(small_run, tmp_path):
         },
         "asks for os.system": {"data.pkl": b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R."},
         "does not have the stated size": {"data/0": bytes(size + 4)},
+        "is too long": {"data.pkl": b"\x80\x02" + b"}" * (1 << 24)},
     }
     for reason, changes in refused.items():
         zip_of(path, changes, source)

@@ -26,6 +26,7 @@ from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.runtime.files import write_atomic
 
 LAST, BEST, AVERAGE = "ckpt_last.pt", "ckpt_best.pt", "ckpt_ema.pt"
+MOST_PICKLE = 1 << 24  # bytes; each can become an object of 72 bytes, and a tensor takes about 150
 NUMBERED = "ckpt_[0-9]*.pt"
 
 
@@ -178,6 +179,8 @@ def _unpickled(file: BinaryIO) -> object:
         byteorder = f"{prefix}/byteorder"
         if byteorder in records and archive.read(byteorder) != sys.byteorder.encode():
             raise ValueError("it was saved on a machine with a different byte order")
+        if archive.getinfo(f"{prefix}/data.pkl").file_size > MOST_PICKLE:
+            raise ValueError("its data.pkl is too long")
         return _Reader(archive, prefix).load()
 
 
