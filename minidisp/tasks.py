@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidisp import InputError, is_plain, parse_json
+from minidisp import TEXT, InputError, parse_json, printable
 from minidisp.comparison import Comparison, Measure, Run, bootstrap_mean, compare, short_names
 from minidisp.data import strided_windows
 from minidisp.decoding import PrefixTree
@@ -297,13 +297,17 @@ def read_pairs(pattern: str) -> list[Pair]:
     return [_parse_pair(row) for row in read_rows("--minimal-pairs", pattern)]
 
 
+DIRECTION_MARKS = "\u061c\u200e\u200f"  # part of Arabic and Hebrew text
+
+
 def _parse_pair(row: Row) -> Pair:
     record = row.record
     for key in ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID"):
-        value = record.get(key)
-        if value is None and not key.startswith("sentence"):
+        value, is_sentence = record.get(key), key.startswith("sentence")
+        if value is None and not is_sentence:
             continue
-        if not isinstance(value, str) or not value.strip() or not is_plain(value):
+        keep = TEXT + DIRECTION_MARKS if is_sentence else TEXT
+        if not isinstance(value, str) or not value.strip() or printable(value, keep=keep) != value:
             raise InputError(f"{row.where} is not a minimal pair: its {key} is missing, or not a single line of text")
     return Pair(
         record["sentence_good"], record["sentence_bad"], row.file, record.get("linguistics_term"), record.get("field")

@@ -654,7 +654,7 @@ def test_minimal_pairs_are_paired_between_runs(run, bpe_run, tmp_path, capsys):
 )
 def test_a_bad_pair_is_named(run, tmp_path, monkeypatch, line, expected):
     monkeypatch.setattr("minidisp.model.GPT.forward", None)
-    good = b'{"sentence_good": "a", "sentence_bad": "b"}'
+    good = b'{"sentence_good": "\\u05d0\\u200f!", "sentence_bad": "b"}'  # Hebrew, with a mark of its direction
     (tmp_path / "x[1].jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\n\n" + line + b"\r\n")
     with pytest.raises(InputError, match=rf"x\[1\]\.jsonl, line 3,.*{expected}"):
         evaluation.main([str(run), "--split", "none", "--minimal-pairs", str(tmp_path / "x[1].jsonl")])
