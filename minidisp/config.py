@@ -57,10 +57,10 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
-# The learning rates of recipes and presets are for training from scratch. A run that starts from pretrained weights
-# uses a tenth of them, which limits forgetting. Without a preset, whose learning rate fits its size, it is also scaled
-# by 1 / width.
-FINE_TUNING_LR = 0.1
+# The learning rates of recipes and presets are for training from scratch. They are also the best of three for runs that
+# start from small models of minidisp (docs/finetuning.md); from a published model, a tenth limits forgetting. Without a
+# preset, whose learning rate fits its size, it is also scaled by 1 / width.
+HUGGING_FACE_LR = 0.1
 
 # How to train, independent of model size: fields applied after the preset's and before the other flags. "fast" gives
 # the lowest loss per unit of time (docs/speedrun.md); "gpt2" is the paper's setting and the baseline of comparisons.
@@ -485,7 +485,8 @@ def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPT
     if "lr" in base.keys() | given.keys():
         return config
     wider = 1.0 if "preset" in given else max(1.0, config.n_embd / GPTConfig.n_embd)
-    lr = float(f"{FINE_TUNING_LR * config.lr / wider:.2g}")
+    from_hugging_face = source[1]
+    lr = float(f"{(HUGGING_FACE_LR if from_hugging_face else 1.0) * config.lr / wider:.2g}")
     # `out` keeps the folder name, which does not include this learning rate.
     return dataclasses.replace(config, lr=lr, out=str(config.run_dir))
 

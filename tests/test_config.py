@@ -304,11 +304,13 @@ def test_the_default_learning_rate_of_a_fine_tuning_run():
         "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
     }
 
-    def started(line: str) -> Config:
+    def started(line: str, hugging_face: bool = False) -> Config:
         return parse(
-            ["--init-from", line.split()[0], *line.split()[1:]], architecture_of=lambda name: (sources[name], False)
+            ["--init-from", line.split()[0], *line.split()[1:]],
+            architecture_of=lambda name: (sources[name], hugging_face),
         )
 
-    assert [started(line).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-4, 7.5e-5, 6e-5]
+    assert [started(line).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-3, 7.5e-4, 6e-4]
+    assert [started(line, True).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-4, 7.5e-5, 6e-5]
     assert [started(f"{name} --lr 0.002").lr for name in sources] == [0.002, 0.002]
     assert started("fast").run_dir == from_dict({**RECIPES["fast"], "recipe": "fast", "init_from": "fast"}).run_dir
