@@ -920,7 +920,7 @@ def test_the_trainer_example_says_in_one_line_what_it_cannot_use(transformers, g
     (tmp_path / "short.txt").write_text("nine char")
     (tmp_path / "latin.txt").write_bytes(b"\xe9" * 5000)
     for arguments, expected in [
-        ([gpt2, tmp_path / "short.txt", tmp_path / "out"], "short.txt gives 9 tokens"),
+        ([gpt2, tmp_path / "short.txt", tmp_path / "out"], "short.txt has 9 tokens"),
         ([gpt2, tmp_path / "latin.txt", tmp_path / "out"], "latin.txt is not UTF-8"),
         ([gpt2, tmp_path / "gone.txt", tmp_path / "out"], "gone.txt"),
         ([tmp_path / "missing", tmp_path / "short.txt", tmp_path / "out"], "missing"),

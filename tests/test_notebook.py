@@ -42,6 +42,7 @@ def test_its_links_lead_somewhere():
     assert [target for target in inside if not (NOTEBOOK.parent / target).is_file()] == []
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path, monkeypatch):
     """All cells, from the notebook's folder in a fresh copy of the project; then the first ones again."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
