@@ -235,7 +235,7 @@ def _curves(runs: dict[str, list[dict]], x: str = "step", log: bool = False, smo
         for panel in axes.values():
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     if alone:
-        figure.suptitle(_label(next(iter(runs))))
+        figure.suptitle(_shorten(next(iter(runs)), 72))
     return figure
 
 
@@ -347,8 +347,8 @@ def line_styles(n: int) -> list[dict]:
     ]
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:13]}...{name[-13:]}"
+def _shorten(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most // 2]}...{name[3 - most // 2 :]}"
 
 
 def _label(name: str) -> str:
