@@ -12,7 +12,6 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -57,9 +56,9 @@ PRESETS: dict[str, dict] = {
                    "mlp_dim": 3072, "rope_theta": 1e6, **_GPT2, "block_size": 4096, "batch_size": 4, "lr": 3e-4},
 }  # fmt: skip
 
-# The learning rates of recipes and presets are for training from scratch. They are also the best of three for runs that
-# start from small models of minidisp (docs/finetuning.md); from a published model, a tenth limits forgetting. Without a
-# preset, whose learning rate fits its size, it is also scaled by 1 / width.
+# The learning rates of recipes and presets are for training from scratch. They also suit runs that start from small
+# models of minidisp (docs/finetuning.md); from a published model, a tenth limits forgetting. Without a preset, whose
+# learning rate fits its size, it is also scaled by 1 / width.
 HUGGING_FACE_LR = 0.1
 
 # How to train, independent of model size: fields applied after the preset's and before the other flags. "fast" gives
@@ -421,13 +420,11 @@ def parse(
     argv: list[str] | None = None,
     prog: str = "train.py",
     begin_if_missing: bool = False,
-    architecture_of: Callable[[str], tuple[GPTConfig, bool]] | None = None,
 ) -> Config:
     """The Config of a command line. Raises InputError on unknown, malformed or contradictory flags.
 
     begin_if_missing: if there is no run to resume, start a new one.
-    architecture_of: returns the architecture of the model given as --init-from, and whether the run may use a shorter
-    context; by default it is read from there. The run adopts it; a flag that contradicts it is an error.
+    A run with --init-from adopts the architecture of that model; a flag that contradicts it is an error.
     """
     given = vars(_parser(prog).parse_args(argv))
     for name in {"config", "out", "init_from", "distill"} & given.keys():
@@ -453,16 +450,17 @@ def parse(
         base, given["resume"] = {}, False
     else:
         base = {}
-    return _new_run(base, given, architecture_of)
+    return _new_run(base, given)
 
 
-def _new_run(base: dict, given: dict, architecture_of: Callable[[str], tuple[GPTConfig, bool]] | None) -> Config:
+def _new_run(base: dict, given: dict) -> Config:
     """The Config of a new run: the saved settings `base`, if any, then preset, recipe and the given flags."""
     _refuse_another_recipe(base, given)
-    start = given.get("init_from", base.get("init_from"))
-    if start and architecture_of is None:
+    source, start = None, given.get("init_from", base.get("init_from"))
+    if start:
         from minidisp.runtime.init_from import architecture_of  # late, as it imports this module
-    source = architecture_of(start) if start else None
+
+        source = architecture_of(start)
     # A preset determines every field that any preset sets; the recipe is applied on top.
     preset = {**_UNSIZED, **PRESETS[given.get("preset", Config.preset)]} if "preset" in given or not base else {}
     typed_as = dict.fromkeys(preset if "preset" in given else (), "preset")

@@ -13,6 +13,7 @@ from minidisp import InputError
 from minidisp.config import PRESETS, RECIPES, Config, command_line, flags, from_dict, parse, read_json, to_dict
 from minidisp.flags import flag
 from minidisp.model import GPTConfig
+from minidisp.runtime import init_from
 from minidisp.runtime.cli import exit_code
 
 
@@ -205,13 +206,14 @@ def test_the_recipe_that_a_command_does_not_name(flags, recipe, optimizer, lr):
         ({"arch": "qwen3", "mlp": "relu2", "tied": False, "zero_init": True}, "fast"),
     ],
 )
-def test_the_model_that_a_run_starts_from_decides_its_recipe(architecture, recipe):
+def test_the_model_that_a_run_starts_from_decides_its_recipe(monkeypatch, architecture, recipe):
     source = GPTConfig(**architecture, n_layer=2)
-    config = parse(["--init-from", "x"], architecture_of=lambda name: (source, False))
+    monkeypatch.setattr(init_from, "architecture_of", lambda name: (source, False))
+    config = parse(["--init-from", "x"])
     assert (config.recipe, config.optimizer) == (recipe, "muon" if recipe == "fast" else "adamw")
     for name in ("arch", "mlp", "tied", "zero_init", "n_layer"):
         assert getattr(config, name) == getattr(source, name)
-    typed = parse(["--init-from", "x", "--recipe", "gpt2"], architecture_of=lambda name: (source, False))
+    typed = parse(["--init-from", "x", "--recipe", "gpt2"])
     assert (typed.recipe, typed.optimizer, typed.mlp) == ("gpt2", "adamw", source.mlp)
 
 
@@ -237,7 +239,8 @@ def test_an_old_config_keeps_its_meaning(corpus, tmp_path):
     assert parse(line) == config
 
 
-def test_the_folder_of_a_run_names_unusual_settings():
+def test_the_folder_of_a_run_names_unusual_settings(monkeypatch):
+    monkeypatch.setattr(init_from, "architecture_of", lambda source: (from_dict(RECIPES["fast"]), False))
     names = {
         "": "pystdlib-tiny-d0-s0",
         "--recipe fast --seed 2": "pystdlib-tiny-d0-s2",
@@ -251,8 +254,7 @@ def test_the_folder_of_a_run_names_unusual_settings():
         "--init-from runs/base --dispersion 0.1": "pystdlib-tiny-d0.1-s0-init_from_base",
     }
     for line, name in names.items():
-        config = parse(line.split(), architecture_of=lambda source: (from_dict(RECIPES["fast"]), False))
-        assert config.run_dir.as_posix() == f"runs/{name}"
+        assert parse(line.split()).run_dir.as_posix() == f"runs/{name}"
     names = ["beta1", "beta2", "momentum", "ema", "lr", "weight-decay", "grad-clip", "embedding-lr"]
     names += ["dispersion-tau", "dispersion-clamp"]
     everything = parse(["--n-layer=2", "--dropout=.1", *(f"--{name}=0.123456789" for name in names)])
@@ -297,18 +299,17 @@ def test_the_version_is_known(capsys):
     assert capsys.readouterr().out == f"minidisp {minidisp.__version__}\n"
 
 
-def test_the_default_learning_rate_of_a_fine_tuning_run():
-    """A tenth of the recipe's or the preset's; without a preset, lower for wider models; an explicit value is kept."""
+def test_the_default_learning_rate_of_a_fine_tuning_run(monkeypatch):
+    """The recipe's or the preset's, and a tenth of it from a Hugging Face model; without a preset, lower for wider
+    models; an explicit value is kept."""
     sources = {
         "fast": from_dict({**RECIPES["fast"]}),
         "wide": GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024),
     }
 
     def started(line: str, hugging_face: bool = False) -> Config:
-        return parse(
-            ["--init-from", line.split()[0], *line.split()[1:]],
-            architecture_of=lambda name: (sources[name], hugging_face),
-        )
+        monkeypatch.setattr(init_from, "architecture_of", lambda name: (sources[name], hugging_face))
+        return parse(["--init-from", *line.split()])
 
     assert [started(line).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-3, 7.5e-4, 6e-4]
     assert [started(line, True).lr for line in ("fast", "wide", "wide --preset gpt2")] == [6e-4, 7.5e-5, 6e-5]

@@ -34,6 +34,7 @@ import minidisp  # noqa: E402
 from data.prepare import VOCAB_SIZE  # noqa: E402
 from minidisp.config import PRESETS, command_line, flags, parse  # noqa: E402
 from minidisp.flags import kebab  # noqa: E402
+from minidisp.runtime import init_from  # noqa: E402
 
 try:
     import tomllib
@@ -287,7 +288,9 @@ def check_train(line: list[str]) -> None:
         with only_parsing():
             parse(line)
     else:
-        parse(line, begin_if_missing=True, architecture_of=lambda _: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(init_from, "architecture_of", lambda _: None)
+            parse(line, begin_if_missing=True)
 
 
 def run_program(words: list[str]) -> None:
