@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minidisp import InputError
+from minidisp.ops import processor_has
 
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
@@ -117,8 +118,7 @@ def newton_schulz_dtype(device_type: str) -> torch.dtype:
     """bfloat16, as in torch.optim.Muon; float32, 10 to 20 times as fast, on CPUs without bfloat16 instructions."""
     if device_type != "cpu":
         return torch.bfloat16
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # {} if this version of torch cannot tell
-    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if processor_has("amx_bf16") or processor_has("avx512_bf16") else torch.float32
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

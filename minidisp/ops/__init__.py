@@ -41,6 +41,11 @@ def registered(device_type: str) -> str:
 registered._dynamo_marked_constant = True
 
 
+def processor_has(instructions: str) -> bool:
+    """Whether this processor has these instructions, such as "amx_bf16", as far as torch can tell."""
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(instructions))
+
+
 CHECK_SECONDS = 300  # timeout of the check
 TRY_AGAIN = 75  # exit code of a check that could not run: out of memory, or the GPU is in use
 

@@ -22,7 +22,7 @@ import minidisp
 from minidisp import InputError
 from minidisp.config import Config, kebab, to_dict
 from minidisp.data import SPLITS, Corpora, Dataset
-from minidisp.ops import attention, registered
+from minidisp.ops import attention, processor_has, registered
 from minidisp.runtime.processes import World
 
 try:
@@ -127,8 +127,7 @@ def bfloat16_pays(n_embd: int) -> bool:
 
     The trainer does not choose it automatically: a run should give the same numbers on every CPU, up to rounding.
     """
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # none if torch cannot tell
-    return any(has.get(name, False) and n_embd >= least for name, least in BFLOAT16_PAYS.items())
+    return any(n_embd >= least and processor_has(name) for name, least in BFLOAT16_PAYS.items())
 
 
 def describe_use(
