@@ -109,12 +109,10 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
         temporary.unlink(missing_ok=True)
         if made:
             path.parent.rmdir()
-        if (
-            isinstance(error, OSError) and error.errno is None
-        ):  # numpy's, of a full disk: "8224 requested and 3216 written"
-            raise InputError(
-                f"{path} cannot be written to its end: free some space, or choose another folder"
-            ) from None
+        # numpy's error on a full disk: "8224 requested and 3216 written"
+        if isinstance(error, OSError) and error.errno is None:
+            advice = "free some space, or choose another folder"
+            raise InputError(f"{path} cannot be written to its end: {advice}") from None
         raise
     return path
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,6 +69,16 @@ def _asks_for_code(value: object) -> bool:
     return "auto_map" in value or any(named) or any(map(_asks_for_code, value.values()))
 
 
+@contextlib.contextmanager
+def _loading(kind: str) -> Iterator[None]:
+    """Turns an error of transformers into one line: it raises whatever its parts raise."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{kind}, and transformers cannot load it: {reason[:200]}") from None
+
+
 def _refuse_larger_than_weights(folder: Path, config: dict, kind: str) -> None:
     """Raise InputError if config.json describes a much larger model than the weights, or one that exceeds the memory.
 
@@ -82,13 +93,10 @@ def _refuse_larger_than_weights(folder: Path, config: dict, kind: str) -> None:
     for name in LAYERS:  # checked first, as building many layers is slow
         if type(config.get(name)) is int and config[name] > len(stored):
             raise InputError(f"{kind}, and its config.json has {config[name]:,} layers for {len(stored):,} tensors")
-    try:
+    with _loading(kind):
         described = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    except Exception as error:  # it raises whatever its parts raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{kind}, and transformers cannot load it: {reason[:200]}") from None
     if (size := sum(p.numel() for p in model.parameters())) > 2 * parameters:
         raise InputError(f"{kind} with {size:,} parameters, but the weights are {parameters:,} numbers")
     refuse_larger_than_memory(kind, 4 * size, torch.device("cpu"))
@@ -115,12 +123,10 @@ def load_other(source: str | Path, device: str | torch.device = "cpu", block_siz
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # it raises whatever its parts raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{kind}, and transformers cannot load it: {reason[:200]}") from None
+        with _loading(kind):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
     own = getattr(model.config, "max_position_embeddings", None)

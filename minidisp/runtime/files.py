@@ -152,9 +152,8 @@ def recover(folder: Path) -> None:
     old = _old(folder)
     if old.exists():
         shutil.rmtree(old) if folder.exists() else old.rename(folder)
-    if (folder / _READY).is_dir() and not (
-        folder / _READY
-    ).is_symlink():  # its files would be moved out of another folder
+    ready = folder / _READY
+    if ready.is_dir() and not ready.is_symlink():  # through a link, files would be moved out of another folder
         _move_in(folder)
 
 
