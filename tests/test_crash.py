@@ -113,21 +113,26 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
     return seen
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fifty_kills_lose_nothing(corpus, tmp_path):
+def in_child(*arguments, timeout: int) -> dict:
+    """Run this file as a program, which forks; returns what it has seen."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_crash", corpus, tmp_path],
+        [sys.executable, "-m", "tests.test_crash", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fifty_kills_lose_nothing(corpus, tmp_path):
+    seen = in_child(corpus, tmp_path, timeout=300)
     assert seen["kills"] == KILLS
     assert seen["in_a_save"] > KILLS // 2, seen
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -224,18 +229,7 @@ def kill_overwriting_twice(corpus: Path, folder: Path, every: int) -> dict:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_crash", corpus, tmp_path, str(every)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = in_child(corpus, tmp_path, str(every), timeout=600)
     assert seen["refused"]
     assert seen["resumed"]
     assert seen["pairs"] >= 30 // every

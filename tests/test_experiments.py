@@ -21,9 +21,8 @@ FOLDER = Path(train.__file__).parent / "experiments"
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a study. The figures of single runs, two thirds of the time of tiny runs, are skipped."""
+    """Imports a study."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(report, "draw_run", lambda metrics, title, folder: [])
     return importlib.import_module
 
 
