@@ -1,17 +1,18 @@
-"""Runs in llama.cpp: the same tokens for fifty texts, and the same greedy continuations as in minidisp.
+"""Runs in llama.cpp: the same tokens for fifty texts, the same greedy continuations, and the same chat prompts.
 
-    npm install -E node-llama-cpp@3.21.1                                 # in any folder; brings a built llama.cpp
-    LLAMA_CPP=that/folder python tests/llama_cpp.py runs/NAME ...        # every --dtype of every run
-    LLAMA_CPP=that/folder python -m pytest tests/test_gguf.py            # small runs of every kind
+    pip install xllamacpp                              # a compiled llama.cpp with its server
+    python tests/llama_cpp.py runs/NAME ...            # every --dtype of every run
+    python -m pytest tests/test_gguf.py                # small runs of every kind
 
 Exit code 0: all agree.
 """
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import minidisp
+from minidisp import InputError
 from minidisp.hf import gguf
+from minidisp.template import Template, load_template
 
 TEXTS = [
     "",
@@ -74,48 +77,116 @@ TEXTS = [
     "the end.\n\n    \n\t\n  x",
 ]
 PROMPTS = ["import ", "def read_", "class A:\n    "]
+DIALOGUES = [
+    [{"role": "user", "content": "What is 12 plus 30?"}],
+    [
+        {"role": "system", "content": "Be brief.  "},
+        {"role": "user", "content": "\u00fcber\n\n  two  spaces \U0001f642"},
+        {"role": "assistant", "content": "It's, we'll."},
+        {"role": "user", "content": " and then?\n"},
+    ],
+]
 
 
 def installed() -> bool:
-    return "LLAMA_CPP" in os.environ
+    return importlib.util.find_spec("xllamacpp") is not None
 
 
-def ask(path: Path, texts: list[str], prompts: list[list[int]], tokens: int) -> dict:
-    """The output of llama.cpp for a file; see llama_cpp.mjs."""
-    question = json.dumps({"model": str(path), "texts": texts, "prompts": prompts, "tokens": tokens})
-    script = Path(__file__).with_name("llama_cpp.mjs")
-    command = ["node", str(script), os.environ["LLAMA_CPP"]]
-    done = subprocess.run(command, input=question, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"llama.cpp does not take {path}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+class Server:
+    """llama.cpp's own server in this process, with one GGUF file."""
+
+    def __init__(self, path: Path):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 0  # that of the file
+        params.n_parallel = params.cpuparams.n_threads = 1
+        params.warmup, params.use_jinja = False, True
+        self._server = xllamacpp.Server(params)
+
+    def ask(self, endpoint: str, **body) -> dict:
+        """The answer of an endpoint, which are described in llama.cpp's tools/server/README.md."""
+        request = urllib.request.Request(
+            self._server.listening_address + endpoint,
+            json.dumps(body).encode() if body else None,
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"llama.cpp's {endpoint}: {error.read().decode()}") from None
+
+    def tokens(self, text: str, special: bool = False) -> list[int]:
+        return self.ask("/tokenize", content=text, add_special=False, parse_special=special)["tokens"]
 
 
 def compare(run: Path, dtype: str, tokens: int = 40) -> list[str]:
     """The differences between a run and its file in llama.cpp, in words; [] if there are none."""
-    model, vocabulary = minidisp.load(run)
-    prompts = [[vocabulary.eos_id, *vocabulary.encode(text)] for text in PROMPTS]
+    model, tokenizer = minidisp.load(run)
+    template = load_template(run, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        answer = ask(gguf.export_run(run, folder, dtype), TEXTS, prompts, tokens)
-    found = [] if answer["context"] == model.config.block_size else [f"a context of {answer['context']}"]
-    for text, ids, back in zip(TEXTS, answer["ids"], answer["back"], strict=True):
-        if ids != vocabulary.encode(text):
-            found.append(f"{text!r} is {ids}, not {vocabulary.encode(text)}")
-        if back not in (text, text.replace(" .", ".")):  # whitespace may be normalised for display
+        server = Server(gguf.export_run(run, folder, dtype))
+        context = server.ask("/props")["default_generation_settings"]["n_ctx"]
+        found = [] if context == model.config.block_size else [f"a context of {context}"]
+        found += _texts(server, tokenizer)
+        found += _continuations(server, model, tokenizer, template, dtype, tokens)
+        return found + (_dialogues(server, template) if template else [])
+
+
+def _texts(server: Server, tokenizer) -> list[str]:
+    found = []
+    for text in TEXTS:
+        ids = server.tokens(text)
+        if ids != tokenizer.encode(text):
+            found.append(f"{text!r} is {ids}, not {tokenizer.encode(text)}")
+        back = server.ask("/detokenize", tokens=ids)["content"]
+        if back != text:
             found.append(f"{text!r} comes back as {back!r}")
+    return found
+
+
+def _continuations(server: Server, model, tokenizer, template: Template | None, dtype: str, tokens: int) -> list[str]:
+    found = []
+    ends = {tokenizer.eos_id, *([template.stop_id] if template else [])}
     within = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3, "q8_0": 2e-2}[dtype]
-    for prompt, pairs, continuation in zip(prompts, answer["probabilities"], answer["continuations"], strict=True):
+    # The server does not report a token's probabilities before its text is complete UTF-8, so that token must be "a".
+    one = {"n_predict": 1, "n_probs": tokenizer.vocab_size, "logit_bias": [[tokenizer.encode("a")[-1], 100]]}
+    for text in PROMPTS:
+        prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+        (choice,) = server.ask("/completion", prompt=prompt, **one)["completion_probabilities"]
+        theirs = {p["id"]: p["logprob"] for p in choice["top_logprobs"]}  # without the bias
+        tokens = min(tokens, model.config.block_size - len(prompt))  # llama.cpp stops at the end of the context
+        many = {"n_predict": tokens, "temperature": 0, "return_tokens": True}
+        continuation = server.ask("/completion", prompt=prompt, **many)["tokens"]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + continuation[:-1]])).logits[0, len(prompt) - 1 :]
+            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 :]
         ours = logits[0].softmax(-1)
-        error = max(abs(ours[i].item() - p) for i, p in pairs)
-        if error > within or len(pairs) != len(ours):
-            found.append(f"{len(pairs)} probabilities, off by up to {error:.1g}")
+        error = (torch.tensor([theirs.get(i, -torch.inf) for i in range(len(ours))]).exp() - ours).abs().max().item()
+        if error > within:
+            found.append(f"probabilities after {text!r} differ by up to {error:.1g}")
         greedy = model.generate(torch.tensor([prompt]), tokens, temperature=0)[0, len(prompt) :].tolist()
+        stopped = next((i + 1 for i, token in enumerate(greedy) if token in ends), tokens)
         # Rounded weights may resolve near ties differently, but each of llama.cpp's tokens must be close to the best.
-        behind = (logits.max(-1).values - logits.gather(1, torch.tensor(continuation)[:, None])[:, 0]).max().item()
-        if continuation != greedy and (dtype == "float32" or behind > 10 * within):
-            found.append(f"continues {continuation}, not {greedy}")
+        chosen = logits[:-1].gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        behind = (logits[:-1].max(-1).values - chosen).max().item()
+        if continuation != greedy[:stopped] and (dtype == "float32" or behind > 10 * within):
+            found.append(f"continues {text!r} with {continuation}, not {greedy[:stopped]}")
+    return found
+
+
+def _dialogues(server: Server, template: Template) -> list[str]:
+    """The prompts of llama.cpp's chat mode."""
+    found = []
+    for messages in DIALOGUES:
+        try:
+            ids = template.render(messages, add_generation_prompt=True).ids
+        except InputError:  # a template that takes no system message
+            continue
+        text = server.ask("/apply-template", messages=messages)["prompt"]
+        if server.tokens(text, special=True) != ids:
+            found.append(f"the chat prompt is {text!r}, in tokens {server.tokens(text, special=True)}, not {ids}")
     return found
 
 
@@ -123,9 +194,8 @@ def main(runs: list[str]) -> int:
     for run in runs:
         for dtype in gguf.DTYPES:
             found = compare(Path(run), dtype)
-            print(
-                f"{run} {dtype}: " + ("; ".join(found) or f"{len(TEXTS)} texts and {len(PROMPTS)} continuations agree")
-            )
+            agree = f"{len(TEXTS)} texts, {len(PROMPTS)} continuations and {len(DIALOGUES)} chat prompts agree"
+            print(f"{run} {dtype}: {'; '.join(found) or agree}")
             if found:
                 return 1
     return 0

@@ -313,7 +313,7 @@ def test_the_short_command(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not llama_cpp.installed(), reason="LLAMA_CPP names no folder with node-llama-cpp: see llama_cpp.py")
+@pytest.mark.skipif(not llama_cpp.installed(), reason="xllamacpp is not installed: see llama_cpp.py")
 @pytest.mark.parametrize("kind", [*KINDS, "byte", *WORDS])
 def test_llama_cpp_tokenizes_and_continues_in_the_same_way(tmp_path, kind):
     run = tmp_path / "run"

@@ -20,6 +20,7 @@ from minidisp.data import Dataset
 from minidisp.hf.gguf import export_run
 from minidisp.template import PLAIN, Template, load_template
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, to_tokenizer, train_sentencepiece
+from tests import llama_cpp
 
 # As in Qwen3: no <think> in earlier turns, an empty one in the last, and whitespace after the closing token.
 THINKING = """\
@@ -315,6 +316,8 @@ def test_a_gguf_file_has_the_chat_template_and_the_token_that_ends_a_turn(tmp_pa
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     end = fields["tokenizer.ggml.eot_token_id" if kind == "thinking" else "tokenizer.ggml.eos_token_id"]
     assert end.contents() == template.stop_id
+    if llama_cpp.installed():
+        assert llama_cpp.compare(run, "float32") == []
 
 
 def test_a_template_without_a_date_is_the_same_on_every_day(monkeypatch):
