@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidisp import InputError, decoding
@@ -106,8 +107,19 @@ class GPTConfig:
     @property
     def parameter_count(self) -> int:
         """GPT.num_params(), without allocating the parameters."""
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             return GPT(self).num_params()
+
+
+class NoInit(TorchFunctionMode):
+    """Skips weight initialisation: it takes longer than reading the weights that replace it, and on the meta device it
+    would import the compiler, which costs over a second at every start."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class Output(NamedTuple):
@@ -323,10 +335,10 @@ class GPT(nn.Module):
         """Extend the tables of rotations to at least `length` positions; for a context of a million they take GiB."""
         config = self.config
         length = min(config.block_size, 1 << (length - 1).bit_length())
-        device = "meta" if self.cos.is_meta else "cpu"  # computed on the CPU, so identical on every device
-        with torch.inference_mode(False):  # they are cached, and must not be inference tensors
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-            angles = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)  # (length, D)
+        # Computed on the CPU, so identical on every device; on the meta device, arange would import the compiler.
+        with torch.inference_mode(False), torch.device("cpu"):  # cached, so they must not be inference tensors
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+            angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)  # (length, D)
             self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -12,6 +12,7 @@ from minidisp import optim
 from minidisp.config import Config
 from minidisp.model import GPT
 from minidisp.optim import Muon, build_optimizers, learning_rate, step_where_on_device
+from tests.conftest import small_flags
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
 
@@ -76,7 +77,7 @@ def test_embeddings_have_a_learning_rate_of_their_own(optimizer, tied):
     assert [group for group in groups if group.get("lr_scale", 1.0) == 1.0]
 
 
-def test_to_build_and_step_optimisers_imports_no_compiler():
+def test_to_train_imports_no_compiler(corpus, tmp_path):
     code = (
         "import sys, torch; from minidisp import GPT; from minidisp.config import Config\n"
         "from minidisp.optim import *\n"
@@ -84,9 +85,14 @@ def test_to_build_and_step_optimisers_imports_no_compiler():
         "    config = Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, optimizer=name); model = GPT(config)\n"
         "    idx = torch.zeros(1, 4, dtype=torch.long); model(idx, idx).loss.backward()\n"
         "    [(o.step(), o.load_state_dict(o.state_dict())) for o in build_optimizers(model, config)]\n"
-        "assert 'torch._dynamo' not in sys.modules"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "from minidisp import report; import train; report.draw_run = lambda *_: []\n"
+        "for arch in 'gpt2', 'qwen3':\n"
+        "    assert train.cli([*sys.argv[2:], '--arch', arch, '--out', sys.argv[1] + '/' + arch]) == 0\n"
+        "assert not sys.modules.keys() & {'torch._dynamo', 'torch.fx.experimental.symbolic_shapes'}"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    flags = small_flags(data=corpus, dispersion=0.1, max_steps=2)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *flags], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_one_step_of_adamw_is_the_formula():

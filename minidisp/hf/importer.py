@@ -12,13 +12,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from minidisp import InputError, read_bytes
 from minidisp.config import read_json
 from minidisp.hf.families import FAMILIES, INDEX, TOKEN_IDS, WEIGHTS, Settings, read_config, weights
-from minidisp.model import GPT, GPTConfig
+from minidisp.model import GPT, GPTConfig, NoInit
 from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -58,7 +57,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", block_siz
             )
         _check_tensors(folder, config, family, stored)
         refuse_larger_than_memory(f"the model in {folder}", 4 * config.parameter_count, torch.device("cpu"))
-        with _NoInit():
+        with NoInit():
             model = GPT(dataclasses.replace(config, block_size=block_size or config.block_size)).eval()
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -70,16 +69,6 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", block_siz
         if parameters:
             raise InputError(f"{folder} has no weights for the model's parameter {next(iter(parameters))}")
     return model.to(device)
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips weight initialisation, which takes longer than reading the weights that replace it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def load_tokenizer(source: str | Path) -> HuggingFaceTokenizer:
