@@ -82,13 +82,13 @@ def cli(
     """Run a study, or the rest of it, print its tables and draw its figures; returns the exit code.
 
     file, doc: `__file__` and `__doc__` of the study; the text up to the first question mark is the title of the
-    figures. scales: name -> dictionary with `seeds` (their number, from `first_seed` or 0 on), `train` (flags of
-    train.py, by their
-        names in Config), and anything that `arms` needs.
+        figures.
+    scales: name -> dictionary with `seeds` (their number, from `first_seed` or 0 on), `train` (flags of train.py, by
+        their names in Config), and anything that `arms` needs.
     arms(scale): label -> the flags in `train` that this condition changes, in the order they run; the first is the
-    baseline. views: the comparisons; each maps condition -> evaluations of each seed to label -> one evaluation per
-    seed, the first
-        being the baseline. differences.png shows the first view.
+        baseline.
+    views: the comparisons; each maps condition -> evaluations of each seed to label -> one evaluation per seed, the
+        first being the baseline. differences.png shows the first view.
     """
     name = Path(file).stem
 
