@@ -1,5 +1,6 @@
-// The operators on the CPU as torch calls them: checks, outputs, and the kernels of this folder, which know no torch. Schemas and
-// shapes are in minidisp/ops/, and so are the gradients but those of the layers, which are at the end of this file.
+// The operators on the CPU as torch calls them: checks, outputs, and the kernels of this folder, which know no torch.
+// Schemas and shapes are in minidisp/ops/, and so are the gradients but those of the layers, which are at the end of
+// this file.
 //
 // This is the only file that includes torch's headers, which take longer to compile than all kernels together.
 
@@ -70,13 +71,15 @@ InstructionSet best_instruction_set() {
   InstructionSet most = all;
   if (const char* value = std::getenv("MINIDISP_CPU"); value != nullptr && *value != 0) {
     const auto* const found = std::find(std::begin(kNames), std::end(kNames), std::string_view(value));
-    TORCH_CHECK_VALUE(found != std::end(kNames), "MINIDISP_CPU is ", value, ", but must be baseline, avx2, avx512 or amx");
+    TORCH_CHECK_VALUE(found != std::end(kNames), "MINIDISP_CPU is ", value,
+                      ", but must be baseline, avx2, avx512 or amx");
     most = std::min(all, static_cast<InstructionSet>(found - kNames));
   }
 #if defined(MINIDISP_ONLY)
   constexpr auto only = static_cast<InstructionSet>(MINIDISP_ONLY);
-  TORCH_CHECK_VALUE(most >= std::min(only, InstructionSet::avx512), "the extension was compiled for ", kNames[MINIDISP_ONLY],
-                    " alone, not for ", kNames[static_cast<int>(most)], ": set MINIDISP_CPU before the start");
+  TORCH_CHECK_VALUE(most >= std::min(only, InstructionSet::avx512), "the extension was compiled for ",
+                    kNames[MINIDISP_ONLY], " alone, not for ", kNames[static_cast<int>(most)],
+                    ": set MINIDISP_CPU before the start");
   return std::min(most, only);
 #else
   return most;
@@ -85,7 +88,8 @@ InstructionSet best_instruction_set() {
 
 int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-void run_in_parallel(int64_t begin, int64_t end, int64_t grain, void (*call)(const void*, int64_t, int64_t), const void* function) {
+void run_in_parallel(int64_t begin, int64_t end, int64_t grain, void (*call)(const void*, int64_t, int64_t),
+                     const void* function) {
   at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { call(function, first, last); });
 }
 
@@ -101,12 +105,14 @@ namespace {
 // The dispersion loss
 
 Type type_of(const at::Tensor& x) {
-  return x.scalar_type() == at::kFloat ? Type::float32 : x.scalar_type() == at::kBFloat16 ? Type::bfloat16 : Type::float16;
+  return x.scalar_type() == at::kFloat      ? Type::float32
+         : x.scalar_type() == at::kBFloat16 ? Type::bfloat16
+                                            : Type::float16;
 }
 
 // Returns the loss, its gradient or nothing, and nothing: minidisp/ops/dispersion.py.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion_loss(const at::Tensor& z, c10::string_view variant, double tau, double clamp,
-                                                               double eps, bool need_grad) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion_loss(const at::Tensor& z, c10::string_view variant,
+                                                               double tau, double clamp, double eps, bool need_grad) {
   const Options options = checked_options(z, variant, tau, clamp, eps);
   const bool may_round = at::autocast::is_autocast_enabled(at::kCPU) || allows_rounding([] {
                            return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
@@ -132,7 +138,8 @@ AttentionCall checked_call(const at::Tensor& qkv, int64_t n_head, int64_t n_kv_h
   const int64_t D = qkv.size(2) / heads;
   TORCH_CHECK_VALUE(D <= 256, "minidisp::causal_attention takes heads of up to 256 channels, not ", D);
   AttentionCall call{};
-  call.type = type_of(qkv), call.B = qkv.size(0), call.T = qkv.size(1), call.D = D, call.n_head = n_head, call.n_kv_head = n_kv_head;
+  call.type = type_of(qkv), call.B = qkv.size(0), call.T = qkv.size(1), call.D = D, call.n_head = n_head,
+  call.n_kv_head = n_kv_head;
   return call;
 }
 
@@ -187,13 +194,14 @@ std::string instruction_set() {
   }
 }
 
-// What a block computes besides matrix products and attention, each in one pass over memory, forward and backward. Gradients of
-// weights are summed by each thread for itself and then over the threads, in their order.
+// What a block computes besides matrix products and attention, each in one pass over memory, forward and backward.
+// Gradients of weights are summed by each thread for itself and then over the threads, in their order.
 
 constexpr int64_t kGrain = 1 << 15;  // numbers that are worth a thread
 
 bool in_bfloat16(at::ScalarType type) {
-  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16, "minidisp computes layers in float32 and bfloat16, not ", type);
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16,
+                    "minidisp computes layers in float32 and bfloat16, not ", type);
   return type == at::kBFloat16;
 }
 
@@ -215,8 +223,8 @@ at::Tensor summed(int64_t rows, int64_t row_size, int64_t width, Function functi
   return sums.sum(0);
 }
 
-at::Tensor norm(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double eps, bool centred,
-                at::ScalarType dtype) {
+at::Tensor norm(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double eps,
+                bool centred, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) > 0, "a norm takes rows of numbers, not ", input.sizes());
   const at::Tensor x = input.contiguous(), w = weights(weight, x.size(-1));
   const at::Tensor b = bias ? weights(*bias, x.size(-1)) : at::Tensor();
@@ -226,27 +234,30 @@ at::Tensor norm(const at::Tensor& input, const at::Tensor& weight, const std::op
   n.x = x.const_data_ptr(), n.weight = w.const_data_ptr<float>(), n.bias = bias ? b.const_data_ptr<float>() : nullptr;
   n.out = out.mutable_data_ptr();
   const LayerKernels& k = layer_kernels().norms[in_bfloat16(x.scalar_type())][in_bfloat16(dtype)];
-  at::parallel_for(0, x.numel() / n.width, kGrain / n.width + 1, [&](int64_t begin, int64_t end) { k.norm(n, begin, end); });
+  at::parallel_for(0, x.numel() / n.width, kGrain / n.width + 1,
+                   [&](int64_t begin, int64_t end) { k.norm(n, begin, end); });
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> norm_backward(const at::Tensor& grad_out, const at::Tensor& input, const at::Tensor& weight,
-                                                 double eps, bool centred) {
+std::tuple<at::Tensor, at::Tensor> norm_backward(const at::Tensor& grad_out, const at::Tensor& input,
+                                                 const at::Tensor& weight, double eps, bool centred) {
   const at::Tensor x = input.contiguous(), g = grad_out.contiguous(), w = weights(weight, x.size(-1));
   TORCH_CHECK_VALUE(g.sizes() == x.sizes(), "the gradient must be ", x.sizes(), ", not ", g.sizes());
   const at::Tensor grad = at::empty(x.sizes(), x.options());
   NormWork n{};
   n.width = x.size(-1), n.eps = static_cast<float>(eps), n.centred = centred;
-  n.x = x.const_data_ptr(), n.weight = w.const_data_ptr<float>(), n.grad = g.const_data_ptr(), n.grad_x = grad.mutable_data_ptr();
+  n.x = x.const_data_ptr(), n.weight = w.const_data_ptr<float>(), n.grad = g.const_data_ptr(),
+  n.grad_x = grad.mutable_data_ptr();
   const LayerKernels& k = layer_kernels().norms[in_bfloat16(x.scalar_type())][in_bfloat16(g.scalar_type())];
   const auto pass = [&](int64_t begin, int64_t end, float* sums) { k.norm_backward(n, begin, end, sums); };
   return {grad, summed(x.numel() / n.width, n.width, n.width, pass)};
 }
 
-RotateWork rotate_work(const at::Tensor& qkv, const at::Tensor& q_weight, const at::Tensor& k_weight, const at::Tensor& cos,
-                       const at::Tensor& sin, int64_t n_head, int64_t n_kv_head, double eps) {
-  TORCH_CHECK_VALUE(n_head >= 1 && n_kv_head >= 1 && qkv.dim() == 3 && qkv.size(2) > 0 && qkv.size(2) % (n_head + 2 * n_kv_head) == 0,
-                    "qkv must be (B, T, (n_head + 2 n_kv_head) D), not ", qkv.sizes());
+RotateWork rotate_work(const at::Tensor& qkv, const at::Tensor& q_weight, const at::Tensor& k_weight,
+                       const at::Tensor& cos, const at::Tensor& sin, int64_t n_head, int64_t n_kv_head, double eps) {
+  TORCH_CHECK_VALUE(
+      n_head >= 1 && n_kv_head >= 1 && qkv.dim() == 3 && qkv.size(2) > 0 && qkv.size(2) % (n_head + 2 * n_kv_head) == 0,
+      "qkv must be (B, T, (n_head + 2 n_kv_head) D), not ", qkv.sizes());
   RotateWork r{};
   r.n_head = n_head, r.n_kv_head = n_kv_head, r.width = qkv.size(2) / (n_head + 2 * n_kv_head), r.tokens = qkv.size(1);
   TORCH_CHECK_VALUE(r.width % 2 == 0, "rotary positions need an even number of channels, not ", r.width);
@@ -255,7 +266,8 @@ RotateWork rotate_work(const at::Tensor& qkv, const at::Tensor& q_weight, const 
                           table->scalar_type() == at::kFloat && table->is_contiguous(),
                       "rotations must be contiguous float32 (", r.tokens, ", ", r.width, "), not ", table->sizes());
   r.eps = static_cast<float>(eps);
-  r.qkv = qkv.const_data_ptr(), r.q_weight = q_weight.const_data_ptr<float>(), r.k_weight = k_weight.const_data_ptr<float>();
+  r.qkv = qkv.const_data_ptr(), r.q_weight = q_weight.const_data_ptr<float>(),
+  r.k_weight = k_weight.const_data_ptr<float>();
   r.cos = cos.const_data_ptr<float>(), r.sin = sin.const_data_ptr<float>();
   return r;
 }
@@ -264,8 +276,8 @@ int64_t head_width(const at::Tensor& qkv, int64_t n_head, int64_t n_kv_head) {
   return n_head + 2 * n_kv_head > 0 && qkv.dim() == 3 ? qkv.size(2) / (n_head + 2 * n_kv_head) : 0;
 }
 
-at::Tensor rotate(const at::Tensor& packed, const at::Tensor& q_weight, const at::Tensor& k_weight, const at::Tensor& cos,
-                  const at::Tensor& sin, int64_t n_head, int64_t n_kv_head, double eps) {
+at::Tensor rotate(const at::Tensor& packed, const at::Tensor& q_weight, const at::Tensor& k_weight,
+                  const at::Tensor& cos, const at::Tensor& sin, int64_t n_head, int64_t n_kv_head, double eps) {
   const int64_t D = head_width(packed, n_head, n_kv_head);
   const at::Tensor qkv = packed.contiguous(), q = weights(q_weight, D), k = weights(k_weight, D);
   RotateWork r = rotate_work(qkv, q, k, cos, sin, n_head, n_kv_head, eps);
@@ -277,14 +289,17 @@ at::Tensor rotate(const at::Tensor& packed, const at::Tensor& q_weight, const at
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> rotate_backward(const at::Tensor& grad_out, const at::Tensor& packed, const at::Tensor& q_weight,
-                                                   const at::Tensor& k_weight, const at::Tensor& cos, const at::Tensor& sin,
-                                                   int64_t n_head, int64_t n_kv_head, double eps) {
+std::tuple<at::Tensor, at::Tensor> rotate_backward(const at::Tensor& grad_out, const at::Tensor& packed,
+                                                   const at::Tensor& q_weight, const at::Tensor& k_weight,
+                                                   const at::Tensor& cos, const at::Tensor& sin, int64_t n_head,
+                                                   int64_t n_kv_head, double eps) {
   const int64_t D = head_width(packed, n_head, n_kv_head);
-  const at::Tensor qkv = packed.contiguous(), g = grad_out.contiguous(), q = weights(q_weight, D), k = weights(k_weight, D);
+  const at::Tensor qkv = packed.contiguous(), g = grad_out.contiguous(), q = weights(q_weight, D),
+                   k = weights(k_weight, D);
   RotateWork r = rotate_work(qkv, q, k, cos, sin, n_head, n_kv_head, eps);
-  TORCH_CHECK_VALUE(g.sizes() == qkv.sizes() && g.scalar_type() == qkv.scalar_type(), "the gradient must be as the input, ",
-                    qkv.sizes(), " of ", qkv.scalar_type(), ", not ", g.sizes(), " of ", g.scalar_type());
+  TORCH_CHECK_VALUE(g.sizes() == qkv.sizes() && g.scalar_type() == qkv.scalar_type(),
+                    "the gradient must be as the input, ", qkv.sizes(), " of ", qkv.scalar_type(), ", not ", g.sizes(),
+                    " of ", g.scalar_type());
   const at::Tensor grad = at::empty(qkv.sizes(), qkv.options());
   r.grad = g.const_data_ptr(), r.grad_qkv = grad.mutable_data_ptr();
   const RowKernels& kernels = layer_kernels().rows[in_bfloat16(qkv.scalar_type())];
@@ -311,7 +326,8 @@ at::Tensor squared_relu_backward(const at::Tensor& grad_out, const at::Tensor& i
   return out;
 }
 
-// A function of one bfloat16 number takes 65,536 values: reading them from a table is faster than computing them, and exact.
+// A function of one bfloat16 number takes 65,536 values: reading them from a table is faster than computing them, and
+// exact.
 constexpr int64_t kNumbers = 1 << 16;
 
 void check_table(const at::Tensor& x, const at::Tensor& table, at::ScalarType type) {
@@ -338,12 +354,14 @@ at::Tensor lookup_backward(const at::Tensor& grad_out, const at::Tensor& input, 
   TORCH_CHECK_VALUE(g.sizes() == x.sizes() && g.scalar_type() == x.scalar_type(), "the gradient must be as the input");
   const auto backward = layer_kernels().bfloat16.lookup_backward;
   at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    backward(g.const_data_ptr(), x.const_data_ptr(), slopes.const_data_ptr<float>(), out.mutable_data_ptr(), begin, end);
+    backward(g.const_data_ptr(), x.const_data_ptr(), slopes.const_data_ptr<float>(), out.mutable_data_ptr(), begin,
+             end);
   });
   return out;
 }
 
-// oneDNN's product, or nothing where it has none for bfloat16: that is seen by trying, since it goes by more than the processor.
+// oneDNN's product, or nothing where it has none for bfloat16: that is seen by trying, since it goes by more than the
+// processor.
 using Product = c10::OperatorHandle;
 
 Tensor multiply(const Product& product, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -374,15 +392,18 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 // The product with a transposed matrix would transpose it more slowly, and the bias needs its sums anyway.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& grad_out, const at::Tensor& input,
                                                                const at::Tensor& weight) {
-  const at::Tensor g = grad_out.contiguous().view({-1, weight.size(0)}), x = input.contiguous().view({-1, weight.size(1)});
+  const at::Tensor g = grad_out.contiguous().view({-1, weight.size(0)}),
+                   x = input.contiguous().view({-1, weight.size(1)});
   TORCH_CHECK_VALUE(in_bfloat16(g.scalar_type()) && in_bfloat16(x.scalar_type()), "minidisp::linear takes bfloat16");
   const int64_t rows = g.size(0), columns = g.size(1);
-  const at::Tensor transposed = at::empty({columns, rows}, g.options()), sums = at::empty({columns}, g.options().dtype(at::kFloat));
+  const at::Tensor transposed = at::empty({columns, rows}, g.options()),
+                   sums = at::empty({columns}, g.options().dtype(at::kFloat));
   const auto transpose = layer_kernels().bfloat16.transpose;
-  at::parallel_for(0, (columns + 63) / 64, kGrain / (64 * std::max<int64_t>(rows, 1)) + 1, [&](int64_t begin, int64_t end) {
-    transpose(g.const_data_ptr(), rows, columns, transposed.mutable_data_ptr(), sums.mutable_data_ptr<float>(), begin * 64,
-              std::min(columns, end * 64));
-  });
+  at::parallel_for(0, (columns + 63) / 64, kGrain / (64 * std::max<int64_t>(rows, 1)) + 1,
+                   [&](int64_t begin, int64_t end) {
+                     transpose(g.const_data_ptr(), rows, columns, transposed.mutable_data_ptr(),
+                               sums.mutable_data_ptr<float>(), begin * 64, std::min(columns, end * 64));
+                   });
   return {at::mm(g, weight).view(input.sizes()), at::mm(transposed, x), sums};
 }
 
@@ -430,12 +451,12 @@ void linear_gradients(const Tensor& grad, const Stack& a, variable_list& gradien
   if (!a[2].isNone()) gradients[2] = out[2].toTensor().to(a[2].toTensor().scalar_type());
 }
 
-// Records a call: an operator's arguments, kept for backward. Autograd does not see what that computes, which create_graph=True
-// would need.
+// Records a call: an operator's arguments, kept for backward. Autograd does not see what that computes, which
+// create_graph=True would need.
 struct Recorded : torch::autograd::Function<Recorded> {
   static constexpr size_t kOthers = 3;  // arguments of forward that are no tensors
-  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, const c10::OperatorHandle* op, const Stack* arguments,
-                        Backward backward) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, const c10::OperatorHandle* op,
+                        const Stack* arguments, Backward backward) {
     const at::AutoDispatchBelowADInplaceOrView below;
     Stack others = *arguments;
     std::vector<int64_t> places;  // of the tensors
@@ -450,14 +471,16 @@ struct Recorded : torch::autograd::Function<Recorded> {
     return stack[0].toTensor();
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "minidisp's layers have no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start");
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(),
+        "minidisp's layers have no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start");
     Stack arguments = ctx->saved_data["others"].toTupleRef().elements().vec();
     const std::vector<int64_t> places = ctx->saved_data["places"].toIntVector();
     const variable_list saved = ctx->get_saved_variables();
     for (size_t i = 0; i < places.size(); ++i) arguments[places[i]] = saved[i];
     variable_list gradients(arguments.size()), of_tensors;
-    reinterpret_cast<Backward>(static_cast<intptr_t>(ctx->saved_data["backward"].toInt()))(grads[0], arguments, gradients);
+    reinterpret_cast<Backward>(static_cast<intptr_t>(ctx->saved_data["backward"].toInt()))(grads[0], arguments,
+                                                                                           gradients);
     for (const int64_t place : places) of_tensors.push_back(gradients[place]);
     of_tensors.resize(places.size() + kOthers);
     return of_tensors;
@@ -476,14 +499,15 @@ void recorded(const c10::OperatorHandle& op, Stack* stack) {
   stack->emplace_back(out);
 }
 
-// Registration. A function is wrapped to take its arguments from the dispatcher's stack here: torch's own wrappers, which also
-// serve callers in C++, would take longer to compile than all of this file.
+// Registration. A function is wrapped to take its arguments from the dispatcher's stack here: torch's own wrappers,
+// which also serve callers in C++, would take longer to compile than all of this file.
 
 template <class T>
 T argument_as(const c10::IValue& value) {
   using Plain = std::decay_t<T>;
   if constexpr (std::is_same_v<Plain, Tensor>) return value.toTensor();
-  else if constexpr (std::is_same_v<Plain, std::optional<Tensor>>) return value.isNone() ? Plain() : Plain(value.toTensor());
+  else if constexpr (std::is_same_v<Plain, std::optional<Tensor>>)
+    return value.isNone() ? Plain() : Plain(value.toTensor());
   else if constexpr (std::is_same_v<Plain, double>) return value.toDouble();
   else if constexpr (std::is_same_v<Plain, int64_t>) return value.toInt();
   else if constexpr (std::is_same_v<Plain, bool>) return value.toBool();
