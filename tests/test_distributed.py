@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the same run, files and checkpoints as one process, and an exit if one is lost."""
+"""Several processes: the same run, files and checkpoints as one process, and an exit if one is lost."""
 
 import json
 import os
@@ -17,32 +17,50 @@ from minidisp import InputError, report
 from minidisp.runtime import checkpoint
 from minidisp.runtime.guard import half_of
 from minidisp.runtime.processes import World
-from tests.conftest import small_config, small_flags
+from tests.conftest import small_flags
 
 ROOT = Path(train.__file__).parent
 TIMES = {"tokens_per_second", "seconds"}
 
-# A launch takes seconds, mostly for imports, so each one makes several runs, given as [name, changes] in JSON.
-SEVERAL_RUNS = """
-import json, sys
+# Imports take seconds, so one process imports everything and forks for the processes of each launch, with the variables
+# that torchrun sets. Launches are [number of processes, [[name of a run, changes], ...]] in JSON, one after another.
+LAUNCHES = """
+import json, multiprocessing, os, socket, sys
 from contextlib import ExitStack
+import torch._inductor.compile_fx, torch.distributed.fsdp
 import minidisp.loss
 import train
 from minidisp import InputError, report
 from tests.conftest import small_config
 
-minidisp.loss.CHUNKED_MIN_VOCAB = 0  # the chunked loss here, the plain one alone: as if the vocabulary were large
 report.draw_run = lambda *_: []
-corpus, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-with ExitStack() as at_exit:
-    world = train.World.join(at_exit)
-    for name, changes in runs:
-        try:
-            train.main(small_config(corpus, f"{folder}/{name}", **changes), world)
-        except (InputError, train.Diverged) as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
-        world.barrier()
-train.leave(0)
+corpus, folder, launches = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+
+def work(rank, processes, port, runs):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+                   "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    if processes > 1:
+        minidisp.loss.CHUNKED_MIN_VOCAB = 0  # as if the vocabulary were large; one process computes the plain loss
+    with ExitStack() as at_exit:
+        world = train.World.join(at_exit)
+        for name, changes in runs:
+            try:
+                train.main(small_config(corpus, f"{folder}/{name}", **changes), world)
+            except (InputError, train.Diverged) as error:
+                print(f"{type(error).__name__}: {error}", flush=True)
+            world.barrier()
+
+fork = multiprocessing.get_context("fork")
+for processes, runs in launches:
+    print("NEXT LAUNCH", flush=True)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [fork.Process(target=work, args=(rank, processes, port, runs)) for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert all(rank.exitcode == 0 for rank in ranks)
 """
 
 # One process takes three micro-steps of four sequences; two take one of four and one of two each; three take one of
@@ -58,24 +76,23 @@ EVERYTHING = {
 }
 
 
-def torchrun(processes: int, *arguments: str, script: str = "train.py", **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def python(*command: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*command, *options.pop("torchrun", []), script, *arguments],
+        [sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 
-def several(processes: int, corpus: Path, folder: Path, runs: list) -> str:
-    """Make the runs in that many processes; returns their output."""
-    script = folder / "several_runs.py"
-    script.write_text(SEVERAL_RUNS)
-    process = torchrun(processes, str(corpus), str(folder), json.dumps(runs), script=str(script))
+def torchrun(processes: int, *arguments: str) -> subprocess.Popen:
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the process, which must succeed; returns its output."""
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
     return printed
@@ -100,54 +117,56 @@ def assert_same_curve(a: list[dict], b: list[dict], **tolerance) -> None:
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory) -> Path:
-    """Runs of one process, and of two and three that should be the same; two.txt and three.txt are the output."""
+    """Runs of one process, and of two and three that should be the same; two.txt is what two printed."""
     folder = tmp_path_factory.mktemp("distributed")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(report, "draw_run", lambda *_: [])
-
-    def alone(name, **changes):
-        train.main(small_config(corpus, folder / name, **changes))
-
     rest = {"noisy_embedding": 1.0, "active_forgetting": 2, "distill": str(folder / "one"), "ema": 0.9, "max_steps": 6}
-    alone("one", **EVERYTHING, max_steps=9)
-    alone("one-rest", **EVERYTHING, **rest)
     muon = {**EVERYTHING, "max_steps": 4, "optimizer": "muon"}
-    alone("one-muon", **muon)
     dropout = {**EVERYTHING, "dropout": 0.2}
-    printed = several(
-        2,
-        corpus,
-        folder,
+    compiled = {"shard": True, "compile": "on"}
+    launches = [
         [
-            ["moving", {**EVERYTHING, "max_steps": 3}],
-            ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
-            ["rest", {**EVERYTHING, **rest, "recompute": True}],
-            ["sharded-rest", {**EVERYTHING, **rest, "recompute": True, "shard": True}],
-            ["sharded-compiled", {**EVERYTHING, **rest, "shard": True, "compile": "on"}],
-            ["muon", muon],
-            ["sharded-muon", {**muon, "shard": True}],
-            ["dropout", {**dropout, "max_steps": 6}],
-            ["dropout-resumed", {**dropout, "max_steps": 3}],
-            ["dropout-resumed", {**dropout, "max_steps": 6, "resume": True}],
-            ["odd", {"batch_size": 3}],
-            ["diverged", {**EVERYTHING, "lr": 1e30, "warmup_steps": 0}],
+            1,
+            [
+                ["one", {**EVERYTHING, "max_steps": 9}],
+                ["one-rest", {**EVERYTHING, **rest}],
+                ["one-muon", muon],
+            ],
         ],
-    )
-    (folder / "two.txt").write_text(printed)
-    for name in ("moving", "sharded"):
-        steps = {"moving": 6, "sharded": 7}[name]
-        alone(name, **EVERYTHING, max_steps=steps, resume=True)
-    printed = several(
-        3,
-        corpus,
-        folder,
         [
-            ["moving", {**EVERYTHING, "max_steps": 9, "resume": True}],
-            ["sharded", {**EVERYTHING, "max_steps": 9, "resume": True, "shard": True}],
+            2,
+            [
+                ["moving", {**EVERYTHING, "max_steps": 3}],
+                ["sharded", {**EVERYTHING, "max_steps": 6, "shard": True}],
+                ["rest", {**EVERYTHING, **rest, "recompute": True}],
+                ["sharded-rest", {**EVERYTHING, **rest, "recompute": True, "shard": True}],
+                # Micro-batches of one size, since each size is compiled again.
+                ["sharded-compiled", {**EVERYTHING, **rest, "batch_size": 2, "grad_accum": 6, **compiled}],
+                ["muon", muon],
+                ["sharded-muon", {**muon, "shard": True}],
+                ["dropout", {**dropout, "max_steps": 6}],
+                ["dropout-resumed", {**dropout, "max_steps": 3}],
+                ["dropout-resumed", {**dropout, "max_steps": 6, "resume": True}],
+                ["odd", {"batch_size": 3}],
+                ["diverged", {**EVERYTHING, "lr": 1e30, "warmup_steps": 0}],
+            ],
         ],
-    )
-    (folder / "three.txt").write_text(printed)
-    patch.undo()
+        [
+            1,
+            [
+                ["moving", {**EVERYTHING, "max_steps": 6, "resume": True}],
+                ["sharded", {**EVERYTHING, "max_steps": 7, "resume": True}],
+            ],
+        ],
+        [
+            3,
+            [
+                ["moving", {**EVERYTHING, "max_steps": 9, "resume": True}],
+                ["sharded", {**EVERYTHING, "max_steps": 9, "resume": True, "shard": True}],
+            ],
+        ],
+    ]
+    printed = finish(python("-c", LAUNCHES, str(corpus), str(folder), json.dumps(launches)))
+    (folder / "two.txt").write_text(printed.split("NEXT LAUNCH\n")[2])
     return folder
 
 
@@ -239,11 +258,12 @@ DISAGREE = """
 import json, os, sys
 from contextlib import ExitStack
 import train
-from minidisp import InputError
+from minidisp import InputError, report
 from minidisp.runtime import device
 from tests.conftest import small_config
 
-corpora, folder, cases = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+data, folder, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+report.draw_run = lambda *_: []
 with ExitStack() as at_exit:
     world = train.World.join(at_exit)
     os.chdir(f"{folder}/{world.rank}")
@@ -252,7 +272,7 @@ with ExitStack() as at_exit:
         code_hash = device.code_hash
         if changes.pop("code", False):
             device.code_hash = lambda: "changed"
-        corpus = changes.pop("data", corpora[0])
+        corpus = changes.pop("data", data)
         try:
             train.main(small_config(corpus, f"{folder}/run{number}", **changes), world)
             said = "trained"
@@ -304,9 +324,7 @@ def test_processes_with_other_flags_data_or_code_are_told_which(corpus, bpe_corp
         [{}, {"code": True}],
         [{"max_steps": 1}, {}],
     ]
-    process = torchrun(2, json.dumps([str(corpus)]), str(tmp_path), json.dumps(cases), script=str(script))
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed
+    printed = finish(torchrun(2, str(script), str(corpus), str(tmp_path), json.dumps(cases)))
     said = [json.loads(line[5:]) for line in printed.splitlines() if line.startswith("SAID ")]
     assert len(said) == len(cases), printed
     names = [*(f"--{name.replace('_', '-')}: " for name in DIFFERENT), "--data: ", "--data: ", "the code of minidisp: "]
@@ -380,7 +398,7 @@ def test_a_lost_process_and_a_signal_end_all(corpus, tmp_path):
     flags = small_flags(
         data=corpus, out=run, max_steps=100_000, save_every=100, eval_every=100_000, schedule="constant", dispersion=0.1
     )
-    process = torchrun(2, *flags, "--resume", torchrun=["--max-restarts=2"])
+    process = torchrun(2, "--max-restarts=2", "train.py", *flags, "--resume")
     metrics, last = run / "metrics.jsonl", run / checkpoint.LAST
     try:
         wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20, process)
