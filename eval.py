@@ -509,13 +509,13 @@ def load_subjects(runs: list[str], folders: list[str], block_size: int, device: 
     """
     subjects, names = [], short_names([*runs, *folders])
     for run, name in zip(runs, names, strict=False):
-        model, vocabulary, config = checkpoint.load_run(run, device)
+        model, tokenizer, config = checkpoint.load_run(run, device)
         metrics = checkpoint.find(run).parent / "metrics.jsonl"
         lines = report.read_metrics(metrics) if metrics.is_file() else []
         if block_size:
             model = with_context(model, block_size, run)
         subjects.append(
-            Subject(name, model, vocabulary, _recipe(config), lines, _data_hash(metrics.parent), metrics.parent)
+            Subject(name, model, tokenizer, _recipe(config), lines, _data_hash(metrics.parent), metrics.parent)
         )
     for folder, name in zip(folders, names[len(runs) :], strict=True):
         if is_other(folder):

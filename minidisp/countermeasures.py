@@ -99,11 +99,11 @@ class Teacher:
     """
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device):
-        self.model, vocabulary, saved = checkpoint.load_run(config.distill, device)
+        self.model, tokenizer, saved = checkpoint.load_run(config.distill, device)
         self.model.requires_grad_(False)
         self.temperature = config.distill_temperature
         self.hash = sha256_of(checkpoint.find(config.distill))
-        if vocabulary.hash != dataset.tokenizer.hash:
+        if tokenizer.hash != dataset.tokenizer.hash:
             raise InputError(
                 f"--distill {config.distill} has a different tokenizer from {dataset.folder}: train a teacher on the "
                 "same data"

@@ -106,28 +106,28 @@ def typed_prompts() -> Iterator[str]:
     return itertools.takewhile(bool, typed_lines())
 
 
-def prompt_ids(vocabulary, prompt: str) -> list[int]:
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """The tokens of a prompt, preceded by EOS as every text is in training."""
-    return [vocabulary.eos_id, *vocabulary.encode(prompt)]
+    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
 def stream_sample(
-    model: GPT, vocabulary, prompt: str, sampling: Sampling, seed: int, write: Callable[[str], object]
+    model: GPT, tokenizer, prompt: str, sampling: Sampling, seed: int, write: Callable[[str], object]
 ) -> dict:
     """Continue one prompt; write(text) is called as by `stream_text`. Returns the entry of the JSON file:
 
     prompt, seed, continuation, new_tokens and seconds.
     """
-    began, stops, bits = time.perf_counter(), {vocabulary.eos_id}, []
-    ids = prompt_ids(vocabulary, prompt)
-    tokens = stream_text(model, vocabulary, ids, sampling, seed, stops, lambda bit: bits.append(bit) or write(bit))
+    began, stops, bits = time.perf_counter(), {tokenizer.eos_id}, []
+    ids = prompt_ids(tokenizer, prompt)
+    tokens = stream_text(model, tokenizer, ids, sampling, seed, stops, lambda bit: bits.append(bit) or write(bit))
     seconds = time.perf_counter() - began
     return {"prompt": prompt, "seed": seed, "continuation": "".join(bits), "new_tokens": tokens, "seconds": seconds}
 
 
 def stream_text(
     model: GPT,
-    vocabulary,
+    tokenizer,
     ids: list[int],
     sampling: Sampling,
     seed: int,
@@ -144,7 +144,7 @@ def stream_text(
     text, shown, new_tokens = "", 0, 0
     for token in _fetched(_stream(model, idx, sampling, seed, stops), idx.device, stops):
         new_tokens += 1
-        text += decoder.decode(vocabulary.token_bytes[token])
+        text += decoder.decode(tokenizer.token_bytes[token])
         if sampling.stop and (found := text.find(sampling.stop, shown)) >= 0:
             text = text[:found]
             break
@@ -179,22 +179,22 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def sample_all(model: GPT, vocabulary, prompts: list[str], sampling: Sampling) -> list[dict]:
+def sample_all(model: GPT, tokenizer, prompts: list[str], sampling: Sampling) -> list[dict]:
     """The samples of all prompts, in order, generated in batches; each equals the sample of its seed generated alone.
 
     Returns entries as stream_sample does; the total time is divided equally among them.
     """
     seeds = range(sampling.seed, sampling.seed + sampling.samples)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    encoded = {prompt: prompt_ids(vocabulary, prompt) for prompt in prompts}
+    encoded = {prompt: prompt_ids(tokenizer, prompt) for prompt in prompts}
     began = time.perf_counter()
     drawn = continue_all(
-        model, [encoded[prompt] for prompt, _ in wanted], sampling, [seed for _, seed in wanted], {vocabulary.eos_id}
+        model, [encoded[prompt] for prompt, _ in wanted], sampling, [seed for _, seed in wanted], {tokenizer.eos_id}
     )
     seconds = (time.perf_counter() - began) / len(wanted)
     found = []
     for (prompt, seed), ids in zip(wanted, drawn, strict=True):
-        text = vocabulary.decode(ids)
+        text = tokenizer.decode(ids)
         text = text.split(sampling.stop, 1)[0] if sampling.stop else text
         sample = {"prompt": prompt, "seed": seed, "continuation": text, "new_tokens": len(ids), "seconds": seconds}
         found.append(sample)
@@ -224,23 +224,23 @@ def continue_all(
 
 
 def answer_all(
-    model: GPT, vocabulary, template: Template, prompts: list[str], sampling: Sampling
+    model: GPT, tokenizer, template: Template, prompts: list[str], sampling: Sampling
 ) -> list[tuple[str, int]]:
     """The answer to each prompt, given as a user message, and its number of tokens."""
-    stops = {template.stop_id, vocabulary.eos_id}
+    stops = {template.stop_id, tokenizer.eos_id}
     rendered = [template.render([{"role": "user", "content": prompt}], True).ids for prompt in prompts]
     room = model.config.block_size - 1
     drawn = continue_all(model, [ids[-room:] for ids in rendered], sampling, [sampling.seed] * len(prompts), stops)
-    return [(vocabulary.decode(ids), len(ids)) for ids in drawn]
+    return [(tokenizer.decode(ids), len(ids)) for ids in drawn]
 
 
-def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampling: Sampling, system: str) -> None:
+def chat(model: GPT, tokenizer, template: Template, lines: Iterator[str], sampling: Sampling, system: str) -> None:
     """Answer each line, given as much of the conversation so far as fits into the context.
 
     Ctrl-C stops an answer. system: the system message, "" for none. An empty line is ignored.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    stops = {template.stop_id, vocabulary.eos_id}
+    stops = {template.stop_id, tokenizer.eos_id}
     block_size = model.config.block_size
     room = block_size - min(sampling.max_new_tokens, block_size // 2)  # for the prompt
     history: list[dict] = []
@@ -260,7 +260,7 @@ def chat(model: GPT, vocabulary, template: Template, lines: Iterator[str], sampl
             print(visible(bit), end="", flush=True)
 
         try:
-            stream_text(model, vocabulary, ids[-room:], sampling, (sampling.seed + turn) % (1 << 32), stops, write)
+            stream_text(model, tokenizer, ids[-room:], sampling, (sampling.seed + turn) % (1 << 32), stops, write)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print(flush=True)

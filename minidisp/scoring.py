@@ -46,16 +46,16 @@ class Text(NamedTuple):
     @classmethod
     def read(cls, dataset: Dataset, split: str, limit: int) -> "Text":
         """The first `limit` tokens of a split (0 = all), without a partial UTF-8 character at the end."""
-        source, vocabulary = dataset.split(split), dataset.tokenizer
+        source, tokenizer = dataset.split(split), dataset.tokenizer
         tokens = source.slice(0, min(limit, source.tokens) if limit else source.tokens)
         if not limit:
-            refuse_lost_bytes(_bytes_of(vocabulary, tokens), source.bytes, f"the tokenizer of {dataset.folder}")
-        while len(tokens) and not _whole(b"".join(vocabulary.token_bytes[token] for token in tokens[-4:])):
+            refuse_lost_bytes(_bytes_of(tokenizer, tokens), source.bytes, f"the tokenizer of {dataset.folder}")
+        while len(tokens) and not _whole(b"".join(tokenizer.token_bytes[token] for token in tokens[-4:])):
             tokens = tokens[:-1]
-        ends = np.flatnonzero(tokens == vocabulary.eos_id)
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
         pieces = np.split(tokens, ends + 1)
-        documents = [vocabulary.decode(piece.tolist()) for piece in pieces if len(piece)]
-        return cls(documents, len(ends) > 0 and ends[-1] == len(tokens) - 1, tokens, vocabulary)
+        documents = [tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]
+        return cls(documents, len(ends) > 0 and ends[-1] == len(tokens) - 1, tokens, tokenizer)
 
     @classmethod
     def of(cls, text: str, tokenizer) -> "Text":
@@ -63,22 +63,22 @@ class Text(NamedTuple):
         found = cls([text], False, np.array([], dtype=np.int64), None)
         return found._replace(tokens=found._encoded(tokenizer), tokenizer=tokenizer)
 
-    def encode(self, vocabulary) -> np.ndarray:
+    def encode(self, tokenizer) -> np.ndarray:
         """The text encoded with another tokenizer, (M,) int64; every document ends with its EOS."""
-        return self.tokens if vocabulary.hash == self.tokenizer.hash else self._encoded(vocabulary)
+        return self.tokens if tokenizer.hash == self.tokenizer.hash else self._encoded(tokenizer)
 
-    def _encoded(self, vocabulary) -> np.ndarray:
+    def _encoded(self, tokenizer) -> np.ndarray:
         encoded: list[int] = []
         for document in self.documents:
-            encoded += [*vocabulary.encode(document), vocabulary.eos_id]
+            encoded += [*tokenizer.encode(document), tokenizer.eos_id]
         tokens = np.array(encoded if self.ends else encoded[:-1], dtype=np.int64)
         n_bytes = sum(len(document.encode("utf-8")) for document in self.documents)
-        refuse_lost_bytes(_bytes_of(vocabulary, tokens), n_bytes, "a tokenizer")
+        refuse_lost_bytes(_bytes_of(tokenizer, tokens), n_bytes, "a tokenizer")
         return tokens
 
 
-def _bytes_of(vocabulary, tokens: np.ndarray) -> int:
-    return sum(len(vocabulary.token_bytes[token]) for token in tokens.tolist())
+def _bytes_of(tokenizer, tokens: np.ndarray) -> int:
+    return sum(len(tokenizer.token_bytes[token]) for token in tokens.tolist())
 
 
 def refuse_lost_bytes(found: int, wanted: int, whose: str) -> None:
@@ -176,7 +176,7 @@ def condensation(model: GPT, tokens: np.ndarray, device: torch.device) -> dict:
 
 
 def score_text(
-    name: str, model: GPT, vocabulary, texts: dict[str, Text | Examples], stride: int, device: torch.device
+    name: str, model: GPT, tokenizer, texts: dict[str, Text | Examples], stride: int, device: torch.device
 ) -> Result:
     """All scores of one model on the texts together and, if there are several, on each text by name.
 
@@ -188,27 +188,27 @@ def score_text(
     parts, streams = {}, []
     for part, text in texts.items():
         measure = _score_examples if isinstance(text, Examples) else _score_plain
-        parts[part], tokens = measure(name, model, vocabulary, text, stride, device)
+        parts[part], tokens = measure(name, model, tokenizer, text, stride, device)
         streams.append(tokens)
     whole = _joined([*parts.values()])
-    scores = {"name": name, "tokenizer": vocabulary.hash, **whole.scores}
+    scores = {"name": name, "tokenizer": tokenizer.hash, **whole.scores}
     if len(parts) > 1:
         scores["corpora"] = {part: result.scores for part, result in parts.items()}
     return whole._replace(scores={**scores, "condensation": condensation(model, np.concatenate(streams), device)})
 
 
 def _score_plain(
-    name: str, model: GPT, vocabulary, text: Text, stride: int, device: torch.device
+    name: str, model: GPT, tokenizer, text: Text, stride: int, device: torch.device
 ) -> tuple[Result, np.ndarray]:
-    tokens = text.encode(vocabulary)
+    tokens = text.encode(tokenizer)
     if len(tokens) < 2:
         raise InputError(
             f"{len(tokens)} tokens are too few to evaluate {name}: pass a larger --tokens, or another --data or --split"
         )
     stride = stride or max(1, model.config.block_size // 2)
-    nats = token_nats(model, tokens, vocabulary.eos_id, stride, device)
+    nats = token_nats(model, tokens, tokenizer.eos_id, stride, device)
     # A token belongs to the block of text in which it ends.
-    ends = np.cumsum([len(vocabulary.token_bytes[token]) for token in tokens])
+    ends = np.cumsum([len(tokenizer.token_bytes[token]) for token in tokens])
     block_nats = np.bincount(np.maximum(ends - 1, 0) // BLOCK_BYTES, weights=nats)
     block_bytes = np.full(len(block_nats), BLOCK_BYTES)
     block_bytes[-1] = ends[-1] - BLOCK_BYTES * (len(block_nats) - 1)
@@ -217,16 +217,16 @@ def _score_plain(
 
 
 def _score_examples(
-    name: str, model: GPT, vocabulary, examples: Examples, stride: int, device: torch.device
+    name: str, model: GPT, tokenizer, examples: Examples, stride: int, device: torch.device
 ) -> tuple[Result, np.ndarray]:
-    if vocabulary.hash != examples.tokenizer.hash:
+    if tokenizer.hash != examples.tokenizer.hash:
         raise InputError(
             f"{name} has a different tokenizer from the corpus of examples: pass --data with a corpus for its tokenizer"
         )
     nats = score(model, examples.passages, device).nats
     answers = [[token for token, counts in zip(*passage, strict=True) if counts] for passage in examples.passages]
-    n_bytes = np.array([sum(len(vocabulary.token_bytes[token]) for token in ids) for ids in answers])
-    words = sum(len(vocabulary.decode(ids).split()) for ids in answers)
+    n_bytes = np.array([sum(len(tokenizer.token_bytes[token]) for token in ids) for ids in answers])
+    words = sum(len(tokenizer.decode(ids).split()) for ids in answers)
     scores = _scores(float(nats.sum()), sum(map(len, answers)), int(n_bytes.sum()), words)
     return Result(scores, nats, n_bytes, None), examples.tokens
 
@@ -300,7 +300,7 @@ def _by_token(first: Result, other: Result) -> dict[str, float]:
 # --- repetition in generated text -------------------------------------------------------------------------------------
 
 
-def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str], str]:
+def choose_texts(text: Text, tokenizers: list, count: int) -> tuple[list[str], str]:
     """`count` held-out documents, evenly spaced among those long enough for `writing` in every tokenizer.
 
     If there are too few, consecutive pieces of the text instead. Returns the texts and which of the two they are.
@@ -308,9 +308,9 @@ def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str],
     """
     least = PROMPT_TOKENS + CONTINUATION_TOKENS
     lengths = np.full(len(text.documents), least)
-    for vocabulary in vocabularies:
-        tokens = text.encode(vocabulary)
-        ends = np.append(np.flatnonzero(tokens == vocabulary.eos_id), len(tokens))[: len(lengths)]
+    for tokenizer in tokenizers:
+        tokens = text.encode(tokenizer)
+        ends = np.append(np.flatnonzero(tokens == tokenizer.eos_id), len(tokens))[: len(lengths)]
         lengths = np.minimum(lengths, np.diff(ends, prepend=-1) - 1)
     long = np.flatnonzero(lengths >= least)
     if len(long) >= count:
@@ -319,7 +319,7 @@ def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str],
     joined = "".join(text.documents)
     size = len(joined) // count
     stretches = (joined[i * size : (i + 1) * size] for i in range(count))  # lazily: the count may be huge
-    if not size or any(len(vocabulary.encode(stretch)) < least for stretch in stretches for vocabulary in vocabularies):
+    if not size or any(len(tokenizer.encode(stretch)) < least for stretch in stretches for tokenizer in tokenizers):
         raise InputError(
             f"--texts {count}: the text is too short for this many pieces of {least} tokens: pass a lower number"
         )
@@ -327,14 +327,14 @@ def choose_texts(text: Text, vocabularies: list, count: int) -> tuple[list[str],
 
 
 @torch.no_grad()
-def writing(model: GPT, vocabulary, texts: list[str], seed: int, device: torch.device) -> dict:
+def writing(model: GPT, tokenizer, texts: list[str], seed: int, device: torch.device) -> dict:
     """Repetition metrics of generated text: {way: {rep_2, rep_3, rep_4, distinct_1, distinct_2}}, see metrics.py.
 
     The ways are true (the actual continuation), greedy, and nucleus (top-p 0.95, temperature 1). A prompt is EOS and
     the first 32 tokens of a text; each continuation has 128 tokens, including any EOS.
     """
-    encoded = np.array([vocabulary.encode(text)[: PROMPT_TOKENS + CONTINUATION_TOKENS] for text in texts])
-    prompts = np.insert(encoded[:, :PROMPT_TOKENS], 0, vocabulary.eos_id, axis=1)
+    encoded = np.array([tokenizer.encode(text)[: PROMPT_TOKENS + CONTINUATION_TOKENS] for text in texts])
+    prompts = np.insert(encoded[:, :PROMPT_TOKENS], 0, tokenizer.eos_id, axis=1)
     ways = {"true": encoded[:, PROMPT_TOKENS:]}
     for way, options in (("greedy", {"temperature": 0.0}), ("nucleus", {"temperature": 1.0, "top_p": TOP_P})):
         parts = []

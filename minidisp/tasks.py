@@ -233,7 +233,7 @@ def _score_rows(model: GPT, rows: list[Forest], device: torch.device) -> tuple[n
     return nats, hit
 
 
-def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]]) -> list[Passage]:
+def continuations(tokenizer, block_size: int, rows: list[tuple[str, str, str]]) -> list[Passage]:
     """Contexts and the continuations to score, tokenized as in lm-evaluation-harness.
 
     rows: (context, continuation, where). Whitespace at the end of the context is moved to the continuation. Context and
@@ -247,12 +247,12 @@ def continuations(vocabulary, block_size: int, rows: list[tuple[str, str, str]])
         moved.append((kept, context[len(kept) :] + continuation))
     threads = torch.get_num_threads()
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
-    encoded = dict(zip(contexts, vocabulary.encode_batch(contexts, threads=threads), strict=True)) if contexts else {}
-    wholes = vocabulary.encode_batch([context + continuation for context, continuation in moved], threads=threads)
+    encoded = dict(zip(contexts, tokenizer.encode_batch(contexts, threads=threads), strict=True)) if contexts else {}
+    wholes = tokenizer.encode_batch([context + continuation for context, continuation in moved], threads=threads)
     passages = []
     for (context, _), whole, (_, _, where) in zip(moved, wholes, rows, strict=True):
         size = len(encoded[context]) if context else 1
-        ids = whole if context else [vocabulary.eos_id, *whole]
+        ids = whole if context else [tokenizer.eos_id, *whole]
         if len(ids) <= size:
             raise InputError(f"{where}: a continuation adds no token to its context: start it with a space")
         if len(ids) - size <= block_size:
@@ -314,17 +314,17 @@ def _parse_pair(row: Row) -> Pair:
     )
 
 
-def sentence_nats(model: GPT, vocabulary, sentences: list[str], device: torch.device) -> np.ndarray:
+def sentence_nats(model: GPT, tokenizer, sentences: list[str], device: torch.device) -> np.ndarray:
     """-log p of whole sentences, each preceded by EOS like a text in training, (N,) float64."""
     distinct = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
-    texts = vocabulary.encode_batch(list(distinct), threads=torch.get_num_threads())
-    passages = [Passage([vocabulary.eos_id, *ids], [False] + [True] * len(ids)) for ids in texts]
+    texts = tokenizer.encode_batch(list(distinct), threads=torch.get_num_threads())
+    passages = [Passage([tokenizer.eos_id, *ids], [False] + [True] * len(ids)) for ids in texts]
     return score(model, passages, device).nats[[distinct[sentence] for sentence in sentences]]
 
 
-def score_pairs(model: GPT, vocabulary, pairs: list[Pair], device: torch.device) -> np.ndarray:
+def score_pairs(model: GPT, tokenizer, pairs: list[Pair], device: torch.device) -> np.ndarray:
     """The score of every pair, (N,); see minimal_pair_values."""
-    nats = sentence_nats(model, vocabulary, [s for pair in pairs for s in (pair.good, pair.bad)], device)
+    nats = sentence_nats(model, tokenizer, [s for pair in pairs for s in (pair.good, pair.bad)], device)
     return minimal_pair_values(-nats[0::2], -nats[1::2])
 
 
@@ -408,14 +408,14 @@ class Chosen(NamedTuple):
     acc_norm: np.ndarray  # by log-probability per character
 
 
-def score_choices(model: GPT, vocabulary, questions: list[Question], device: torch.device) -> Chosen:
+def score_choices(model: GPT, tokenizer, questions: list[Question], device: torch.device) -> Chosen:
     """Which questions are answered correctly: `acc` and `acc_norm` of lm-evaluation-harness.
 
     The answer is the choice with the highest log-probability, or for acc_norm the highest log-probability per
     character, not counting one leading space; the first one on a tie. A question with a NaN counts as 0.
     """
     distinct = {(question.context, choice): question.where for question in questions for choice in question.choices}
-    passages = continuations(vocabulary, model.config.block_size, [(*key, where) for key, where in distinct.items()])
+    passages = continuations(tokenizer, model.config.block_size, [(*key, where) for key, where in distinct.items()])
     nats = dict(zip(distinct, score(model, passages, device).nats, strict=True))
     acc, acc_norm = np.zeros(len(questions)), np.zeros(len(questions))
     for i, question in enumerate(questions):
@@ -522,7 +522,7 @@ class Completed(NamedTuple):
 
 def complete(
     model: GPT,
-    vocabulary,
+    tokenizer,
     rows: list[Completion],
     answer: Callable[[list[str]], list[tuple[str, int]]],
     device: torch.device,
@@ -534,7 +534,7 @@ def complete(
     scored = [i for i, row in enumerate(rows) if not row.answered]
     if scored:
         parts = [(rows[i].start, rows[i].completion, rows[i].where) for i in scored]
-        passages = continuations(vocabulary, model.config.block_size, parts)
+        passages = continuations(tokenizer, model.config.block_size, parts)
         nats[scored], greedy[scored] = score(model, passages, device)
         tokens[scored] = [sum(passage.counted) for passage in passages]
         greedy[scored] *= np.isfinite(nats[scored])

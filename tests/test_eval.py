@@ -32,11 +32,11 @@ from train import main as train_main
 
 def test_every_token_is_predicted_once_from_the_text_before_it(run, corpus):
     """One token after the other through the whole model, in float64."""
-    model, vocabulary = load(run)
+    model, tokenizer = load(run)
     model = model.double()
     tokens = Dataset(corpus).split("val").slice(0, 100)
-    got = scoring.token_nats(model, tokens, vocabulary.eos_id, 8, torch.device("cpu"))
-    stream = [vocabulary.eos_id, *tokens]
+    got = scoring.token_nats(model, tokens, tokenizer.eos_id, 8, torch.device("cpu"))
+    stream = [tokenizer.eos_id, *tokens]
     for i in range(100):
         # The first window reads from the start; later ones advance by 8 and reach back as far as the context of 32
         # goes.
@@ -295,12 +295,12 @@ class Script:
 @settings(max_examples=200, deadline=None)
 def test_a_stream_is_whole_characters_that_add_up(text, stop, broken):
     """Compared with decoding everything at once and cutting then; the text may end in bytes that are not UTF-8."""
-    vocabulary, bits = ByteTokenizer(), []
+    tokenizer, bits = ByteTokenizer(), []
     data = text.encode() + broken
     whole = data.decode(errors="replace")
     for end in (None, stop):
         bits.clear()
-        sample = sampling.stream_sample(Script(data), vocabulary, "x", Sampling(stop=end), 0, bits.append)
+        sample = sampling.stream_sample(Script(data), tokenizer, "x", Sampling(stop=end), 0, bits.append)
         assert "".join(bits) == sample["continuation"] == (whole.split(stop)[0] if end else whole)
         assert all("\ufffd" not in bit for bit in bits) or "\ufffd" in whole
     if stop not in whole:
@@ -308,18 +308,18 @@ def test_a_stream_is_whole_characters_that_add_up(text, stop, broken):
 
 
 def test_a_sample_ends_where_it_should():
-    vocabulary, bits = ByteTokenizer(), []
+    tokenizer, bits = ByteTokenizer(), []
     model = Script(b"one\ntwo\n\nthree")
-    sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
+    sample = sampling.stream_sample(model, tokenizer, "", Sampling(stop="\n\n"), 0, bits.append)
     assert sample["continuation"] == "one\ntwo"
     assert model.given == sample["new_tokens"] == 9  # nothing is sampled after it
     assert bits[:4] == ["o", "n", "e", ""]  # the newline may be the first of two, and waits
     assert bits[4] == "\nt"
     model = Script([*b"a", 256, *b"b"])
-    assert sampling.stream_sample(model, vocabulary, "\u00e9", Sampling(), 0, bits.append)["continuation"] == "a"
+    assert sampling.stream_sample(model, tokenizer, "\u00e9", Sampling(), 0, bits.append)["continuation"] == "a"
     assert model.asked == [([[256, 0xC3, 0xA9]], 0)]
     assert (
-        sampling.stream_sample(Script(b"abcdef"), vocabulary, "", Sampling(max_new_tokens=3), 0, bits.append)[
+        sampling.stream_sample(Script(b"abcdef"), tokenizer, "", Sampling(max_new_tokens=3), 0, bits.append)[
             "new_tokens"
         ]
         == 3
@@ -329,17 +329,17 @@ def test_a_sample_ends_where_it_should():
 @pytest.mark.parametrize("every", [2, 16])
 def test_a_sample_ends_there_also_where_tokens_are_fetched_rarely(monkeypatch, every):
     """More tokens may have been sampled after EOS; an incomplete character before it is invalid."""
-    vocabulary = ByteTokenizer()
+    tokenizer = ByteTokenizer()
     for script in ([*b"abc\xc3", 256, *b"de"], [256, *b"de"], b"one\ntwo\n\nthree", b"ab"):
         found = []
         for n in (1, every):
             monkeypatch.setattr(sampling, "look_every", lambda device, n=n: n)
             model, bits = Script(script), []
             model.stream = lambda *args, stop_token, stream=model.stream: stream(*args, stop_token=[-1])
-            sample = sampling.stream_sample(model, vocabulary, "", Sampling(stop="\n\n"), 0, bits.append)
+            sample = sampling.stream_sample(model, tokenizer, "", Sampling(stop="\n\n"), 0, bits.append)
             found.append((sample["continuation"], sample["new_tokens"], "".join(bits)))
         assert found[0] == found[1]
-    assert sampling.stream_sample(Script([*b"a\xc3", 256, 7]), vocabulary, "", Sampling(), 0, print)["new_tokens"] == 3
+    assert sampling.stream_sample(Script([*b"a\xc3", 256, 7]), tokenizer, "", Sampling(), 0, print)["new_tokens"] == 3
 
 
 def test_prompts_are_answered_together_and_in_their_order():
@@ -353,13 +353,13 @@ def test_prompts_are_answered_together_and_in_their_order():
 
 def test_a_batch_gives_the_same_samples_as_each_seed_alone(bpe_run):
     """Also if some end early and leave the batch, and if the context is full."""
-    model, vocabulary = load(bpe_run)
+    model, tokenizer = load(bpe_run)
     prompts = ["abc", "d e f g", "abd"]
     options = Sampling(samples=9, max_new_tokens=50, temperature=1.5, top_k=20, top_p=0.95, seed=3)
-    stop = vocabulary.eos_id
+    stop = tokenizer.eos_id
     for _ in range(2):
-        stops = {vocabulary.eos_id, stop}
-        wanted = [(vocabulary.encode(prompt), seed) for prompt in prompts for seed in range(3, 12)]
+        stops = {tokenizer.eos_id, stop}
+        wanted = [(tokenizer.encode(prompt), seed) for prompt in prompts for seed in range(3, 12)]
         together = sampling.continue_all(
             model, [ids for ids, _ in wanted], options, [seed for _, seed in wanted], stops
         )
@@ -394,12 +394,12 @@ def test_one_prompt_many_runs_and_seeds(run, tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     scores = json.loads(path.read_text())
-    model, vocabulary = load(run / "ckpt_last.pt")
+    model, tokenizer = load(run / "ckpt_last.pt")
     for seed in (5, 6):
-        prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode("abc ")]])
-        out = model.generate(prompt, 20, 1.5, 9, 0.9, seed, stop_token=vocabulary.eos_id)[0, 5:]
+        prompt = torch.tensor([[tokenizer.eos_id, *tokenizer.encode("abc ")]])
+        out = model.generate(prompt, 20, 1.5, 9, 0.9, seed, stop_token=tokenizer.eos_id)[0, 5:]
         (sample,) = (s for s in scores[1]["samples"] if s["seed"] == seed)
-        assert sample["continuation"] == vocabulary.decode(out.tolist())
+        assert sample["continuation"] == tokenizer.decode(out.tolist())
         assert f"--- ckpt_last.pt, seed {seed}\nabc {sample['continuation']}\n" in shown
     assert [s["seed"] for s in scores[0]["samples"]] == [5, 6]
     assert re.search(r"^\S+: [\d,]+ tokens in \d+\.\d s, [\d,]+ per second$", shown, re.M)
@@ -573,7 +573,7 @@ def write_pairs(folder, seed=0, n=15):
     return folder / "*.jsonl"
 
 
-def slow_values(model, vocabulary, pattern):
+def slow_values(model, tokenizer, pattern):
     """The score of every pair in the files, one sentence and one token at a time, in float64."""
     model = model.double()
     values = {}
@@ -582,7 +582,7 @@ def slow_values(model, vocabulary, pattern):
         for line in file.read_text().splitlines():
             totals = []
             for key in ("sentence_good", "sentence_bad"):
-                stream = [vocabulary.eos_id, *vocabulary.encode(json.loads(line)[key])]
+                stream = [tokenizer.eos_id, *tokenizer.encode(json.loads(line)[key])]
                 total = 0.0
                 for window in strided_windows(len(stream) - 1, model.config.block_size, model.config.block_size // 2):
                     for i in range(window.start, window.stop):
@@ -693,10 +693,10 @@ def test_how_it_writes(run, bpe_run, corpus, tmp_path, capsys, many):
         texts = [joined[i * (len(joined) // 3) :] for i in range(3)]
     assert scores[0]["writing"]["of"] == ("documents" if many else "stretches of the text")
     for who, score in zip((run, bpe_run), scores, strict=True):
-        model, vocabulary = load(who)
-        rows = [vocabulary.encode(text)[:160] for text in texts]
+        model, tokenizer = load(who)
+        rows = [tokenizer.encode(text)[:160] for text in texts]
         for way, options in (("greedy", {"temperature": 0}), ("nucleus", {"temperature": 1, "top_p": 0.95, "seed": 4})):
-            prompts = torch.tensor([[vocabulary.eos_id, *row[:32]] for row in rows])
+            prompts = torch.tensor([[tokenizer.eos_id, *row[:32]] for row in rows])
             new = model.generate(prompts, 128, **options)[:, 33:].tolist()
             check_ngrams(score["writing"][way], new)
         check_ngrams(score["writing"]["true"], [row[32:] for row in rows])

@@ -150,27 +150,27 @@ def merged(text: str, settings: dict) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte", "reimported", "without a space"])
 def test_tokens(tmp_path, sentencepiece_tokenizer, kind):
-    vocabulary = ByteTokenizer() if kind == "byte" else sentencepiece_tokenizer
+    tokenizer = ByteTokenizer() if kind == "byte" else sentencepiece_tokenizer
     if kind == "without a space":  # in which a space is a byte
-        vocabulary = train_sentencepiece(["GATTACACATTAGACCGTAAGGT" * 90], 280)
-    write_run(tmp_path / "run", vocabulary, **KINDS["gpt2"])
+        tokenizer = train_sentencepiece(["GATTACACATTAGACCGTAAGGT" * 90], 280)
+    write_run(tmp_path / "run", tokenizer, **KINDS["gpt2"])
     if kind == "reimported":  # the same BPE, as the package tokenizers has it
-        vocabulary = hf.load_tokenizer(hf.export(tmp_path / "run", tmp_path / "folder"))
+        tokenizer = hf.load_tokenizer(hf.export(tmp_path / "run", tmp_path / "folder"))
         (tmp_path / "again").mkdir()
-        write_run(tmp_path / "again" / "run", vocabulary, **KINDS["gpt2"])
+        write_run(tmp_path / "again" / "run", tokenizer, **KINDS["gpt2"])
     settings, _ = read(ours.export_run(next(tmp_path.glob("again/run"), tmp_path / "run"), tmp_path / "out"))
     for text in [*HARD, *llama_cpp.TEXTS]:
         if "\u2581" not in text and len(text) < 1000:
-            assert merged(text, settings) == vocabulary.encode(text)
+            assert merged(text, settings) == tokenizer.encode(text)
     assert settings["tokenizer.ggml.model"] == "llama"
     assert settings["tokenizer.ggml.add_space_prefix"] is False
-    assert settings["tokenizer.ggml.bos_token_id"] == settings["tokenizer.ggml.eos_token_id"] == vocabulary.eos_id
+    assert settings["tokenizer.ggml.bos_token_id"] == settings["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
     types = settings["tokenizer.ggml.token_type"]
-    assert len(types) == vocabulary.vocab_size
+    assert len(types) == tokenizer.vocab_size
     assert types.count(gguf.TokenType.BYTE) == (
         255 if kind in ("byte", "without a space") else 256
     )  # without the space
-    assert types[vocabulary.eos_id] == gguf.TokenType.CONTROL
+    assert types[tokenizer.eos_id] == gguf.TokenType.CONTROL
 
 
 def bpe_with(pre_tokenizer, rows: int = 0, files: dict | None = None, **changes) -> HuggingFaceTokenizer:
@@ -202,12 +202,12 @@ WORDS = ("gpt-2", "qwen2", "llama-bpe", "smollm")
 @pytest.mark.parametrize("kind", WORDS)
 def test_an_imported_tokenizer(tmp_path, kind):
     files = {"tokenizer_config.json": json.dumps({"pad_token": "<|im_start|>", "chat_template": "{{ messages }}"})}
-    vocabulary = bpe_with(words(kind), 300, files, ignore_merges=kind == "llama-bpe")
-    write_run(tmp_path / "run", vocabulary, **KINDS["qwen3"])
+    tokenizer = bpe_with(words(kind), 300, files, ignore_merges=kind == "llama-bpe")
+    write_run(tmp_path / "run", tokenizer, **KINDS["qwen3"])
     settings, _ = read(ours.export_run(tmp_path / "run", tmp_path / "out"))
     assert (settings["tokenizer.ggml.model"], settings["tokenizer.ggml.pre"]) == ("gpt2", kind)
     tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
-    model = vocabulary.tokenizer_json["model"]
+    model = tokenizer.tokenizer_json["model"]
     assert all(tokens[i] == token for token, i in model["vocab"].items())
     assert [merge.split(" ") for merge in settings["tokenizer.ggml.merges"]] == [[*merge] for merge in model["merges"]]
     assert (len(tokens), kinds[-1]) == (300, gguf.TokenType.UNUSED)
@@ -222,7 +222,7 @@ def test_an_imported_tokenizer(tmp_path, kind):
 
 
 def test_models_unsupported_by_llama_cpp_are_rejected_with_advice(tmp_path, capsys, sentencepiece_tokenizer):
-    tokenizer = byte_level_bpe(qwen=True)
+    qwen = byte_level_bpe(qwen=True)
     write_run(tmp_path / "plain", sentencepiece_tokenizer)
     folder = hf.export(tmp_path / "plain", tmp_path / "folder")
     packed = hf.load_tokenizer(folder).tokenizer_json
@@ -236,11 +236,11 @@ def test_models_unsupported_by_llama_cpp_are_rejected_with_advice(tmp_path, caps
         token: 320 + i for i, token in enumerate(("/", "s", ">", "/s", "/s>")) if token not in packed["model"]["vocab"]
     }
     parts = {"vocab": {**packed["model"]["vocab"], **more}, "merges": [*merges, ["/", "s"], ["/s", ">"]]}
-    for number, (vocabulary, fields, expected) in enumerate(
+    for number, (tokenizer, fields, expected) in enumerate(
         [
             (ByteTokenizer(), {"arch": "qwen3", "attention_bias": True}, "--attention-bias"),
             (ByteTokenizer(), {"mlp": "relu2"}, "--mlp relu2"),
-            (tokenizer, {"arch": "qwen3"}, "does not support the pre-tokenizer"),
+            (qwen, {"arch": "qwen3"}, "does not support the pre-tokenizer"),
             (bpe_with(words("llama-bpe")), {"arch": "qwen3"}, "does not support the pre-tokenizer"),
             (changed(merges=merges[1:]), {"arch": "qwen3"}, "cannot reproduce the merges"),
             (changed(**space), {"arch": "qwen3"}, "U+2581"),
@@ -248,7 +248,7 @@ def test_models_unsupported_by_llama_cpp_are_rejected_with_advice(tmp_path, caps
         ]
     ):
         run = tmp_path / f"run{number}"
-        write_run(run, vocabulary, **fields)
+        write_run(run, tokenizer, **fields)
         assert hf.main(["export", str(run), str(tmp_path / "out"), "--gguf"]) == 2
         error = capsys.readouterr().err
         assert expected in error
@@ -318,10 +318,10 @@ def test_the_short_command(tmp_path):
 def test_llama_cpp_tokenizes_and_continues_in_the_same_way(tmp_path, kind):
     run = tmp_path / "run"
     if kind in WORDS:
-        vocabulary = bpe_with(words(kind), 300, ignore_merges=kind == "llama-bpe")
+        tokenizer = bpe_with(words(kind), 300, ignore_merges=kind == "llama-bpe")
     else:
-        vocabulary = ByteTokenizer() if kind == "byte" else train_sentencepiece([SOURCE_CODE, *llama_cpp.TEXTS], 700)
-    write_run(run, vocabulary, **{"block_size": 96, **KINDS.get(kind, KINDS["qwen3"])})
+        tokenizer = ByteTokenizer() if kind == "byte" else train_sentencepiece([SOURCE_CODE, *llama_cpp.TEXTS], 700)
+    write_run(run, tokenizer, **{"block_size": 96, **KINDS.get(kind, KINDS["qwen3"])})
     for dtype in ours.DTYPES if kind in KINDS else ["float32"]:
         assert llama_cpp.compare(run, dtype) == []
 

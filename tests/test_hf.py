@@ -203,15 +203,15 @@ def sentencepiece_tokenizer():
     return train_sentencepiece([SOURCE_CODE], 320)
 
 
-def write_run(folder: Path, vocabulary, **fields) -> GPT:
+def write_run(folder: Path, tokenizer, **fields) -> GPT:
     """A run folder with a random model in it."""
     config = from_dict(
-        {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 40, **fields, "vocab_size": vocabulary.vocab_size}
+        {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 40, **fields, "vocab_size": tokenizer.vocab_size}
     )
     model = randomise(GPT(config))
     folder.mkdir()
     torch.save({"model": model.state_dict(), "config": to_dict(config), "step": 0}, folder / checkpoint.LAST)
-    vocabulary.save(folder / "tokenizer.model")
+    tokenizer.save(folder / "tokenizer.model")
     return model
 
 
@@ -265,26 +265,26 @@ TEXT = st.text(
 def test_an_exported_tokenizer_gives_the_same_ids_and_the_text_back(
     transformers, tmp_path, sentencepiece_tokenizer, kind
 ):
-    vocabulary = {
+    tokenizer = {
         "sentencepiece": lambda: sentencepiece_tokenizer,
         "byte": ByteTokenizer,
         "huggingface": byte_level_bpe,
     }[kind]()
-    write_run(tmp_path / "run", vocabulary)
+    write_run(tmp_path / "run", tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(hf.export(tmp_path / "run", tmp_path / "out"))
     ours = hf.load_tokenizer(tmp_path / "out")
-    assert (theirs.eos_token_id, len(theirs)) == (vocabulary.eos_id, vocabulary.vocab_size)
-    assert (ours.eos_id, ours.token_bytes) == (vocabulary.eos_id, vocabulary.token_bytes)
+    assert (theirs.eos_token_id, len(theirs)) == (tokenizer.eos_id, tokenizer.vocab_size)
+    assert (ours.eos_id, ours.token_bytes) == (tokenizer.eos_id, tokenizer.token_bytes)
 
     def check(text):
-        ids = vocabulary.encode(text)
+        ids = tokenizer.encode(text)
         assert theirs.encode(text) == theirs(text)["input_ids"] == ours.encode(text) == ids
         assert theirs.decode(ids) == text
 
     for text in [*HARD, f"a{theirs.eos_token}b", "<unk>", "</s>", " " * 77 + "\n" + " " * 31, "x" * 9]:
         check(text)
     # Words of the vocabulary in any order, where merges compete, and arbitrary text.
-    words = [token.decode() for token in vocabulary.token_bytes if len(token) > 1] or ["ab"]
+    words = [token.decode() for token in tokenizer.token_bytes if len(token) > 1] or ["ab"]
     words = st.lists(st.sampled_from(words), max_size=12).map("".join)
     settings(max_examples=250, deadline=None, derandomize=True)(given(st.one_of(TEXT, words))(check))()
 
@@ -295,9 +295,9 @@ def test_the_exported_bpe_merges_as_sentencepiece_does():
     for seed in range(6):
         rng = random.Random(seed)
         words = ["".join(rng.choices("ab", k=rng.randint(2, 13))) for _ in range(8)]
-        vocabulary = train_sentencepiece([" ".join(rng.choices(words, k=400))], 280)
-        exported = tokenizers.Tokenizer.from_str(json.dumps(hf.to_tokenizer(vocabulary)[0]))
-        assert [encoding.ids for encoding in exported.encode_batch(texts)] == vocabulary.encode_batch(texts)
+        tokenizer = train_sentencepiece([" ".join(rng.choices(words, k=400))], 280)
+        exported = tokenizers.Tokenizer.from_str(json.dumps(hf.to_tokenizer(tokenizer)[0]))
+        assert [encoding.ids for encoding in exported.encode_batch(texts)] == tokenizer.encode_batch(texts)
 
 
 def test_settings_that_the_format_cannot_represent_are_rejected(tmp_path, capsys):
@@ -454,9 +454,9 @@ def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
 # --- evaluating and training ------------------------------------------------------------------------------------------
 
 
-def save_with_tokenizer(model, folder: Path, vocabulary, **tokenizer_config) -> Path:
+def save_with_tokenizer(model, folder: Path, tokenizer, **tokenizer_config) -> Path:
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(json.dumps(vocabulary.tokenizer_json))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.tokenizer_json))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, **tokenizer_config}))
     return folder
 
@@ -464,11 +464,11 @@ def save_with_tokenizer(model, folder: Path, vocabulary, **tokenizer_config) -> 
 @pytest.fixture(scope="module")
 def gpt2(transformers, tmp_path_factory) -> Path:
     """A GPT-2 whose embedding has more rows than its tokenizer has tokens."""
-    vocabulary = byte_level_bpe()
+    tokenizer = byte_level_bpe()
     model = build(
-        transformers, "gpt2", vocab_size=vocabulary.vocab_size + 7, eos_token_id=vocabulary.eos_id, **NO_DROPOUT
+        transformers, "gpt2", vocab_size=tokenizer.vocab_size + 7, eos_token_id=tokenizer.eos_id, **NO_DROPOUT
     )
-    return save_with_tokenizer(model, tmp_path_factory.mktemp("models") / "gpt2", vocabulary)
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("models") / "gpt2", tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -495,13 +495,13 @@ def test_evaluation_agrees_with_transformers(transformers, gpt2, gpt2_corpus, co
     """The same loss as a loop over transformers' model and tokenizer, on a corpus with its own or another tokenizer."""
     folder = gpt2
     if family == "qwen3":
-        vocabulary = byte_level_bpe(qwen=True)
-        model = build(transformers, "qwen3", vocab_size=vocabulary.vocab_size + 3, num_key_value_heads=2)
-        folder = save_with_tokenizer(model, tmp_path / "qwen3", vocabulary)
+        tokenizer = byte_level_bpe(qwen=True)
+        model = build(transformers, "qwen3", vocab_size=tokenizer.vocab_size + 3, num_key_value_heads=2)
+        folder = save_with_tokenizer(model, tmp_path / "qwen3", tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = Dataset(corpus).tokenizer.decode(Dataset(corpus).split("val").slice(0, 1500).tolist())
-    stream = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+    stream = torch.tensor([their_tokenizer.eos_token_id, *their_tokenizer(text)["input_ids"]])
     nats = 0.0
     for start in range(0, len(stream) - 1, 48):  # windows side by side, the last one of full length, too
         counted = min(48, len(stream) - 1 - start)
@@ -520,8 +520,8 @@ def test_evaluation_agrees_with_transformers(transformers, gpt2, gpt2_corpus, co
 
 
 def test_a_run_and_its_export_evaluate_to_the_same(run, bpe_corpus, tmp_path):
-    vocabulary = Dataset(bpe_corpus).tokenizer
-    write_run(tmp_path / "bpe", vocabulary, arch="qwen3")
+    tokenizer = Dataset(bpe_corpus).tokenizer
+    write_run(tmp_path / "bpe", tokenizer, arch="qwen3")
     runs = [run, tmp_path / "bpe"]
     folders = [str(hf.export(path, tmp_path / f"{i}")) for i, path in enumerate(runs)]
     scores = evaluation.main([*map(str, runs), "--hf", folders[0], "--hf", folders[1], "--data", str(bpe_corpus)])
@@ -549,9 +549,9 @@ def test_training_starts_from_a_hugging_face_model(transformers, gpt2, gpt2_corp
     start = from_dict({**base, "max_steps": 0, "out": str(tmp_path / "start")})
     assert start.n_layer == defaults.n_layer != 3
     train.main(start)
-    model, vocabulary = minidisp.load(tmp_path / "start")
+    model, tokenizer = minidisp.load(tmp_path / "start")
     source = hf.load_model(gpt2, block_size=24)
-    assert vocabulary.hash == hf.load_tokenizer(gpt2).hash
+    assert tokenizer.hash == hf.load_tokenizer(gpt2).hash
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
     )

@@ -525,19 +525,19 @@ def test_other_families_through_transformers(bpe_run, bpe_corpus, tmp_path, caps
 
     folder = tmp_path / family
     hf.export(bpe_run, folder)
-    vocabulary = hf.load_tokenizer(folder)
+    tokenizer = hf.load_tokenizer(folder)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = transformers.AutoConfig.for_model(
-        family, vocab_size=vocabulary.vocab_size, max_position_embeddings=32, **sizes
+        family, vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **sizes
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
     (score,) = evaluation.main(["--hf", str(folder), "--data", str(bpe_corpus), "--tokens", "200", "--stride", "32"])
     tokens = Dataset(bpe_corpus).split("val").slice(0, score["tokens"])
-    stream, nats, condensation = torch.tensor([[vocabulary.eos_id, *tokens]]), 0.0, Condensation()
+    stream, nats, condensation = torch.tensor([[tokenizer.eos_id, *tokens]]), 0.0, Condensation()
     with torch.no_grad():
         for window in tasks.strided_windows(len(tokens), 32, 32):
             logits = model(stream[:, window.context_start : window.stop]).logits[0].double()

@@ -298,11 +298,11 @@ def test_init_from_continues_with_the_weights(corpus, run, tmp_path):
 
 
 def test_load_gives_the_model_of_the_best_checkpoint(run):
-    model, vocabulary = load(run)
+    model, tokenizer = load(run)
     assert not model.training
     assert_same_weights(model.state_dict(), checkpoint.read(run / checkpoint.BEST)["model"])
-    prompt = torch.tensor([vocabulary.encode("abc ")])
-    assert vocabulary.decode(model.generate(prompt, 5, seed=0)[0].tolist()).startswith("abc ")
+    prompt = torch.tensor([tokenizer.encode("abc ")])
+    assert tokenizer.decode(model.generate(prompt, 5, seed=0)[0].tolist()).startswith("abc ")
 
 
 def test_keep_leaves_the_newest_numbered_checkpoints(corpus, tmp_path):

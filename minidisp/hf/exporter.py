@@ -26,14 +26,14 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
         import safetensors.torch
     except ImportError:
         raise InputError("Hugging Face weights need the package safetensors: pip install safetensors") from None
-    model, vocabulary, _ = checkpoint.load_run(run)
+    model, tokenizer, _ = checkpoint.load_run(run)
     folder = Path(folder) if Path(folder).name else Path(folder).absolute()  # "." has no name
     if not files.is_free(folder):
         raise InputError(f"{folder} already exists: choose another folder")
-    config, tensors = stored_form(model, vocabulary.eos_id)
+    config, tensors = stored_form(model, tokenizer.eos_id)
     tensors = {name: in_dtype(tensor, dtype, name) for name, tensor in tensors.items()}
-    template = load_template(checkpoint.find(run).parent, vocabulary)
-    texts = _files(config | {"dtype": dtype}, vocabulary, template)
+    template = load_template(checkpoint.find(run).parent, tokenizer)
+    texts = _files(config | {"dtype": dtype}, tokenizer, template)
     try:
         with files.new_folder(folder, last="config.json") as building:
             for name, text in texts.items():
@@ -46,16 +46,16 @@ def export(run: str | Path, folder: str | Path, dtype: str = "float32") -> Path:
     return folder
 
 
-def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> dict[str, str]:
+def _files(config: dict, tokenizer: Tokenizer, template: Template | None) -> dict[str, str]:
     """The contents of config.json and of the tokenizer's files by name. template: of a run trained on examples."""
     # In training each document follows the EOS of the one before, so EOS is also the beginning-of-text token.
-    config |= {"bos_token_id": vocabulary.eos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": None}
-    kept = dict(vocabulary.files) if isinstance(vocabulary, HuggingFaceTokenizer) else {}
+    config |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    kept = dict(tokenizer.files) if isinstance(tokenizer, HuggingFaceTokenizer) else {}
     if kept:
-        config |= _token_ids(json.loads(kept.pop("config.json", "{}")), vocabulary.vocab_size)
-        texts = {"config.json": _json(config), "tokenizer.json": _json(vocabulary.tokenizer_json), **kept}
-        return texts | _chat(json.loads(kept.get("tokenizer_config.json", "{}")), vocabulary, template, {*kept})
-    tokenizer_json, eos_token = to_tokenizer(vocabulary)
+        config |= _token_ids(json.loads(kept.pop("config.json", "{}")), tokenizer.vocab_size)
+        texts = {"config.json": _json(config), "tokenizer.json": _json(tokenizer.tokenizer_json), **kept}
+        return texts | _chat(json.loads(kept.get("tokenizer_config.json", "{}")), tokenizer, template, {*kept})
+    tokenizer_json, eos_token = to_tokenizer(tokenizer)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos_token,
@@ -65,9 +65,7 @@ def _files(config: dict, vocabulary: Tokenizer, template: Template | None) -> di
         "split_special_tokens": True,
     }
     files = {"config.json": config, "tokenizer.json": tokenizer_json, "tokenizer_config.json": tokenizer_config}
-    return {name: _json(values) for name, values in files.items()} | _chat(
-        tokenizer_config, vocabulary, template, set()
-    )
+    return {name: _json(values) for name, values in files.items()} | _chat(tokenizer_config, tokenizer, template, set())
 
 
 def _token_ids(values: object, vocab_size: int) -> dict[str, object]:
@@ -82,17 +80,17 @@ def _token_ids(values: object, vocab_size: int) -> dict[str, object]:
     return {k: v for k, v in ids.items() if v is None or is_id(v) or (isinstance(v, list) and v and all(map(is_id, v)))}
 
 
-def _chat(tokenizer_config: dict, vocabulary: Tokenizer, template: Template | None, there: set[str]) -> dict[str, str]:
+def _chat(tokenizer_config: dict, tokenizer: Tokenizer, template: Template | None, there: set[str]) -> dict[str, str]:
     """The additional files, by name, of a run trained on examples: its chat template, in which special tokens are
     parsed, and the token that ends an answer. there: files that are exported unchanged."""
     if template is None:
         return {}
     changed = {name: value for name, value in tokenizer_config.items() if name != "split_special_tokens"}
     if not template.is_own:
-        changed |= {"eos_token": vocabulary.eos_token, "chat_template": template.chat_template}
+        changed |= {"eos_token": tokenizer.eos_token, "chat_template": template.chat_template}
     texts = {"tokenizer_config.json": _json(changed)} if changed != tokenizer_config else {}
-    if template.stop_id != vocabulary.eos_id and "generation_config.json" not in there:
-        texts["generation_config.json"] = _json({"eos_token_id": [vocabulary.eos_id, template.stop_id]})
+    if template.stop_id != tokenizer.eos_id and "generation_config.json" not in there:
+        texts["generation_config.json"] = _json({"eos_token_id": [tokenizer.eos_id, template.stop_id]})
     return texts
 
 

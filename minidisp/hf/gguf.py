@@ -74,21 +74,21 @@ def export_run(run: str | Path, folder: str | Path, dtype: str = "float32") -> P
         import gguf
     except ImportError:
         raise InputError("a GGUF file needs the package gguf: pip install gguf") from None
-    model, vocabulary, _ = checkpoint.load_run(run)
+    model, tokenizer, _ = checkpoint.load_run(run)
     name = printable(checkpoint.find(run).resolve().parent.name)
     path = Path(folder)
     path = path if path.suffix == ".gguf" else path / f"{name}-{DTYPES[dtype]}.gguf"
     if path.exists():
         raise InputError(f"{path} already exists: choose another folder")
     family = architecture_of(model.config)
-    stored_form(model, vocabulary.eos_id)  # raises InputError if the model's code differs from the family's
+    stored_form(model, tokenizer.eos_id)  # raises InputError if the model's code differs from the family's
     if family == "gpt2" and model.config.gelu != "tanh":
         warnings.warn(_about_gelu(model), stacklevel=2)
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # the writer would follow a link
     writer = gguf.GGUFWriter(temporary, family)
     _write_settings(writer, model.config, family, dtype, name)
-    _write_tokenizer(writer, vocabulary, load_template(checkpoint.find(run).parent, vocabulary))
+    _write_tokenizer(writer, tokenizer, load_template(checkpoint.find(run).parent, tokenizer))
     tensors = to_tensors(model.config, parameters_of(model), ARCHITECTURES[family])
     if family == "apertus":  # llama.cpp has no tied embeddings for it
         tensors.setdefault("output.weight", tensors["token_embd.weight"])
@@ -182,28 +182,28 @@ def _write_settings(writer, config: GPTConfig, family: str, dtype: str, name: st
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -> None:
+def _write_tokenizer(writer, tokenizer: Tokenizer, template: Template | None) -> None:
     """Write tokens, their types and merges. No space is prepended, and the name of a special token is plain text,
     except in the chat template of a run trained on examples."""
     import gguf
 
     kinds = gguf.TokenType
-    tokenizer_json, _ = to_tokenizer(vocabulary)
+    tokenizer_json, _ = to_tokenizer(tokenizer)
     model, added = tokenizer_json["model"], tokenizer_json["added_tokens"]
-    rows = range(vocabulary.vocab_size)
+    rows = range(tokenizer.vocab_size)
     tokens = {i: token for token, i in model["vocab"].items()} | {token["id"]: token["content"] for token in added}
     types = {i: kinds.NORMAL if i in tokens else kinds.UNUSED for i in rows}
     for token in added:
         if token.get("single_word"):
             raise InputError(f"llama.cpp cannot restrict the token {token['content']!r} to whole words (single_word)")
-        special = token["special"] or token["id"] == vocabulary.eos_id
+        special = token["special"] or token["id"] == tokenizer.eos_id
         types[token["id"]] = kinds.CONTROL if special else kinds.USER_DEFINED
     if model.get("byte_fallback"):
         scores = _as_sentencepiece(tokens, types, model["merges"], kinds)
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([scores.get(tokens.get(i), -float(len(rows))) for i in rows])
         writer.add_add_space_prefix(False)
-        unknown = next((token["id"] for token in added if token["content"] == "<unk>"), vocabulary.eos_id)
+        unknown = next((token["id"] for token in added if token["content"] == "<unk>"), tokenizer.eos_id)
         writer.add_unk_token_id(unknown)  # without one, it would be token 0
     else:
         writer.add_tokenizer_model("gpt2")
@@ -211,14 +211,14 @@ def _write_tokenizer(writer, vocabulary: Tokenizer, template: Template | None) -
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_token_list([tokens.get(i, f"[UNUSED{i}]").encode() for i in rows])
     writer.add_token_types([types[i] for i in rows])
-    _write_special_tokens(writer, vocabulary, {token["content"]: token["id"] for token in added}, template)
+    _write_special_tokens(writer, tokenizer, {token["content"]: token["id"] for token in added}, template)
 
 
-def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], template: Template | None) -> None:
+def _write_special_tokens(writer, tokenizer: Tokenizer, ids: dict[str, int], template: Template | None) -> None:
     """Write BOS, EOS and padding tokens and the chat template. As in training, a text is preceded by the EOS of the one
     before, and an example starts with its template; an imported tokenizer keeps its own settings. ids: those of the
     added tokens."""
-    files = vocabulary.files if isinstance(vocabulary, HuggingFaceTokenizer) else {}
+    files = tokenizer.files if isinstance(tokenizer, HuggingFaceTokenizer) else {}
     settings = json.loads(files.get("tokenizer_config.json", "{}"))
 
     def token_id(name: str) -> int | None:
@@ -227,8 +227,8 @@ def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], te
         return ids.get(token) if isinstance(token, str) else None
 
     bos, pad = token_id("bos_token"), token_id("pad_token")
-    writer.add_bos_token_id(vocabulary.eos_id if bos is None else bos)
-    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)
+    writer.add_eos_token_id(tokenizer.eos_id)
     if pad is not None:
         writer.add_pad_token_id(pad)
     writer.add_add_bos_token(settings.get("add_bos_token") is True if files else template is None)
@@ -237,7 +237,7 @@ def _write_special_tokens(writer, vocabulary: Tokenizer, ids: dict[str, int], te
     source = template.chat_template if template else source
     if isinstance(source, str):
         writer.add_chat_template(source)
-    if template and template.stop_id != vocabulary.eos_id:
+    if template and template.stop_id != tokenizer.eos_id:
         writer.add_eot_token_id(template.stop_id)
 
 

@@ -19,11 +19,12 @@ from typing import BinaryIO
 
 import torch
 
-from minidisp import InputError, printable, tokenizer
+from minidisp import InputError, printable
 from minidisp.config import Config, from_dict
 from minidisp.model import GPT
 from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.runtime.files import write_atomic
+from minidisp.tokenizer import load as load_tokenizer
 
 LAST, BEST, AVERAGE = "ckpt_last.pt", "ckpt_best.pt", "ckpt_ema.pt"
 MOST_PICKLE = 1 << 24  # bytes; each can become an object of 72 bytes, and a tensor takes about 150
@@ -513,12 +514,12 @@ def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, 
     refuse_misfit(state, config, path)
     model = GPT(config)
     load_weights(model, state, path)
-    vocabulary = tokenizer.load(path.parent / "tokenizer.model")
-    if vocabulary.vocab_size != config.vocab_size:
+    tokenizer = load_tokenizer(path.parent / "tokenizer.model")
+    if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
-            f"{path.parent / 'tokenizer.model'} has {vocabulary.vocab_size} tokens, but the model {config.vocab_size}"
+            f"{path.parent / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}"
         )
-    return model.to(device).eval(), vocabulary, config  # without the optimiser states in `state`
+    return model.to(device).eval(), tokenizer, config  # without the optimiser states in `state`
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, object]:
@@ -526,5 +527,5 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, obje
 
     Raises InputError naming the file if something is missing or does not fit.
     """
-    model, vocabulary, _ = load_run(run, device)
-    return model, vocabulary
+    model, tokenizer, _ = load_run(run, device)
+    return model, tokenizer

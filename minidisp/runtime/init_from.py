@@ -32,12 +32,12 @@ def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
     if the config sets another architecture; a field at its default does not count as set.
     """
     if hf.is_folder(config.init_from):
-        source, vocabulary = hf.load(config.init_from, block_size=config.block_size)
+        source, tokenizer = hf.load(config.init_from, block_size=config.block_size)
         saved, how = source.config, f"prepare the data with --tokenizer hf:{config.init_from}"
     else:
-        source, vocabulary, saved = checkpoint.load_run(config.init_from)
+        source, tokenizer, saved = checkpoint.load_run(config.init_from)
         how = "prepare the data with its tokenizer, --tokenizer-from"
-    if vocabulary.hash != dataset.tokenizer.hash:
+    if tokenizer.hash != dataset.tokenizer.hash:
         raise InputError(f"--init-from {config.init_from} and {dataset.folder} have different tokenizers: {how}")
     asked, there = to_dict(config), to_dict(saved)
     # A field that a resumed run may change, such as dropout, is not part of the architecture.

@@ -130,8 +130,8 @@ class RunFolder:
                 (self.path / checkpoint.BEST).unlink()
             self._open_loggers(config, saved_step, outside=False)
             files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
-            vocabulary = (dataset.folder / "tokenizer.model").read_bytes()
-            files.write_atomic(self.path / "tokenizer.model", lambda file: file.write(vocabulary))
+            tokenizer = (dataset.folder / "tokenizer.model").read_bytes()
+            files.write_atomic(self.path / "tokenizer.model", lambda file: file.write(tokenizer))
             if dataset.template:
                 files.write_json(self.path / TEMPLATE, dataset.template.to_meta())
         newest = self._world.max(-1 if last_eval is None else last_eval)
