@@ -238,14 +238,23 @@ def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every)
 # --- disks that do not take it ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def half_done(corpus, tmp_path) -> Path:
-    """A run of 12 steps that was stopped after 8, next to the same run without interruption."""
-    train.main(small_config(corpus, tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def stopped(corpus, tmp_path_factory) -> Path:
+    """A folder with the runs of half_done, for all tests to copy."""
+    folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_run", lambda *_: [])
+        train.main(small_config(corpus, folder / "whole"))
         interrupt_in(patch, 8)
         with pytest.raises(SystemExit):
-            train.main(small_config(corpus, tmp_path / "run"))
+            train.main(small_config(corpus, folder / "run"))
+    return folder
+
+
+@pytest.fixture
+def half_done(stopped, tmp_path) -> Path:
+    """A run of 12 steps that was stopped after 8, next to the same run without interruption."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 

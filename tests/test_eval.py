@@ -574,7 +574,7 @@ def write_pairs(folder, seed=0, n=15):
 
 
 def slow_values(model, tokenizer, pattern):
-    """The score of every pair in the files, one sentence and one token at a time, in float64."""
+    """The score of every pair in the files, one sentence and one window at a time, in float64."""
     model = model.double()
     values = {}
     for file in sorted(pattern.parent.iterdir()):
@@ -585,9 +585,9 @@ def slow_values(model, tokenizer, pattern):
                 stream = [tokenizer.eos_id, *tokenizer.encode(json.loads(line)[key])]
                 total = 0.0
                 for window in strided_windows(len(stream) - 1, model.config.block_size, model.config.block_size // 2):
+                    logits = model(torch.tensor([stream[window.context_start : window.stop]])).logits[0]
                     for i in range(window.start, window.stop):
-                        context = torch.tensor([stream[window.context_start : i + 1]])
-                        total += model(context).logits[0, -1].log_softmax(-1)[stream[i + 1]].item()
+                        total += logits[i - window.context_start].log_softmax(-1)[stream[i + 1]].item()
                 totals.append(total)
             values[file.stem].append(1.0 if totals[0] > totals[1] else 0.5 if totals[0] == totals[1] else 0.0)
     return values

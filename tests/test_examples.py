@@ -1,5 +1,6 @@
 """Examples as training data: rows, masks, packing, mixtures, and the loss against a loop over one example at a time."""
 
+import functools
 import json
 import random
 
@@ -41,6 +42,7 @@ def examples(tmp_path_factory):
     return folder / "prepared"
 
 
+@functools.cache
 def rendered(corpus, split: str) -> list[tuple[list[int], list[bool]]]:
     """The examples of a split, computed from the template alone, in the order of the rows."""
     dataset, found = Dataset(corpus), []

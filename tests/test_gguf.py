@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -302,15 +303,17 @@ def test_exact_gelu_goes_out_as_the_tanh_form_and_the_difference_is_reported(tmp
     assert "GELU" not in capsys.readouterr().out
 
 
-def test_the_short_command(tmp_path):
+def test_the_short_command(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "run", ByteTokenizer(), gelu="tanh")
-    command = [sys.executable, "-m", "minidisp.gguf"]
-    done = subprocess.run([*command, "run", "x.gguf"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "minidisp.gguf", "run", "x.gguf"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "x.gguf").is_file()
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["gguf"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("minidisp.gguf", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.skipif(not llama_cpp.installed(), reason="xllamacpp is not installed: see llama_cpp.py")

@@ -431,16 +431,16 @@ def test_generation_stops_at_any_of_several_stop_tokens():
         assert all(set(row) & set(stops) for row in found) or first == 40
 
 
-@pytest.mark.parametrize("every", [2, 5, 16])
-def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch, every):
+def test_looking_rarely_for_the_stop_token_changes_nothing(model, monkeypatch):
     """As on devices that are rarely synchronised: samples that end before, at and after a check, or never."""
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(6) for stop in (0, 7)]
+    options = [{"seed": seed, "top_k": 3, "stop_token": stop} for seed in range(3) for stop in (0, 7)]
     options += [{"temperature": 0, "stop_token": model.generate(idx, n, temperature=0)[0, -1].item()} for n in (1, 2)]
     at_once = [model.generate(idx, 25, **each) for each in options]
-    monkeypatch.setattr("minidisp.decoding.look_every", lambda device: every)
-    for each, out in zip(options, at_once, strict=True):
-        assert torch.equal(model.generate(idx, 25, **each), out)
+    for every in (2, 5, 16):
+        monkeypatch.setattr("minidisp.decoding.look_every", lambda device, every=every: every)
+        for each, out in zip(options, at_once, strict=True):
+            assert torch.equal(model.generate(idx, 25, **each), out), every
     assert model.generate(idx, 0, stop_token=0).equal(idx)
 
 
