@@ -274,7 +274,7 @@ def test_it_learns_a_text_by_heart(tmp_path, options):
         == 0
     )
     summary = train.main(
-        small_config(out, tmp_path / "run", max_steps=150, eval_every=150, log_every=50, lr=5e-3, **options)
+        small_config(out, tmp_path / "run", max_steps=90, eval_every=90, log_every=50, lr=1e-2, **options)
     )
     assert summary["first"]["val_loss"] == pytest.approx(np.log(257), abs=0.2)
     assert summary["last"]["val_loss"] < 0.3
