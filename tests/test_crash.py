@@ -7,7 +7,6 @@ import resource
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch
 import train
 from minidisp import report
 from minidisp.runtime import checkpoint, files
+from tests import forked
 from tests.conftest import small_config, small_flags
 from tests.test_train import assert_equal, assert_same_state, lines
 
@@ -113,17 +113,9 @@ def kill_again_and_again(corpus: Path, folder: Path) -> dict:
     return seen
 
 
-def in_child(*arguments, timeout: int) -> dict:
+def in_child(*arguments) -> dict:
     """Run this file as a program, which forks; returns what it has seen."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_crash", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = forked.run("-m", "tests.test_crash", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -132,7 +124,7 @@ def in_child(*arguments, timeout: int) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fifty_kills_lose_nothing(corpus, tmp_path):
-    seen = in_child(corpus, tmp_path, timeout=300)
+    seen = in_child(corpus, tmp_path)
     assert seen["kills"] == KILLS
     assert seen["in_a_save"] > KILLS // 2, seen
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -229,7 +221,7 @@ def kill_overwriting_twice(corpus: Path, folder: Path, every: int) -> dict:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_overwrite_killed_twice_is_never_the_old_run(corpus, tmp_path, every):
-    seen = in_child(corpus, tmp_path, str(every), timeout=600)
+    seen = in_child(corpus, tmp_path, str(every))
     assert seen["refused"]
     assert seen["resumed"]
     assert seen["pairs"] >= 30 // every

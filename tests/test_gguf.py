@@ -6,7 +6,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 from minidisp import InputError, hf
 from minidisp.hf import gguf as ours
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_sentencepiece
-from tests import llama_cpp
+from tests import forked, llama_cpp
 from tests.test_hf import write_run
 from tests.test_tokenizer import HARD, SOURCE_CODE, byte_level_bpe
 
@@ -305,8 +304,7 @@ def test_exact_gelu_goes_out_as_the_tanh_form_and_the_difference_is_reported(tmp
 
 def test_the_short_command(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "run", ByteTokenizer(), gelu="tanh")
-    command = [sys.executable, "-m", "minidisp.gguf", "run", "x.gguf"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked.run("-m", "minidisp.gguf", "run", "x.gguf", cwd=tmp_path, env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "x.gguf").is_file()
     monkeypatch.setattr(sys, "argv", ["gguf"])

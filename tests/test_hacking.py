@@ -1,15 +1,13 @@
 """The examples of docs/hacking.md: each is applied to a copy of the code, trained, killed and resumed."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import small_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,18 +104,6 @@ def apply(section: str, code: Path) -> int:
     return len(changes)
 
 
-def python(code: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=code,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_every_example_is_here():
     assert [title for title in sections() if title[0].isdigit()] == list(HACKS)
 
@@ -130,7 +116,7 @@ def test_an_example_trains_and_resumes_exactly(corpus, tmp_path, title):
     code = copy_of_the_code(tmp_path)
     assert apply(sections()[title], code) <= 4
     flags = [*small_flags(max_steps=8, save_every=4, eval_every=8), "--data", str(corpus), *flags]
-    done = python(code, TRAIN_KILL_RESUME, str(tmp_path), *flags)
+    done = forked.run("-c", TRAIN_KILL_RESUME, tmp_path, *flags, cwd=code)
     assert done.returncode == 0, done.stderr
     assert expected is None or expected in done.stdout
     assert "resumed at step 4" in done.stdout
@@ -163,7 +149,7 @@ report.draw_run = lambda *_: []
 assert train.cli([*sys.argv[2:], "--parallel", "--out", sys.argv[1] + "/run"]) == 0
 sys.exit(hf.main(["export", sys.argv[1] + "/run", sys.argv[1] + "/out"]))
 """
-    done = python(code, script, str(tmp_path), *small_flags(max_steps=2), "--data", str(corpus))
+    done = forked.run("-c", script, tmp_path, *small_flags(max_steps=2), "--data", corpus, cwd=code)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "parallel" in done.stderr

@@ -24,6 +24,7 @@ from minidisp.loss import chunked
 from minidisp.ops import build, registered, streamed
 from minidisp.ops.__main__ import check, main, self_test
 from minidisp.ops.dispersion import FUSED_VARIANTS, STREAMED_VARIANTS
+from tests import forked
 
 BUILD = build._build
 MISSING = registered("cpu")  # why the extension is not available, or ""
@@ -842,11 +843,8 @@ def test_an_unknown_instruction_set_is_one_line(unbuilt, monkeypatch):
 
 @on_linux
 def test_the_diagnosis_names_an_unknown_instruction_set():
-    result = subprocess.run(
-        [sys.executable, "-m", "minidisp.ops"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MINIDISP_CPU": "nonsense"},
+    result = forked.run(
+        "-m", "minidisp.ops", cwd=Path(__file__).parents[1], env={**os.environ, "MINIDISP_CPU": "nonsense"}
     )
     assert result.returncode == 2
     assert "MINIDISP_CPU is nonsense" in result.stderr

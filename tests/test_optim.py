@@ -1,8 +1,6 @@
 """Schedules, parameter groups, and one step of each optimiser against the written formula."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from minidisp import optim
 from minidisp.config import Config
 from minidisp.model import GPT
 from minidisp.optim import Muon, build_optimizers, learning_rate, step_where_on_device
+from tests import forked
 from tests.conftest import small_flags
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 32}
@@ -92,7 +91,7 @@ def test_to_train_imports_no_compiler(corpus, tmp_path):
         "assert not sys.modules.keys() & {'torch._dynamo', 'torch.fx.experimental.symbolic_shapes'}"
     )
     flags = small_flags(data=corpus, dispersion=0.1, max_steps=2)
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *flags], cwd=Path(__file__).parents[1], check=True)
+    forked.run("-c", code, tmp_path, *flags, cwd=Path(__file__).parents[1]).check_returncode()
 
 
 def test_one_step_of_adamw_is_the_formula():
