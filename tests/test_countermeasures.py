@@ -247,13 +247,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(corpus, run
 
 
 def test_the_student_comes_closer_to_a_teacher_of_another_shape(corpus, tmp_path):
-    train.main(
-        small_config(
-            corpus, tmp_path / "teacher", n_embd=48, n_layer=3, block_size=64, max_steps=60, lr=5e-3, dropout=0.1
-        )
-    )
-    options = {"distill": str(tmp_path / "teacher"), "distill_weight": 5.0, "max_steps": 60}
-    train.main(small_config(corpus, tmp_path / "student", **options))
+    rarely = {"max_steps": 60, "eval_every": 60, "save_every": 60}
+    shape = {"n_embd": 48, "n_layer": 3, "block_size": 64}
+    train.main(small_config(corpus, tmp_path / "teacher", **rarely, **shape, lr=5e-3, dropout=0.1))
+    options = {"distill": str(tmp_path / "teacher"), "distill_weight": 5.0}
+    train.main(small_config(corpus, tmp_path / "student", **rarely, **options))
     divergences = [line["distillation"] for line in lines(tmp_path / "student") if "loss" in line]
     assert divergences[-1] < 0.3 * divergences[0]
     assert all(value >= 0 for value in divergences)

@@ -273,9 +273,8 @@ def test_it_learns_a_text_by_heart(tmp_path, options):
         prepare.main(["--input", str(tmp_path / "text.txt"), "--name", "fox", "--tokenizer", "byte", "--out", str(out)])
         == 0
     )
-    summary = train.main(
-        small_config(out, tmp_path / "run", max_steps=90, eval_every=90, log_every=50, lr=1e-2, **options)
-    )
+    rarely = {"max_steps": 90, "eval_every": 90, "save_every": 90, "log_every": 50}
+    summary = train.main(small_config(out, tmp_path / "run", **rarely, lr=1e-2, **options))
     assert summary["first"]["val_loss"] == pytest.approx(np.log(257), abs=0.2)
     assert summary["last"]["val_loss"] < 0.3
 
@@ -283,9 +282,8 @@ def test_it_learns_a_text_by_heart(tmp_path, options):
 def test_dispersion_lowers_the_mean_cosine(corpus, tmp_path):
     cosines = []
     for weight in (0.0, 1.0):
-        summary = train.main(
-            small_config(corpus, tmp_path / str(weight), dispersion=weight, max_steps=60, eval_every=60)
-        )
+        rarely = {"max_steps": 60, "eval_every": 60, "save_every": 60}
+        summary = train.main(small_config(corpus, tmp_path / str(weight), dispersion=weight, **rarely))
         cosines.append(summary["last"]["last_half_mean"])
     assert cosines[1] < cosines[0] - 0.1
 
