@@ -181,11 +181,14 @@ def memory_bytes(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
-def refuse_larger_than_memory(what: str, needed: float, device: torch.device) -> None:
+def refuse_larger_than_memory(what: str, needed: float, device: torch.device, advice: str = "") -> None:
     """Raise InputError, naming `what`, if so many bytes do not fit in the device's memory, before allocating them."""
-    there = memory_bytes(device)
-    if there and needed > there:
-        raise InputError(f"{what} needs {needed / 2**30:,.0f} GiB, and {device.type} has {there / 2**30:,.0f} GiB")
+    available = memory_bytes(device)
+    if available and needed > available:
+        raise InputError(
+            f"out of memory: {what} needs {needed / 2**30:,.1f} GiB, but {device.type} has {available / 2**30:,.1f} GiB"
+            + advice
+        )
 
 
 def cgroup_limits(root: Path) -> Iterator[int]:

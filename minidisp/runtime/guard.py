@@ -14,7 +14,7 @@ from minidisp.model import GPT
 from minidisp.objective import Forward, Objective
 from minidisp.runtime.checkpoint import gathered
 from minidisp.runtime.cli import is_out_of_memory
-from minidisp.runtime.device import memory_bytes
+from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.runtime.processes import World
 
 # An update with NaN or Inf in the loss or the gradient is skipped. This many in a row, or in total, end the run.
@@ -166,11 +166,6 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
 
 def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
     """Raise InputError if weights, gradients and optimiser state cannot fit in memory, before allocating them."""
-    count = config.parameter_count
-    needed = 16 * count / shards  # weights, gradients, two moments, in float32
-    available = memory_bytes(device)
-    if available and needed > available:
-        raise InputError(
-            f"out of memory: {count:,} parameters need {needed / 2**30:,.1f} GiB with gradients and optimiser "
-            f"state, but {device.type} has {available / 2**30:,.1f} GiB: lower --n-layer or --n-embd"
-        )
+    what = f"training {config.parameter_count:,} parameters, with gradients and optimiser state,"
+    needed = 16 * config.parameter_count / shards  # weights, gradients, two moments, in float32
+    refuse_larger_than_memory(what, needed, device, ": lower --n-layer or --n-embd")
