@@ -46,8 +46,7 @@ _GPT2 = {
 }
 PRESETS: dict[str, dict] = {
     "tiny": {},
-    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000, "lr": 1e-3,
-             "warmup_steps": 100},
+    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 32, "max_steps": 3000, "lr": 1e-3},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_GPT2},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_GPT2, "lr": 3e-4},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, **_GPT2, "lr": 2.5e-4},
@@ -201,7 +200,7 @@ class Config(GPTConfig):
     embedding_lr: float = flag(
         1.0, "learning rate of the token embeddings (and a tied output layer) as a multiple of lr", above=0
     )
-    warmup_steps: int = flag(40, "steps of linear warm-up", low=0, resume="reported")
+    warmup_steps: int = flag(100, "steps of linear warm-up", low=0, resume="reported")
     schedule: Literal[tuple(SCHEDULES)] = flag(
         "cosine",
         "learning rate schedule after warm-up; linear: linear decay to min_lr; wsd: constant, then linear decay over "
