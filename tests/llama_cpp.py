@@ -7,6 +7,7 @@
 Exit code 0: all agree.
 """
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -190,7 +191,12 @@ def _dialogues(server: Server, template: Template) -> list[str]:
     return found
 
 
-def main(runs: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    runs = parser.parse_args(argv).runs
+    if not installed():
+        parser.error("needs the package xllamacpp: pip install xllamacpp")
     for run in runs:
         for dtype in gguf.DTYPES:
             found = compare(Path(run), dtype)
@@ -202,6 +208,4 @@ def main(runs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if not installed() or len(sys.argv) < 2:
-        sys.exit(__doc__)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
