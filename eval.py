@@ -39,6 +39,7 @@ from minidisp.config import Config, parse_corpora, to_dict
 from minidisp.data import Corpora, Dataset
 from minidisp.hf.other import OtherModel, is_other, load_other
 from minidisp.model import GPT
+from minidisp.ops import registered
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.cli import Parser, exit_code, take_over
 from minidisp.runtime.device import pick_device
@@ -141,6 +142,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return draw_curves(args)
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
     refuse_other(subjects, args)
+    if device.type == "cpu":
+        registered("cpu")  # compiles on first use: now, and not in the middle of a sample
     if args.sampling or args.texts or args.chat or any(row.answered for row in completions):
         refuse_broken(subjects)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):

@@ -2,9 +2,9 @@
 
     python experiments/warmup.py --scale laptop --threads 1
 
-With the gpt2 recipe's 40 warm-up steps, the gradient norm of the baseline spikes around step 40. The baseline and the
-loss are both trained with several warm-up lengths. The first tables compare all conditions with the baseline at the
-shortest warm-up; the others compare the loss with the baseline at the same warm-up.
+With 40 warm-up steps, once the default of the gpt2 recipe, the gradient norm of the baseline spikes at steps 20 to 40.
+The baseline and the loss are both trained with several warm-up lengths. The first tables compare all conditions with
+the baseline at the shortest warm-up; the others compare the loss with the baseline at the same warm-up.
 """
 
 import os
