@@ -142,8 +142,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return draw_curves(args)
     subjects = load_subjects(args.runs, args.hf, args.block_size, device)
     refuse_other(subjects, args)
-    if device.type == "cpu":
-        registered("cpu")  # compiles on first use: now, and not in the middle of a sample
     if args.sampling or args.texts or args.chat or any(row.answered for row in completions):
         refuse_broken(subjects)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -222,6 +220,8 @@ def evaluate(
     if args.html:
         print(f"page    {printable(args.html)}")
     if args.sampling:
+        if device.type == "cpu":
+            registered("cpu")  # compiles on first use: now, and not in the middle of a sample
         typed = typed_prompts() if args.sample == "-" else [] if args.sample is None else [args.sample]
         sample_prompts(subjects, scores, typed, prompts, args.sampling)
         if args.json:

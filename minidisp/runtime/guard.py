@@ -166,6 +166,7 @@ def half_of(batch: int, error: BaseException, where: str, world: World, dropout:
 
 def refuse_too_large(config: Config, device: torch.device, shards: int) -> None:
     """Raise InputError if weights, gradients and optimiser state cannot fit in memory, before allocating them."""
-    what = f"training {config.parameter_count:,} parameters, with gradients and optimiser state,"
-    needed = 16 * config.parameter_count / shards  # weights, gradients, two moments, in float32
+    count = config.parameter_count
+    what = f"training {count:,} parameters, with gradients and optimiser state,"
+    needed = 16 * count / shards  # weights, gradients, two moments, in float32
     refuse_larger_than_memory(what, needed, device, ": lower --n-layer or --n-embd")
