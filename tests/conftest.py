@@ -82,8 +82,8 @@ def pytest_addoption(parser):
 def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
     """A text with a little structure, always the same."""
     rng = random.Random(seed)
-    tokenizer = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 7))) for _ in range(60)]
-    path.write_text(" ".join(rng.choices(tokenizer, range(60, 0, -1), k=words)), encoding="utf-8")
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(1, 7))) for _ in range(60)]
+    path.write_text(" ".join(rng.choices(vocabulary, range(60, 0, -1), k=words)), encoding="utf-8")
     return path
 
 

@@ -7,17 +7,21 @@ import functools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 
-def run(*command: object, cwd: Path, env=os.environ) -> subprocess.CompletedProcess:
-    """subprocess.run([sys.executable, *command]) with text captured; a command begins with a script, -m or -c."""
+def run(*command: object, cwd: Path, env=os.environ, timeout: int = 600) -> subprocess.CompletedProcess:
+    """subprocess.run([sys.executable, *command]) with text captured; a command begins with a script, -m or -c.
+
+    After `timeout` seconds it is killed, and the return code is -SIGALRM.
+    """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        job = [*map(str, command)], str(cwd), dict(env), [*map(str, outputs)]
+        job = [*map(str, command)], str(cwd), dict(env), [*map(str, outputs)], timeout
         print(json.dumps(job), file=server().stdin, flush=True)
         code = int(server().stdout.readline())
         return subprocess.CompletedProcess(command, code, *(path.read_text(encoding="utf-8") for path in outputs))
@@ -35,7 +39,7 @@ if __name__ == "__main__":
     import torch  # noqa: F401
 
     for line in sys.stdin:
-        (kind, *arguments), folder, environment, outputs = json.loads(line)
+        (kind, *arguments), folder, environment, outputs, timeout = json.loads(line)
         if (child := os.fork()) == 0:
             break
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -43,6 +47,7 @@ if __name__ == "__main__":
         sys.exit()
 
     # From here on, this is the command's process.
+    signal.alarm(timeout)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -38,11 +38,12 @@ RUNS += [
 every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
 
 
-@pytest.mark.slow  # the emulator below compiles the same sources
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize(
-    ("source", "least"), [(SOURCES[0], 3), (SOURCES[1], 21)], ids=lambda value: getattr(value, "stem", None)
+    ("source", "least"),
+    [(SOURCES[0], 3), pytest.param(SOURCES[1], 21, marks=pytest.mark.slow)],
+    ids=lambda value: getattr(value, "stem", None),
 )
 def test_compiles_without_spilling_registers(source, least, architecture, tmp_path):
     generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # everything that torch without CUDA lacks
