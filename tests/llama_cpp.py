@@ -1,4 +1,5 @@
-"""Runs in llama.cpp: the same tokens for fifty texts, the same greedy continuations, and the same chat prompts.
+"""Runs in llama.cpp: the same tokens for fifty texts, the same greedy continuations, and the same chat prompts
+if the run was trained on examples.
 
     pip install xllamacpp                              # a compiled llama.cpp with its server
     python tests/llama_cpp.py runs/NAME ...            # every --dtype of every run
@@ -10,6 +11,7 @@ Exit code 0: all agree.
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import urllib.error
@@ -21,7 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import minidisp
-from minidisp import InputError
 from minidisp.hf import gguf
 from minidisp.template import Template, load_template
 
@@ -158,17 +159,17 @@ def _continuations(server: Server, model, tokenizer, template: Template | None, 
         prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
         (choice,) = server.ask("/completion", prompt=prompt, **one)["completion_probabilities"]
         theirs = {p["id"]: p["logprob"] for p in choice["top_logprobs"]}  # without the bias
-        tokens = min(tokens, model.config.block_size - len(prompt))  # llama.cpp stops at the end of the context
-        many = {"n_predict": tokens, "temperature": 0, "return_tokens": True}
+        new = min(tokens, model.config.block_size - len(prompt))  # llama.cpp stops at the end of the context
+        many = {"n_predict": new, "temperature": 0, "return_tokens": True}
         continuation = server.ask("/completion", prompt=prompt, **many)["tokens"]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 :]
         ours = logits[0].softmax(-1)
-        error = (torch.tensor([theirs.get(i, -torch.inf) for i in range(len(ours))]).exp() - ours).abs().max().item()
-        if error > within:
-            found.append(f"probabilities after {text!r} differ by up to {error:.1g}")
-        greedy = model.generate(torch.tensor([prompt]), tokens, temperature=0)[0, len(prompt) :].tolist()
-        stopped = next((i + 1 for i, token in enumerate(greedy) if token in ends), tokens)
+        error = max(abs(math.exp(logprob) - ours[i].item()) for i, logprob in theirs.items())
+        if error > within or len(theirs) != len(ours):
+            found.append(f"{len(theirs)} probabilities after {text!r}, off by up to {error:.1g}")
+        greedy = model.generate(torch.tensor([prompt]), new, temperature=0)[0, len(prompt) :].tolist()
+        stopped = next((i + 1 for i, token in enumerate(greedy) if token in ends), new)
         # Rounded weights may resolve near ties differently, but each of llama.cpp's tokens must be close to the best.
         chosen = logits[:-1].gather(1, torch.tensor(continuation)[:, None])[:, 0]
         behind = (logits[:-1].max(-1).values - chosen).max().item()
@@ -181,10 +182,7 @@ def _dialogues(server: Server, template: Template) -> list[str]:
     """The prompts of llama.cpp's chat mode."""
     found = []
     for messages in DIALOGUES:
-        try:
-            ids = template.render(messages, add_generation_prompt=True).ids
-        except InputError:  # a template that takes no system message
-            continue
+        ids = template.render(messages, add_generation_prompt=True).ids
         text = server.ask("/apply-template", messages=messages)["prompt"]
         if server.tokens(text, special=True) != ids:
             found.append(f"the chat prompt is {text!r}, in tokens {server.tokens(text, special=True)}, not {ids}")
@@ -200,8 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         for dtype in gguf.DTYPES:
             found = compare(Path(run), dtype)
-            agree = f"{len(TEXTS)} texts, {len(PROMPTS)} continuations and {len(DIALOGUES)} chat prompts agree"
-            print(f"{run} {dtype}: {'; '.join(found) or agree}")
+            print(f"{run} {dtype}: {'; '.join(found) or 'agrees'}")
             if found:
                 return 1
     return 0
