@@ -69,7 +69,7 @@ def arms(scale: dict) -> dict[str, dict]:
 def against_the_default(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
     """The conditions at the end, the paper's default first."""
     end = study.at_the_end(evaluations)
-    return {DEFAULT: end.pop(DEFAULT), **end}
+    return {DEFAULT: end.pop(DEFAULT), **end} if DEFAULT in end else {}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,6 +47,8 @@ def at_its_best(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, st
     rows = {}
     for arm in study.PAIR:
         at_rate = {label.removeprefix(f"{arm}, "): end[label] for label in end if label.startswith(f"{arm}, ")}
+        if not at_rate:  # because of --arms
+            continue
         bits = np.array([[evaluation["bits_per_byte"] for evaluation in row] for row in at_rate.values()])
         others = bits.sum(1, keepdims=True) - bits if bits.shape[1] > 1 else bits
         chosen = [list(at_rate)[i] for i in others.argmin(0)]

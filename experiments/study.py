@@ -24,6 +24,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -86,19 +87,21 @@ def cli(
     scales: name -> dictionary with `seeds` (their number, from `first_seed` or 0 on), `train` (flags of train.py, by
         their names in Config), and anything that `arms` needs.
     arms(scale): label -> the flags in `train` that this condition changes, in the order they run; the first is the
-        baseline.
+        baseline. A function instead of a flag replaces the function of this name in train.py.
     views: the comparisons; each maps condition -> evaluations of each seed to label -> one evaluation per seed, the
-        first being the baseline. differences.png shows the first view.
+        first being the baseline. differences.png shows the first. A view without two rows, because of --arms, is
+        left out.
     """
     name = Path(file).stem
 
     def command() -> None:
         args = parse_arguments(name, doc, scales, argv)
         scale, out = scales[args.scale], Path(args.out or f"runs/{name}-{args.scale}")
-        plan = make_plan(scale, at_equal_time(arms(scale), scale["train"], args.time_ratio), out, args)
+        conditions = at_equal_time(arms(scale), scale["train"], args.time_ratio)
+        plan = chosen(args.arms, make_plan(scale, conditions, out, args))
         if reason := report.cannot_draw():
             print(reason, flush=True)
-        train_all(plan)
+        train_all(plan, conditions)
         conclude(f"{name}, scale {args.scale}", doc[: doc.index("?") + 1], plan, views, out, args.other)
 
     # Ctrl-C between two runs ends here; during one, the trainer saves and raises SystemExit.
@@ -118,6 +121,8 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
     add("--data", metavar="TEXT", help="corpus, as for train.py (default: the scale's)")
     words = "number of seeds (default: the scale's); more seeds resolve smaller differences"
     add("--seeds", type=int, metavar="N", help=words)
+    words = "train and compare only these conditions, by the labels of the tables, such as 'cross-entropy'"
+    add("--arms", nargs="+", metavar="LABEL", help=words)
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add_measures(parser)
     return check_counts(parser.parse_args(argv))
@@ -164,7 +169,8 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
     for seed in range(first, first + (args.seeds or scale["seeds"])):
         folders = {arm: out / f"{re.sub('[^a-z0-9.]+', '-', arm.lower()).strip('-')}-s{seed}" for arm in arms}
         for arm, changes in arms.items():
-            flags = {"recipe": "gpt2", **scale["train"], **changes, "seed": seed, "out": folders[arm]}
+            changed = {field: value for field, value in changes.items() if not callable(value)}
+            flags = {"recipe": "gpt2", **scale["train"], **changed, "seed": seed, "out": folders[arm]}
             flags |= {key: value for key, value in (("data", args.data), ("threads", args.threads)) if value}
             line = command_line(
                 {field: folders[value] if isinstance(value, RunOf) else value for field, value in flags.items()}
@@ -173,10 +179,26 @@ def make_plan(scale: dict, arms: dict[str, dict], out: Path, args: argparse.Name
     return plan
 
 
-def train_all(plan: dict) -> None:
-    """Train every unfinished run of the plan, and print a line for each run."""
+def chosen(labels: list[str] | None, plan: dict) -> dict:
+    """The runs of these conditions; all if None."""
+    known = dict.fromkeys(arm for arm, _ in plan)
+    for label in labels or ():
+        if label not in known:
+            raise InputError(f"--arms {label!r} is not a condition: choose from {', '.join(map(repr, known))}")
+    return {(arm, seed): run for (arm, seed), run in plan.items() if labels is None or arm in labels}
+
+
+def train_all(plan: dict, arms: dict[str, dict] | None = None) -> None:
+    """Train every unfinished run of the plan, and print a line for each run.
+
+    arms: the conditions, if some replace functions of train.py.
+    """
     for i, ((arm, seed), (config, flags)) in enumerate(plan.items(), 1):
-        remark = finish(config, flags)
+        with contextlib.ExitStack() as replaced:
+            for name, value in (arms or {}).get(arm, {}).items():
+                if callable(value):
+                    replaced.enter_context(mock.patch.object(train, name, value))
+            remark = finish(config, flags)
         summary = read_json(config.run_dir / "summary.json")
         last = summary["last"]
         scores = f"{last['bits_per_byte']:.4f} bits/byte, mean cosine {last['last_half_mean']:.3f}"
@@ -260,6 +282,8 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     compared = {}
     for view in views:
         rows = view(evaluations)
+        if len(rows) < min(2, len(evaluations)):
+            continue
         compared[view.__name__], shown = compare_all(rows, MEASURES)
         tables += shown
         base, *others = rows
@@ -270,7 +294,7 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
     show("\n\n".join(tables), out / "table.txt")
     files.write_json(out / "results.json", {"name": name, "seeds": seeds, "compared": compared})
     labels = {key: (label, words) for key, label, _, words in MEASURES[:2]}
-    figures = report.draw_differences(compared[views[0].__name__], labels, title, out / "differences.png")
+    figures = report.draw_differences(next(iter(compared.values())), labels, title, out / "differences.png")
     if len(evaluations) <= len(report.CYCLE):
         figures += report.draw_study(evaluations, title, out / "condensation.png")
     for path in figures:

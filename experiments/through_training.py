@@ -36,7 +36,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 def moments(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
     """Step 0, which both conditions share, then evaluations 1, 2, 4, 8, ... and the last of each, one per seed."""
-    rows = {"step 0": [of_seed[0] for of_seed in evaluations["cross-entropy"]]}
+    rows = {"step 0": [of_seed[0] for of_seed in next(iter(evaluations.values()))]}
     for arm, over_seeds in evaluations.items():
         last = len(over_seeds[0]) - 1
         for k in sorted({last, *(2**i for i in range(last.bit_length()))}):

@@ -9,14 +9,16 @@
 The protocol was fixed before the first run; docs/verdict.md describes it and the parts that were run. In short:
 
 choice           learning rate of each condition, then its weight decay at that rate; seeds 100 and 101, validation
-books small            8 x 64, 3.1M tokens, six seeds: baseline, lambda 0.1 as published, the same with tau 0.1 default
-8 x 192, 6.1M tokens, four seeds: the same conditions rates            8 x 192, 2.0M tokens, seeds 100 and 101: the
-learning rate selected at 8 x 64, times 0.25, 0.5 and 1 half             like default, at half the selected learning
-rates, four seeds large            8 x 320 (11M parameters), at half those rates, 4.1M tokens, three seeds mechanism
-8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss limited-choice   8 x 192
-on three books, six epochs: weight decay and dropout, at the selected learning rate limited          the same with four
-seeds, best and last evaluation 124m             a GPT-2-small-sized model, 12 x 768, context 1,024, 4.1M tokens, two
-seeds; needs a GPU
+                 books
+small            8 x 64, 3.1M tokens, six seeds: baseline, lambda 0.1 as published, the same with tau 0.1
+default          8 x 192, 6.1M tokens, four seeds: the same conditions
+rates            8 x 192, 2.0M tokens, seeds 100 and 101: the learning rate selected at 8 x 64, times 0.25, 0.5 and 1
+half             like default, at half the selected learning rates, four seeds
+large            8 x 320 (11M parameters), at half those rates, 4.1M tokens, three seeds
+mechanism        8 x 64, 0.7M tokens, four seeds: each ingredient of the fast recipe with and without the loss
+limited-choice   8 x 192 on three books, six epochs: weight decay and dropout, at the selected learning rate
+limited          the same with four seeds, best and last evaluation
+124m             a GPT-2-small-sized model, 12 x 768, context 1,024, 4.1M tokens, two seeds; needs a GPU
 
 All conditions of a stage and recipe see the same data in the same order, in bfloat16. The primary measure is bits per
 byte on the test books, which are not used for hyperparameter selection. The same command continues an interrupted

@@ -30,19 +30,21 @@ def arms(scale: dict) -> dict[str, dict]:
     }
 
 
-def pair(i: int):
-    """A view of only the i-th warm-up: the baseline, then the loss."""
+def at_the_same_warm_up(steps: int):
+    """A view of only this warm-up: the baseline, then the loss."""
 
     def view(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-        rows = list(study.at_the_end(evaluations).items())
-        return dict(rows[2 * i : 2 * i + 2])
+        end = study.at_the_end(evaluations)
+        return {label: rows for label, rows in end.items() if label.endswith(f", warm-up {steps}")}
 
-    view.__name__ = f"warmup_{i}"
+    view.__name__ = f"warm_up_{steps}"
     return view
 
 
 def main(argv: list[str] | None = None) -> int:
-    return study.cli(__file__, __doc__, SCALES, arms, views=(study.at_the_end, *map(pair, range(3))), argv=argv)
+    lengths = sorted({steps for scale in SCALES.values() for steps in scale["warmups"]})
+    views = (study.at_the_end, *map(at_the_same_warm_up, lengths))
+    return study.cli(__file__, __doc__, SCALES, arms, views=views, argv=argv)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import train
 from minidisp import report
+from minidisp.objective import Forward
 from minidisp.runtime import files
 
-STUDIES = ("size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup")
+STUDIES = (
+    "size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup", "forms",
+)  # fmt: skip
 FOLDER = Path(train.__file__).parent / "experiments"
 
 
@@ -53,6 +57,70 @@ def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
     assert len(plan) == len(arms) * script.SCALES[scale]["seeds"]
     assert len({config.run_dir for config, _ in plan.values()}) == len(plan)
     assert script.SCALES[scale]["seeds"] >= 2
+
+
+def test_chosen_conditions_alone_are_trained_and_compared(load, corpus, tmp_path, capsys):
+    script = load("warmup")
+    flags = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path), "--seeds", "1"]
+    chosen = ["cross-entropy, warm-up 2", "with dispersion, warm-up 2"]
+    assert script.main([*flags, "--arms", *chosen]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["compared"]
+    assert {view: list(rows["bits_per_byte"]) for view, rows in results.items()} == {
+        "at_the_end": chosen,
+        "warm_up_2": chosen,
+    }
+    assert script.main([*flags, "--arms", "warm-up 2"]) == 2
+    assert "--arms 'warm-up 2' is not a condition: choose from 'cross-entropy, warm-up 1'" in capsys.readouterr().err
+
+
+def test_a_condition_may_replace_functions_of_the_trainer(load, corpus, tmp_path):
+    study = load("study")
+    original = train.build_optimizers
+
+    def slower(model, config):
+        optimizers = original(model, config)
+        optimizers[0].step = lambda: None
+        return optimizers
+
+    scales = {"smoke": {"seeds": 2, "train": study.SMOKE}}
+    argv = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path)]
+    arms = {"trained": {}, "untrained": {"build_optimizers": slower}}
+    assert study.cli("some.py", "Which?", scales, lambda scale: arms, argv=argv) == 0
+    assert train.build_optimizers is original
+    results = json.loads((tmp_path / "results.json").read_text())["compared"]["at_the_end"]["bits_per_byte"]
+    first = [report.read_metrics(tmp_path / f"untrained-s{seed}" / "metrics.jsonl")[0] for seed in (0, 1)]
+    assert results["untrained"]["values"] == [line["bits_per_byte"] for line in first]
+    assert all(np.less(results["trained"]["values"], results["untrained"]["values"]))
+
+
+def test_the_forms_agree_with_loops_over_pairs(load):
+    forms, generator = load("forms"), torch.Generator().manual_seed(0)
+    states = torch.randn(3, 2, 6, 5, dtype=torch.float64, generator=generator)  # embeddings and two layers
+    targets = torch.tensor([[1, 2, 1, 3, 2, 1], [0, 4, 5, 6, 7, 3]])
+    forward = Forward(None, targets, None, tuple(states), 0)
+    units = (states / (states.norm(dim=-1, keepdim=True) + 1e-2)).numpy()
+
+    def log_mean(u, pairs):
+        cosines = [np.clip(u[i] @ u[j], -0.75, 0.75) for i, j in pairs]
+        return math.log(np.mean(np.exp(-np.arccos(cosines) / math.pi)))
+
+    pairs = [[(i, j) for i in range(6) for j in range(6) if y[i] != y[j]] for y in targets]
+    expected = np.mean([log_mean(units[layer][b], pairs[b]) for layer in (1, 2) for b in (0, 1)])
+    np.testing.assert_allclose(forms.target_aware(forward, None), expected, rtol=1e-12)
+
+    together = [(i, j) for i in range(12) for j in range(12) if i != j]
+    expected = np.mean([log_mean(units[layer].reshape(12, 5), together) for layer in (1, 2)])
+    np.testing.assert_allclose(forms.whole_batch(forward, None), expected, rtol=1e-12)
+
+    u, y = states[2].reshape(12, 5).numpy(), targets.flatten().tolist()
+    u = u / np.linalg.norm(u, axis=1, keepdims=True)
+    losses = []
+    for i in range(12):
+        mass = {j: math.exp(u[i] @ u[j] / 0.1) for j in range(12) if j != i}
+        if same := [j for j in mass if y[j] == y[i]]:
+            losses.append(-math.log(sum(mass[j] for j in same) / sum(mass.values())))
+    assert len(losses) == 7
+    np.testing.assert_allclose(forms.contrastive(forward, None), np.mean(losses), rtol=1e-12)
 
 
 def test_a_study_at_equal_time_and_on_another_corpus(load, corpus, tmp_path, capsys):
