@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minidisp import InputError
 from minidisp.ops import dispersion as ops
+from minidisp.ops import untraced
 
 
 def full_precision(function: Callable) -> Callable:
@@ -289,13 +290,12 @@ class DispersionLoss(nn.Module):
         Returns a scalar.
         """
         if attention_mask is not None:
-            return torch.compiler.disable(self._masked)(hidden_states, step, attention_mask)
+            return untraced(self._masked)(hidden_states, step, attention_mask)
         layers = select_layers(self.layers, len(hidden_states) - 1)
         states = [hidden_states[layer] for layer in layers]
         if 0 < self.tokens < states[0].shape[1]:
-            # numpy's generator cannot be traced, and a traced counter would cause a recompilation per call. Not a
-            # decorator, which would load the compiler (two seconds) with every import of this file.
-            positions = torch.compiler.disable(self._positions)(states[0].shape[1], layers, step, states)
+            # numpy's generator cannot be traced, and a traced counter would cause a recompilation per call.
+            positions = untraced(self._positions)(states[0].shape[1], layers, step, states)
             states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
         return torch.stack(losses).mean()

@@ -21,7 +21,7 @@ from minidisp import InputError, decoding
 from minidisp.decoding import Context, Segments
 from minidisp.flags import MOST, check_bounds, flag
 from minidisp.loss import IGNORE, can_be_chunked, cross_entropy
-from minidisp.ops import layers
+from minidisp.ops import layers, untraced
 from minidisp.ops.attention import causal_attention
 
 
@@ -327,7 +327,7 @@ class GPT(nn.Module):
         """Cosines and sines of the positions, (T, D) or (B, 1, T, D)."""
         where = context.positions(T, relative=True)
         if (needed := min(context.length + T, self.config.block_size)) > len(self.cos):
-            torch.compiler.disable(self._extend_rotations)(needed)  # not a decorator, which would import the compiler
+            untraced(self._extend_rotations)(needed)
         cos, sin = self.cos[where], self.sin[where]
         return (cos, sin) if cos.ndim == 2 else (cos.unsqueeze(1), sin.unsqueeze(1))
 

@@ -90,7 +90,7 @@ def test_to_train_imports_no_compiler(corpus, tmp_path):
         "    assert train.cli([*sys.argv[2:], '--arch', arch, '--out', sys.argv[1] + '/' + arch]) == 0\n"
         "assert not sys.modules.keys() & {'torch._dynamo', 'torch.fx.experimental.symbolic_shapes'}"
     )
-    flags = small_flags(data=corpus, dispersion=0.1, max_steps=2)
+    flags = small_flags(data=corpus, dispersion=0.1, dispersion_tokens=4, max_steps=2)
     forked.run("-c", code, tmp_path, *flags, cwd=Path(__file__).parents[1]).check_returncode()
 
 

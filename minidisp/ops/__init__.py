@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -39,6 +40,13 @@ def registered(device_type: str) -> str:
 # torch.compile treats the result as a constant instead of tracing the search for the extension. This is all that
 # torch.compiler.assume_constant_result does, but calling that would import the compiler.
 registered._dynamo_marked_constant = True
+
+
+def untraced(function: Callable) -> Callable:
+    """function, which torch.compile calls instead of tracing it. Without torch.compile, the function itself, since
+    torch.compiler.disable takes two seconds to import the compiler.
+    """
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def processor_has(instructions: str) -> bool:
