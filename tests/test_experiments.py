@@ -19,6 +19,7 @@ from minidisp.runtime import files
 
 STUDIES = (
     "size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup", "forms",
+    "tasks",
 )  # fmt: skip
 FOLDER = Path(train.__file__).parent / "experiments"
 
