@@ -142,13 +142,14 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
         batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
         windows = windows[len(batch) :]
         rows = to_device(np.stack([stream[w.context_start : w.stop + 1] for w in batch]), device)
-        losses.append(model(rows[:, :-1], rows[:, 1:], loss_reduction="none").loss)
+        scored = max(w.stop - w.start for w in batch)
+        losses.append(model(rows[:, :-1], rows[:, -scored:], loss_reduction="none").loss)
         batches.append(batch)
         progress.update(sum(w.stop - w.start for w in batch))
     progress.close()
     for batch, loss in zip(batches, fetched_at_once(losses), strict=True):
         for w, row in zip(batch, loss, strict=True):
-            nats[w.start : w.stop] = row[w.start - w.context_start :]
+            nats[w.start : w.stop] = row[len(row) - (w.stop - w.start) :]
     return nats
 
 

@@ -54,7 +54,8 @@ class OtherModel(nn.Module):
         out = self.model(idx, output_hidden_states=return_hidden_states, use_cache=False)
         loss = None
         if targets is not None:
-            loss = nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            logits = out.logits[:, -targets.shape[1] :].flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
             loss = loss.view_as(targets)
         return Output(out.logits if targets is None else None, loss, out.hidden_states)
 
