@@ -37,9 +37,9 @@ class Context:
         """Whether query t attends to key s, bool, with the shape of distances. None: plain causal attention."""
         return None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of block `layer`: those of earlier tokens followed by k and v, (B, n_kv_head, T, D)."""
-        return k, v
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        """Keys, then values, of block `layer`, (B, 2 n_kv_head, length + T, D): earlier tokens', followed by kv."""
+        return kv
 
     def kept(self, layer: int, mask: Tensor | None) -> Kept | None:
         """The cache and mask for causal_attention; None if there are none, which allows the fused operator."""
@@ -52,11 +52,11 @@ class Context:
 class KVCache(Context):
     """Keys and values of all blocks for up to `size` tokens, so that generating a token takes a forward pass of one.
 
-    A pair of tensors (B, n_kv_head, size, D) per block, filled up to `length`.
+    A tensor (B, 2 n_kv_head, size, D) per block, keys and then values, filled up to `length`.
     """
 
     def __init__(self, config, batch_size: int, size: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, batch_size, config.n_kv_head, size, config.head_dim)
+        shape = (batch_size, 2 * config.n_kv_head, size, config.head_dim)
         self.blocks = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.size, self.length = size, 0
 
@@ -64,15 +64,14 @@ class KVCache(Context):
         # A single token attends to the whole cache, and with an empty cache plain causal attention applies.
         return self.distances(T, device) >= 0 if T > 1 and self.length else None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.blocks[layer][0, :, :, self.length : end] = k
-        self.blocks[layer][1, :, :, self.length : end] = v
-        return self.blocks[layer][0, :, :, :end], self.blocks[layer][1, :, :, :end]
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        end = self.length + kv.shape[2]
+        self.blocks[layer][:, :, self.length : end] = kv
+        return self.blocks[layer][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the sequences with these indices."""
-        self.blocks = [block[:, rows] for block in self.blocks]
+        self.blocks = [block[rows] for block in self.blocks]
 
     def kept(self, layer: int, mask: Tensor | None) -> Kept:
         return functools.partial(self.append, layer), mask

@@ -278,7 +278,7 @@ class GPT(nn.Module):
     ) -> Output:
         """Logits of the next tokens or, with targets, the loss (and no logits, to save memory).
 
-        idx, targets: (B, T) int64, T <= block_size; a target of -1 is masked. Fewer targets are those of the last tokens.
+        idx, targets: (B, T) int64, T <= block_size; a target of -1 is masked. Fewer targets are of the last tokens.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
         loss_reduction: "mean" returns the training loss, or in eval mode the mean cross-entropy; "none" returns the

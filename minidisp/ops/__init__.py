@@ -32,7 +32,7 @@ def registered(device_type: str) -> str:
     found = build.find_or_build(device_type)
     if not found.path:
         return found.about + found.note
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("minidisp::dispersion", FUSED_DEVICES[device_type]):
+    if not has_kernels(device_type):
         return f"the extension was built without {device_type}{found.note}"
     return check_cuda() if device_type == "cuda" else ""
 
@@ -47,6 +47,12 @@ def untraced(function: Callable) -> Callable:
     torch.compiler.disable takes two seconds to import the compiler.
     """
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+@functools.cache
+def has_kernels(device_type: str) -> bool:
+    """Whether the loaded extension has kernels for that type of device. Cached, as torch takes 8 us to look it up."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("minidisp::dispersion", FUSED_DEVICES[device_type])
 
 
 def processor_has(instructions: str) -> bool:

@@ -22,9 +22,9 @@ from minidisp.ops import registered
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 FUSED_MOST_WIDTH = 256  # channels of a head
 
-# A KV cache: a function that appends keys and values, (B, n_kv_head, T, D) each, to the cached ones and returns all;
-# and a mask of those that a token attends to, (B, 1, T, T) bool, or None for all up to the token.
-Kept = tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor | None]
+# A KV cache: a function that appends keys and values, (B, 2 n_kv_head, T, D), to the cached ones and returns all; and
+# a mask of those that a token attends to, (B, 1, T, T) bool, or None for all up to the token.
+Kept = tuple[Callable[[Tensor], Tensor], Tensor | None]
 
 
 def _fake(qkv: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor]:
@@ -131,11 +131,12 @@ def torch_attention(qkv: Tensor, n_head: int, n_kv_head: int, dropout: float = 0
     """causal_attention by torch's scaled_dot_product_attention, on any device."""
     B, T, width = qkv.shape
     heads = n_head + 2 * n_kv_head
-    q, k, v = qkv.reshape(B, T, heads, width // heads).transpose(1, 2).split((n_head, n_kv_head, n_kv_head), dim=1)
+    q, kv = qkv.reshape(B, T, heads, width // heads).transpose(1, 2).split((n_head, 2 * n_kv_head), dim=1)
     mask = None
     if kept is not None:
         append, mask = kept
-        k, v = append(k, v)
+        kv = append(kv)
+    k, v = kv.chunk(2, dim=1)
     y = F.scaled_dot_product_attention(
         q,
         k,
