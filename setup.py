@@ -51,7 +51,8 @@ def extension(tools: Path) -> dict:
         [os.path.relpath(path, build.PACKAGE.parent) for path in build.sources(cuda)],
         extra_compile_args={
             "cxx": [*build.CXX_FLAGS, "-fopenmp"],
-            "nvcc": list(build.NVCC_FLAGS),
+            # torch's own flags would turn off the conversions of 16-bit numbers.
+            "nvcc": [*build.NVCC_FLAGS, *(f"-U__CUDA_NO_{name}_CONVERSIONS__" for name in ("HALF", "BFLOAT16"))],
         },
         extra_link_args=["-fopenmp", "-s"],
         py_limited_api=True,  # uses no Python API, so one wheel serves every version

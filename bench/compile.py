@@ -3,9 +3,9 @@
     python bench/compile.py [--instructions avx2|all|...] [--cuda] [--first-step]
 
 Compiles each file separately, one after the other, and reports wall and CPU seconds; then everything as on first use,
-on as many processors as MAX_JOBS or the machine allows. --cuda also compiles the CUDA files to object files (nvcc, no
-GPU needed). --first-step clones this checkout into a temporary folder and runs `train.py --dispersion 0.1` there with
-empty caches, up to the log line of step 0. Prints a table, then one JSON line.
+on as many processors as MAX_JOBS or the machine allows. --cuda also compiles the CUDA files to object files, for which
+it needs nvcc and a torch with CUDA, but no GPU. --first-step clones this checkout into a temporary folder and runs
+`train.py --dispersion 0.1` there with empty caches, up to the log line of step 0. Prints a table, then one JSON line.
 """
 
 import os

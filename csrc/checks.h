@@ -1,4 +1,4 @@
-// Argument checks of the dispersion loss, shared by the bindings of both devices.
+// Torch's tensors as the kernels take them, and checks of the dispersion loss. Shared by the bindings of both devices.
 
 #pragma once
 
@@ -9,6 +9,18 @@
 #include "dispersion.h"
 
 namespace minidisp {
+
+// Of float32, bfloat16 or float16.
+inline Type type_of(const at::Tensor& x) {
+  return x.scalar_type() == at::kFloat      ? Type::float32
+         : x.scalar_type() == at::kBFloat16 ? Type::bfloat16
+                                            : Type::float16;
+}
+
+inline TokenVectors token_vectors(const at::Tensor& z) {
+  return {
+      type_of(z), z.const_data_ptr(), {z.size(0), z.size(1), z.size(2)}, {z.stride(0), z.stride(1), z.stride(2)}};
+}
 
 // Whether torch's settings allow rounding in products; false if torch raises an error, as it does when its older and
 // newer settings are mixed.

@@ -1,4 +1,4 @@
-// Shared by the devices: the options of a call, and the order of the pairs of token blocks of a sequence.
+// Shared by the devices: tokens, the options of a call, and the order of the pairs of token blocks of a sequence.
 // The weights of the pairs are in dispersion_pair.h.
 
 #pragma once
@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "type.h"
+
 #if defined(__CUDACC__)
 #define MINIDISP_BOTH __host__ __device__
 #else
@@ -14,6 +16,12 @@
 #endif
 
 namespace minidisp {
+
+struct TokenVectors {  // (B, T, C), at any strides, in elements
+  Type type;
+  const void* data;
+  int64_t size[3], stride[3];
+};
 
 enum class Variant { angular_spread, orthogonalization, l2_repel, decorrelation };
 

@@ -1,4 +1,4 @@
-// csrc/cuda/*.cu on the CPU: the unmodified kernels and launchers, as minidisp_emulator::forward, ::backward and
+// csrc/cuda/ on the CPU: the unmodified kernels, launchers and checks, as minidisp_emulator::forward, ::backward and
 // ::cross_entropy_.
 //
 // A block's threads are fibers. One runs until it waits at a barrier of the block, or at an instruction of its warp,
@@ -10,9 +10,9 @@
 // matrix of every batch is multiplied, which is enough for the last of very many sequences, to test offsets beyond 32
 // bits in little time. without: a barrier, file:line, that is skipped.
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/bmm.h>
-#include <torch/library.h>
+#define MINIDISP_EMULATOR
+#include "../csrc/cuda/bindings.cpp"
+
 #include <ucontext.h>
 
 #include <csetjmp>
@@ -33,6 +33,8 @@ extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
 #define __syncthreads() emulator::barrier(__FILE__, __LINE__)
 #define __launch_bounds__(...)
 
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -183,7 +185,20 @@ void run_block() {
 
 }  // namespace emulator
 
-namespace minidisp {
+namespace minidisp::cuda {
+
+// Of host.h.
+void multiply(const Matrices& c, const Matrices& left, const Matrices& right, bool add) {
+  const at::Tensor out = tensor_of(c), a = tensor_of(left), b = tensor_of(right);
+  TORCH_CHECK(a.size(0) <= emulator::most_matrices, "more matrices than cuBLAS is known to take");
+  const int64_t first = emulator::schedule & 4 ? a.size(0) - 1 : 0, n = a.size(0) - first;
+  const auto wide = [&](const at::Tensor& x) { return x.narrow(0, first, n).to(out.scalar_type()); };
+  const at::Tensor product = at::bmm(wide(a), wide(b));
+  if (add) out.narrow(0, first, n).add_(product);
+  else out.narrow(0, first, n).copy_(product);
+}
+
+// Of device.h.
 namespace {
 
 char* shared_memory() { return emulator::shared.data(); }
@@ -232,17 +247,10 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int count, int shared
   }
 }
 
-void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  TORCH_CHECK(a.size(0) <= emulator::most_matrices, "more matrices than cuBLAS is known to take");
-  const int64_t first = emulator::schedule & 4 ? a.size(0) - 1 : 0, n = a.size(0) - first;
-  const auto wide = [&](const at::Tensor& x) { return x.narrow(0, first, n).to(out.scalar_type()); };
-  const at::Tensor product = at::bmm(wide(a), wide(b));
-  if (add) out.narrow(0, first, n).add_(product);
-  else out.narrow(0, first, n).copy_(product);
-}
+void fill_with_zeros(void* to, int64_t bytes) { std::memset(to, 0, static_cast<size_t>(bytes)); }
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda
 
 #include "../csrc/cuda/cross_entropy.cu"
 #include "../csrc/cuda/dispersion.cu"
@@ -252,7 +260,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& 
                                                               double clamp, double eps, bool need_grad, bool exact,
                                                               at::IntArrayRef workspace, int64_t schedule,
                                                               c10::string_view without) {
-  minidisp::Workspace space;
+  minidisp::cuda::Workspace space;
   if (!workspace.empty()) {
     TORCH_CHECK(workspace.size() == 6);
     space = {workspace[0], workspace[1], workspace[2], workspace[3], workspace[4], workspace[5]};
@@ -260,20 +268,20 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& 
   emulator::schedule = static_cast<int>(schedule);
   emulator::most_matrices = space.sequences;
   emulator::without = std::string(without);
-  return minidisp::forward_in(z, variant, tau, clamp, eps, need_grad, exact, space);
+  return minidisp::cuda::forward_in(z, variant, tau, clamp, eps, need_grad, exact, space);
 }
 
 static at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product,
                            const at::Tensor& state, c10::string_view variant, int64_t schedule) {
   emulator::schedule = static_cast<int>(schedule);
-  return minidisp::backward_in(upstream, z, product, state, variant);
+  return minidisp::cuda::backward_in(upstream, z, product, state, variant);
 }
 
 static at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets, int64_t ignored, bool need_grad,
                                 int64_t schedule, c10::string_view without) {
   emulator::schedule = static_cast<int>(schedule);
   emulator::without = std::string(without);
-  return minidisp::cross_entropy_in(logits, targets, ignored, need_grad);
+  return minidisp::cuda::cross_entropy_in(logits, targets, ignored, need_grad);
 }
 
 TORCH_LIBRARY(minidisp_emulator, m) {

@@ -22,7 +22,7 @@ from minidisp import ops
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 KERNELS = [*SOURCES, ROOT / "csrc" / "cuda" / "block.h", *sorted((ROOT / "csrc" / "cuda").glob("dispersion_*.h"))]
-INCLUDE = Path(torch.__file__).parent / "include"
+BINDINGS = ROOT / "csrc" / "cuda" / "bindings.cpp"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 ROUNDING = {torch.float32: 5e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -38,7 +38,10 @@ RUNS += [
 every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize(
     ("source", "least"),
@@ -46,9 +49,6 @@ every_run = pytest.mark.parametrize(("variant", "dtype"), RUNS)
     ids=lambda value: getattr(value, "stem", None),
 )
 def test_compiles_without_spilling_registers(source, least, architecture, tmp_path):
-    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # everything that torch without CUDA lacks
-    generated.parent.mkdir(parents=True)
-    generated.touch()
     command = [
         "nvcc",
         "-cubin",
@@ -59,12 +59,24 @@ def test_compiles_without_spilling_registers(source, least, architecture, tmp_pa
         "-Werror",
         "all-warnings",
     ]
-    command += ["-isystem", str(INCLUDE), "-I", str(tmp_path), str(source), "-o", str(tmp_path / "kernels.cubin")]
+    command += [str(source), "-o", str(tmp_path / "kernels.cubin")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes spill", result.stderr)
     assert len(spills) >= least
     assert set(spills) == {"0"}
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_bindings_compile_as_on_first_use(tmp_path, monkeypatch):
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # everything that torch without CUDA lacks
+    generated.parent.mkdir(parents=True)
+    generated.touch()
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    (unit,) = (unit for unit in ops.build.units(True, "all") if unit.source == BINDINGS)
+    result = subprocess.run([*unit.command, "-o", str(tmp_path / "bindings.o")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")

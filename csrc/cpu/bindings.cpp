@@ -104,12 +104,6 @@ namespace {
 
 // The dispersion loss
 
-Type type_of(const at::Tensor& x) {
-  return x.scalar_type() == at::kFloat      ? Type::float32
-         : x.scalar_type() == at::kBFloat16 ? Type::bfloat16
-                                            : Type::float16;
-}
-
 // Returns the loss, its gradient or nothing, and nothing: minidisp/ops/dispersion.py.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion_loss(const at::Tensor& z, c10::string_view variant,
                                                                double tau, double clamp, double eps, bool need_grad) {
@@ -119,9 +113,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion_loss(const at::Tensor&
                          });
   const at::TensorOptions floats = z.options().dtype(at::kFloat);
   const at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), floats);
-  const TokenVectors tokens{
-      type_of(z), z.const_data_ptr(), {z.size(0), z.size(1), z.size(2)}, {z.stride(0), z.stride(1), z.stride(2)}};
-  const double loss = dispersion(tokens, options, may_round, need_grad ? grad.mutable_data_ptr<float>() : nullptr);
+  const double loss =
+      dispersion(token_vectors(z), options, may_round, need_grad ? grad.mutable_data_ptr<float>() : nullptr);
   return {at::full({}, loss, floats), grad, at::empty({0}, floats)};
 }
 

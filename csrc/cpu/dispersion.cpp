@@ -26,6 +26,7 @@
 
 #include "dispersion_amx.h"
 #include "host.h"
+#include "numbers.h"
 
 namespace minidisp {
 namespace {

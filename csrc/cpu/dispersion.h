@@ -3,15 +3,8 @@
 #pragma once
 
 #include "../dispersion.h"
-#include "numbers.h"
 
 namespace minidisp {
-
-struct TokenVectors {  // (B, T, C), at any strides, in elements
-  Type type;
-  const void* data;
-  int64_t size[3], stride[3];
-};
 
 // The mean of the sequences' losses. grad (B, T, C): overwritten with its gradient, unless null. may_round: products
 // may be rounded to bfloat16.

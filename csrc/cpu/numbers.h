@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace minidisp {
+#include "../type.h"
 
-enum class Type { float32, bfloat16, float16 };
+namespace minidisp {
 
 inline float float_of_bits(uint32_t bits) {
   float x;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -73,4 +73,4 @@ __device__ __forceinline__ void write8(T* row, int64_t d, int64_t C, bool packed
 }
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda

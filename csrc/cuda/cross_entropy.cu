@@ -2,20 +2,17 @@
 // minidisp/loss.py between its matrix products. One block per row; the logits are read twice and written once, and
 // everything is computed in float32. Without nvcc, this file is plain C++: tests/cuda_emulator.cpp runs it on the CPU.
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cmath>
 #include <type_traits>
+
+#include "operators.h"
 
 #if defined(__CUDACC__)
 #include "device.h"
 #endif
 #include "block.h"
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 // Row n: V logits from n stride on. losses (rows,): 0 if the target is ignored, and so is its gradient.
@@ -56,39 +53,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// logits (N, V), rows at any stride; targets (N,) int64. Returns the losses, float32 (N,).
-at::Tensor cross_entropy_in(const at::Tensor& logits, const at::Tensor& targets, int64_t ignored, bool need_grad) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.stride(1) == 1 && targets.dim() == 1 && targets.is_contiguous() &&
-                        targets.size(0) == logits.size(0) && targets.scalar_type() == at::kLong &&
-                        targets.device() == logits.device(),
-                    "minidisp::cross_entropy_ takes logits (N, V) with contiguous rows, and int64 targets (N,) on the "
-                    "same device");
-  const at::Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
-  const auto run = [&](auto* rows) {
-    const bool packed = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && logits.stride(0) * sizeof(*rows) % 16 == 0;
-    launch(softmax_loss<std::remove_pointer_t<decltype(rows)>>, logits.size(0), kThreads, 0, rows,
-           targets.const_data_ptr<int64_t>(), ignored, logits.size(1), logits.stride(0), packed, need_grad,
-           losses.mutable_data_ptr<float>());
-  };
-  void* const data = logits.mutable_data_ptr();
-  if (logits.scalar_type() == at::kFloat) run(static_cast<float*>(data));
-  else if (logits.scalar_type() == at::kBFloat16) run(static_cast<c10::BFloat16*>(data));
-  else if (logits.scalar_type() == at::kHalf) run(static_cast<c10::Half*>(data));
-  else
-    TORCH_CHECK_TYPE(false, "minidisp::cross_entropy_ takes float32, bfloat16 or float16, not ", logits.scalar_type());
-  return losses;
-}
-
-#if defined(__CUDACC__)
-at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& targets, int64_t ignored, bool need_grad) {
-  const c10::cuda::CUDAGuard guard(logits.device());
-  return cross_entropy_in(logits, targets, ignored, need_grad);
-}
-#endif
-
 }  // namespace
-}  // namespace minidisp
 
-#if defined(__CUDACC__)
-TORCH_LIBRARY_IMPL(minidisp, CUDA, m) { m.impl("cross_entropy_", minidisp::cross_entropy); }
-#endif
+void cross_entropy(const Logits& logits, const int64_t* targets, int64_t ignored, bool need_grad, float* losses) {
+  const auto run = [&](auto* rows) {
+    const bool packed = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && logits.stride * sizeof(*rows) % 16 == 0;
+    launch(softmax_loss<std::remove_pointer_t<decltype(rows)>>, logits.rows, kThreads, 0, rows, targets, ignored,
+           logits.V, logits.stride, packed, need_grad, losses);
+  };
+  switch (logits.type) {
+    case Type::float32: return run(static_cast<float*>(logits.data));
+    case Type::bfloat16: return run(static_cast<__nv_bfloat16*>(logits.data));
+    case Type::float16: return run(static_cast<__half*>(logits.data));
+  }
+}
+
+}  // namespace minidisp::cuda

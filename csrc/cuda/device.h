@@ -1,23 +1,21 @@
-// Everything that needs a GPU, in one function each: sm_80 instructions, kernel launches, cuBLAS products. Included
-// once. tests/cuda_emulator.cpp has its own version of these functions, and runs all other device code unchanged.
+// Everything that needs a GPU, in one function each: sm_80 instructions and kernel launches. tests/cuda_emulator.cpp
+// has its own version of these functions, and runs all other device code unchanged.
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <climits>
+#include <cstdint>
+
+#include "host.h"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "dispersion.cu needs sm_80 or later: remove older devices from TORCH_CUDA_ARCH_LIST"
 #endif
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 __device__ __forceinline__ char* shared_memory() {
@@ -57,24 +55,17 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) { return __shfl_xor_sync
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, Arguments... arguments) {
   if (blocks == 0) return;
-  TORCH_CHECK(blocks <= INT_MAX, "minidisp::dispersion: z is too large for one grid of blocks");
+  if (blocks > INT_MAX) fail("minidisp::dispersion: z is too large for one grid of blocks");
   if (shared_bytes > 48 * 1024)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, current_stream()>>>(arguments...);
+  check(cudaGetLastError());
 }
 
-// out = a b, or out += a b, for batches of matrices; out may be float32 if a and b have 16 bits.
-void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  if (out.scalar_type() == a.scalar_type()) {
-    if (add) at::baddbmm_out(out, out, a, b);
-    else at::bmm_out(out, a, b);
-  } else {
-    if (add) at::baddbmm_out(out, out, a, b, out.scalar_type());
-    else at::bmm_out(out, a, b, out.scalar_type());
-  }
+void fill_with_zeros(void* to, int64_t bytes) {
+  check(cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), current_stream()));
 }
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda
 

@@ -32,29 +32,18 @@
 // token, for any B, T and C (l2_repel: more from T = 65,536 on). Without nvcc, this file is plain C++:
 // tests/cuda_emulator.cpp runs it on the CPU.
 
-#include <ATen/Context.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <tuple>
 #include <type_traits>
 
-#include "../checks.h"
-#include "../dispersion.h"
+#include "host.h"
+#include "operators.h"
 
 #if defined(__CUDACC__)
 #include "device.h"
 #endif
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 // The functions that dispersion_pair.h uses. rsqrtf and expf are accurate to 2 units in the last place, as on the CPU.
@@ -72,13 +61,18 @@ struct Largest {  // the cosine itself, to find the largest
 };
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda
 
 #include "dispersion_token.h"
 #include "dispersion_tile.h"
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
+
+__global__ void fill_numbers(double* to, int64_t size, double value) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (n < size) to[n] = value;
+}
 
 // Kernels by blocks
 
@@ -133,29 +127,21 @@ __global__ void weigh(Tokens k, Pair pair, const double* shift, int64_t b, int64
 
 // Launchers
 
-struct Workspace {  // at most 112 MB in total
-  int64_t tile_weights = 64 << 20, tile_tokens = 48 << 20;  // bytes, by tiles: W, x
-  int64_t weights = 16 << 20, tokens = 36 << 20;            // bytes, by blocks: W, U
-  int64_t longest_row = 8192;                               // of W, by blocks
-  int64_t sequences = 65535;                                // per batch: guaranteed to work in cuBLAS
-};
-
 constexpr double kSmallestTau = 0.05;      // of angular_spread on tensor cores
 constexpr int64_t kTokensPerFeature = 64;  // at most, of the other variants on tensor cores
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t blocks_for_warps(int64_t warps) { return divide_up(warps, kWarps); }
-template <class T>
-T* pointer(const at::Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 
-// z with its state: (centre, mean, norm, length, degree, scale), one after the other, in float32.
-int64_t state_size(int64_t B, int64_t T, int64_t C) { return B * (C + 4 * T + 1); }
-Tokens describe(const at::Tensor& z, const at::Tensor& state) {
-  const int64_t B = z.size(0), T = z.size(1), C = z.size(2), in_16_bytes = 16 / z.element_size();
-  Tokens k{z.const_data_ptr(), {z.stride(0), z.stride(1), z.stride(2)}, T, C};
-  k.packed = C % 8 == 0 && z.stride(2) == 1 && z.stride(0) % in_16_bytes == 0 && z.stride(1) % in_16_bytes == 0 &&
+// z with its state: (centre, mean, norm, length, degree, scale), one after the other.
+Tokens describe(const TokenVectors& z, float* state) {
+  const auto [B, T, C] = z.size;
+  const auto* stride = z.stride;
+  const int64_t in_16_bytes = z.type == Type::float32 ? 4 : 8;
+  Tokens k{z.data, {stride[0], stride[1], stride[2]}, T, C};
+  k.packed = C % 8 == 0 && stride[2] == 1 && stride[0] % in_16_bytes == 0 && stride[1] % in_16_bytes == 0 &&
              reinterpret_cast<uintptr_t>(k.z) % 16 == 0;
-  k.centre = pointer<float>(state);
+  k.centre = state;
   k.mean = k.centre + B * C;
   k.norm = k.mean + B * T;
   k.length = k.norm + B * T;
@@ -164,23 +150,24 @@ Tokens describe(const at::Tensor& z, const at::Tensor& state) {
   return k;
 }
 
+Matrices matrices(float* data, int64_t n, int64_t rows, int64_t columns) {
+  return {Type::float32, data, {n, rows, columns}, {rows * columns, columns, 1}};
+}
+Matrices matrices(__half* data, int64_t n, int64_t rows, int64_t columns) {
+  return {Type::float16, data, {n, rows, columns}, {rows * columns, columns, 1}};
+}
+
 // One forward call. T: the type of z.
 template <class T>
 struct Call {
-  const at::Tensor& z;
+  const TokenVectors& z;
   const Options o;
   const bool need_grad, exact;
   const Workspace space;
-  const at::Tensor state, product;
-  const int64_t B = z.size(0), L = z.size(1), D = z.size(2);
+  float *const product, *const state;
+  const int64_t B = z.size[0], L = z.size[1], D = z.size[2];
   const bool by_distance = o.variant == Variant::l2_repel, centring = o.variant == Variant::decorrelation;
-  const at::TensorOptions options = z.options();
   const Tokens known = describe(z, state);
-
-  template <class U>
-  at::Tensor empty(at::IntArrayRef sizes) const {
-    return at::empty(sizes, options.dtype(c10::CppTypeToScalarType<U>::value));
-  }
 
   // Runs f with the pair weights of the variant.
   template <class F>
@@ -199,7 +186,7 @@ struct Call {
 
   Tiling tiling() const {
     Tiling t{};
-    const int64_t number = by_distance ? sizeof(float) : sizeof(c10::Half);
+    const int64_t number = by_distance ? sizeof(float) : sizeof(__half);
     t.tile = by_distance ? kSmallTile : kTile;
     // Keeps weights below 2^15 in float16: they are at most 1 / sin(smallest angle), times an inverse of at most 2.
     t.scale = by_distance ? 1 : centring ? 1 << 14 : (1 << 14) * std::sin(o.smallest_angle());
@@ -218,91 +205,87 @@ struct Call {
   // Calls weigh(strip, upper, lower, first slot) and, if need_grad, apply(w, its first token, the other ones', add) on
   // both pieces of W, (g, rows, columns), for all strips of the g current sequences.
   template <class Weight, class Weigh, class Apply>
-  void for_strips(const Tiling& t, int64_t g, const at::Tensor& weights, Weigh weigh, Apply apply) const {
+  void for_strips(const Tiling& t, int64_t g, Weight* upper, Weigh weigh, Apply apply) const {
     const int64_t tiles = divide_up(L, t.tile);
     int64_t first_slot = 0;
     for (Strip strip{0, 0, tiles}; strip.I0 < tiles; strip.I0 = strip.I1) {
       strip.I1 = std::min(tiles, strip.I0 + t.rows);
       const int64_t height = strip.height() * t.tile, width = strip.width() * t.tile;
-      Weight* upper = need_grad ? pointer<Weight>(weights) : nullptr;
-      weigh(strip, upper, need_grad ? upper + g * height * width : nullptr, first_slot);
+      Weight* const lower = upper + (need_grad ? g * height * width : 0);
+      weigh(strip, upper, lower, first_slot);
       first_slot += strip.size();
       if (!need_grad) continue;
       const int64_t i = strip.I0 * t.tile, m = std::min(height, L - i), beyond = L - i - m;
-      const at::Tensor w = weights.narrow(0, 0, g * height * width).view({g, height, width});
-      apply(w.narrow(1, 0, m).narrow(2, 0, L - i), i, i);
+      apply(matrices(upper, g, height, width).narrow(1, 0, m).narrow(2, 0, L - i), i, i);
       if (beyond == 0) continue;
-      const at::Tensor v = weights.narrow(0, g * height * width, g * (width - height) * height);
-      apply(v.view({g, width - height, height}).narrow(1, 0, beyond).narrow(2, 0, m), i + m, i);
+      apply(matrices(lower, g, width - height, height).narrow(1, 0, beyond).narrow(2, 0, m), i + m, i);
     }
   }
-  template <class Weight>
-  at::Tensor tile_weights(const Tiling& t) const {
+  int64_t weights_size(const Tiling& t) const {  // of both pieces of W
     const int64_t tiles = divide_up(L, t.tile), columns = t.rows == tiles ? tiles : 2 * tiles;
-    return empty<Weight>({need_grad ? t.n * t.tile * t.tile * t.rows * columns : 0});
+    return need_grad ? t.n * t.tile * t.tile * t.rows * columns : 0;
   }
 
-  // Tensor cores. sums: (B, pairs of tiles).
-  void by_tiles(const Tiling& t, const at::Tensor& sums) const {
-    const int64_t tiles = divide_up(L, kTile), chunks = divide_up(L, kRows);
-    const at::Tensor weights = tile_weights<c10::Half>(t);
-    const at::Tensor degrees = empty<float>({weights.numel() / kTile});
-    const at::Tensor x = empty<c10::Half>({t.n, L, width()});
-    const at::Tensor inverse = empty<float>({t.n, L}), offset = empty<float>({t.n, L});
-    const at::Tensor unit_sums = empty<float>({t.n * chunks, D}), half_square = empty<float>({t.n});
-    const Centred centred{pointer<c10::Half>(x), pointer<float>(inverse), pointer<float>(offset), L, width()};
+  // Tensor cores. sums: (B, slots), slots: pairs of tiles.
+  void by_tiles(const Tiling& t, double* sums, int64_t slots) const {
+    const int64_t chunks = divide_up(L, kRows);
+    const Array<__half> weights(weights_size(t)), x(t.n * L * width());
+    const Array<float> degrees(weights_size(t) / kTile), inverse(t.n * L), offset(t.n * L);
+    const Array<float> unit_sums(t.n * chunks * D), half_square(t.n);
+    const Centred centred{x.data(), inverse.data(), offset.data(), L, width()};
     for (int64_t b = 0; b < B; b += t.n) {
       const int64_t g = std::min(t.n, B - b);
       launch(measure<T>, g * chunks, kThreads, 0, known, b, static_cast<int>(chunks), centring, centring ? 0.0 : o.eps,
-             pointer<float>(unit_sums));
+             unit_sums.data());
       launch(find_centre, g, kThreads, 0, known, b, static_cast<int>(chunks),
-             static_cast<const float*>(pointer<float>(unit_sums)), pointer<float>(half_square));
+             static_cast<const float*>(unit_sums.data()), half_square.data());
       launch(centre_tokens<T>, blocks_for_warps(g * L), kThreads, 0, known, b, g * L,
-             static_cast<const float*>(pointer<float>(half_square)), centred);
-      for_strips<c10::Half>(
-          t, g, weights,
-          [&](const Strip& strip, c10::Half* upper, c10::Half* lower, int64_t first_slot) {
+             static_cast<const float*>(half_square.data()), centred);
+      const Matrices tokens = matrices(x.data(), g, L, width()).narrow(2, 0, D);
+      const Matrices products = matrices(product, B, L, D).narrow(0, b, g);
+      for_strips(
+          t, g, weights.data(),
+          [&](const Strip& strip, __half* upper, __half* lower, int64_t first_slot) {
             with_pair([&](auto pair) {
               launch(weigh_tiles<decltype(pair)>, g * strip.size(), kThreads, kTileBytes, centred, pair, strip,
-                     static_cast<float>(t.scale), need_grad, upper, lower, pointer<float>(degrees),
-                     pointer<double>(sums) + b * sums.size(1) + first_slot, sums.size(1));
+                     static_cast<float>(t.scale), need_grad, upper, lower, degrees.data(),
+                     sums + b * slots + first_slot, slots);
             });
             if (!need_grad) return;
             const int64_t rows = g * (L - strip.I0 * kTile);
             launch(add_degrees, divide_up(rows, kThreads), kThreads, 0, strip, L, rows,
-                   static_cast<const float*>(pointer<float>(degrees)), known.degree + b * L);
+                   static_cast<const float*>(degrees.data()), known.degree + b * L);
           },
-          [&](const at::Tensor& w, int64_t i, int64_t j) {
-            multiply(product.narrow(0, b, g).narrow(1, i, w.size(1)), w,
-                     x.narrow(0, 0, g).narrow(1, j, w.size(2)).narrow(2, 0, D), j > 0);
+          [&](const Matrices& w, int64_t i, int64_t j) {
+            multiply(products.narrow(1, i, w.size[1]), w, tokens.narrow(1, j, w.size[2]), j > 0);
           });
     }
   }
 
-  // l2_repel. sums: (B, pairs of tiles).
-  void by_differences(const Tiling& t, const at::Tensor& sums) const {
+  // l2_repel. sums: (B, slots), slots: pairs of tiles.
+  void by_differences(const Tiling& t, double* sums, int64_t slots) const {
     const int64_t chunks = divide_up(L, kRows);
-    const at::Tensor weights = tile_weights<float>(t);
+    const Array<float> weights(weights_size(t));
     launch(measure<T>, B * chunks, kThreads, 0, known, 0, static_cast<int>(chunks), false, 0.0, nullptr);
     for (int64_t b = 0; b < B; b += t.n) {
       const int64_t g = std::min(t.n, B - b);
-      for_strips<float>(
-          t, g, weights,
+      for_strips(
+          t, g, weights.data(),
           [&](const Strip& strip, float* upper, float* lower, int64_t first_slot) {
             launch(weigh_distances<T>, g * strip.size(), kThreads, 0, known, b, 1 / o.tau, strip, need_grad, upper,
-                   lower, pointer<double>(sums) + b * sums.size(1) + first_slot, sums.size(1));
+                   lower, sums + b * slots + first_slot, slots);
           },
-          [&](const at::Tensor& w, int64_t i, int64_t j) {
-            const int64_t blocks = g * divide_up(w.size(1), kSmallTile) * divide_up(D, kSmallTile);
-            launch(add_differences<T>, blocks, kThreads, 0, known, b, i, w.size(1), j, w.size(2), j > 0,
-                   static_cast<const float*>(pointer<float>(w)), w.stride(1), w.stride(0), pointer<float>(product));
+          [&](const Matrices& w, int64_t i, int64_t j) {
+            const int64_t blocks = g * divide_up(w.size[1], kSmallTile) * divide_up(D, kSmallTile);
+            launch(add_differences<T>, blocks, kThreads, 0, known, b, i, w.size[1], j, w.size[2], j > 0,
+                   static_cast<const float*>(w.data), w.stride[1], w.stride[0], product);
           });
     }
   }
 
   // Exact cosines. pair: of the variant, or Largest, and then without B. shift: (B,). sums: (B, T).
   template <class Pair>
-  void by_blocks(Pair pair, const at::Tensor& shift, const at::Tensor& sums) const {
+  void by_blocks(Pair pair, const double* shift, double* sums) const {
     const bool weights_wanted = need_grad && !std::is_same_v<Pair, Largest>;
     const int64_t size = sizeof(float), most_columns = std::min(L, space.longest_row);
     const int64_t token_rows = std::max<int64_t>(2, space.tokens / (D * size));
@@ -317,32 +300,31 @@ struct Call {
     const int64_t columns = resident ? most_columns : std::clamp<int64_t>(token_rows * 4 / 5, 1, most_columns);
     const int64_t rows = std::clamp<int64_t>(std::min(pairs / (n * columns), resident ? L : token_rows - columns), 1,
                                              std::min(quarter, columns));
-    const at::Tensor buffer = empty<float>({n * (resident ? L : columns + rows) * D});
-    const at::Tensor products = empty<float>({n * rows * columns});
+    const Array<float> buffer(n * (resident ? L : columns + rows) * D), weights(n * rows * columns);
 
     for (int64_t b = 0; b < B; b += n) {
       const int64_t g = std::min(n, B - b);
-      const auto fill = [&](int64_t offset, int64_t i, int64_t count) {  // (g, count, D) at an offset of the buffer
-        const at::Tensor out = buffer.narrow(0, offset, g * count * D).view({g, count, D});
-        launch(fill_rows<T>, blocks_for_warps(g * count), kThreads, 0, known, b, i, count, g * count,
-               pointer<float>(out));
-        return out;
+      // Rows of u, (g, count, D), written to an offset of the buffer.
+      const auto unit_rows = [&](int64_t offset, int64_t i, int64_t count) {
+        float* const out = buffer.data() + offset;
+        launch(fill_rows<T>, blocks_for_warps(g * count), kThreads, 0, known, b, i, count, g * count, out);
+        return matrices(out, g, count, D);
       };
-      const auto apply = [&](int64_t i, const at::Tensor& w, const at::Tensor& u, bool add) {
-        multiply(product.narrow(0, b, g).narrow(1, i, w.size(1)), w, u, add);
+      const Matrices products = matrices(product, B, L, D).narrow(0, b, g);
+      const auto apply = [&](int64_t i, const Matrices& w, const Matrices& u, bool add) {
+        multiply(products.narrow(1, i, w.size[1]), w, u, add);
       };
-      const at::Tensor all = resident ? fill(0, 0, L) : at::Tensor();
+      const Matrices all = resident ? unit_rows(0, 0, L) : Matrices{};
       for (int64_t i = 0; i < L; i += rows) {
         const int64_t m = std::min(rows, L - i);
-        const at::Tensor here = resident ? all.narrow(1, i, m) : fill(0, i, m);
+        const Matrices here = resident ? all.narrow(1, i, m) : unit_rows(0, i, m);
         for (int64_t j = i; j < L; j += columns) {
           const int64_t count = std::min(columns, L - j);
-          const at::Tensor there = resident ? all.narrow(1, j, count) : fill(g * m * D, j, count);
-          const at::Tensor s = products.narrow(0, 0, g * m * count).view({g, m, count});
+          const Matrices there = resident ? all.narrow(1, j, count) : unit_rows(g * m * D, j, count);
+          const Matrices s = matrices(weights.data(), g, m, count);
           multiply(s, here, there.mT(), false);
-          launch(weigh<Pair>, blocks_for_warps(g * m), kThreads, 0, known, pair,
-                 static_cast<const double*>(pointer<double>(shift)), b, i, j, m, count, g * m, weights_wanted,
-                 pointer<float>(s), pointer<double>(sums));
+          launch(weigh<Pair>, blocks_for_warps(g * m), kThreads, 0, known, pair, shift, b, i, j, m, count, g * m,
+                 weights_wanted, weights.data(), sums);
           if (!weights_wanted) continue;
           apply(i, s, there, i > 0 || j > i);
           const int64_t skip = j == i ? m : 0;  // the square of the rows themselves is already done
@@ -352,112 +334,81 @@ struct Call {
     }
   }
 
-  at::Tensor run() const {
+  static void fill(double* to, int64_t size, double value) {
+    launch(fill_numbers, divide_up(size, kThreads), kThreads, 0, to, size, value);
+  }
+
+  void run(double* losses) const {
     const Tiling t = tiling();
     const bool rounds_too_much =
         o.variant == Variant::angular_spread ? o.tau < kSmallestTau : L > kTokensPerFeature * D;
     const bool on_tensor_cores = !exact && !by_distance && !rounds_too_much && t.possible;
     const int64_t slots = by_distance || on_tensor_cores ? block_pairs(divide_up(L, t.tile)) : L;
-    const auto numbers = [&](at::IntArrayRef sizes, double value) {
-      return at::full(sizes, value, options.dtype(at::kDouble));
-    };
-    const at::Tensor shift = numbers({B}, o.smallest_angle()), sums = numbers({B, slots}, 0);
-    const at::Tensor losses = empty<double>({B});
+    const Array<double> shift(B), sums(B * slots);
+    fill(shift.data(), B, o.smallest_angle());
+    fill(sums.data(), B * slots, 0);
     if (by_distance) {
-      state.zero_();  // most of it is not used
-      by_differences(t, sums);
+      fill_with_zeros(state, state_size(z) * sizeof(float));  // most of it is not used
+      by_differences(t, sums.data(), slots);
     } else if (on_tensor_cores) {
-      by_tiles(t, sums);
+      by_tiles(t, sums.data(), slots);
     } else {
       const int64_t chunks = divide_up(L, kRows);
-      state.zero_();  // U itself is multiplied, so centre and degree are 0
+      fill_with_zeros(state, state_size(z) * sizeof(float));  // U itself is multiplied, so centre and degree are 0
       launch(measure<T>, B * chunks, kThreads, 0, known, 0, static_cast<int>(chunks), centring,
              centring ? 0.0 : o.eps, nullptr);
       if (o.shift_must_be_found()) {
-        const at::Tensor most = numbers({B, L}, -2);
-        by_blocks(Largest{}, shift, most);
-        launch(find_shift, B, kThreads, 0, static_cast<const double*>(pointer<double>(most)), L, o.clamp,
-               pointer<double>(shift));
+        const Array<double> most(B * L);
+        fill(most.data(), B * L, -2);
+        by_blocks(Largest{}, shift.data(), most.data());
+        launch(find_shift, B, kThreads, 0, static_cast<const double*>(most.data()), L, o.clamp, shift.data());
       }
-      with_pair([&](auto pair) { by_blocks(pair, shift, sums); });
+      with_pair([&](auto pair) { by_blocks(pair, shift.data(), sums.data()); });
     }
     launch(finish_sequence, B, kThreads, 0, known, o.variant, o.tau, on_tensor_cores ? t.scale : 1.0,
-           static_cast<const double*>(pointer<double>(sums)), slots, static_cast<const double*>(pointer<double>(shift)),
-           static_cast<double>(B), pointer<double>(losses));
-    return losses.mean().to(at::kFloat);
+           static_cast<const double*>(sums.data()), slots, static_cast<const double*>(shift.data()),
+           static_cast<double>(B), losses);
   }
 };
 
 // Runs f with the type of z.
 template <class F>
-auto with_type(const at::Tensor& z, F f) {
-  if (z.scalar_type() == at::kFloat) return f(float());
-  if (z.scalar_type() == at::kBFloat16) return f(c10::BFloat16());
-  return f(c10::Half());
+void with_type(const TokenVectors& z, F f) {
+  switch (z.type) {
+    case Type::float32: return f(float());
+    case Type::bfloat16: return f(__nv_bfloat16());
+    case Type::float16: return f(__half());
+  }
 }
 
-// The loss, and for backward the product W U or W U', (B, T, C), and the state. exact: without tensor cores.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_in(const at::Tensor& z, c10::string_view variant, double tau,
-                                                          double clamp, double eps, bool need_grad, bool exact,
-                                                          const Workspace& space) {
-  const Options options = checked_options(z, variant, tau, clamp, eps);
-  at::AutoDispatchBelowAutograd no_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::NoTF32Guard no_tf32;
-  const auto floats = z.options().dtype(at::kFloat);
-  const at::Tensor product = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), floats);
-  const at::Tensor state = at::empty({state_size(z.size(0), z.size(1), z.size(2))}, floats);
-  const at::Tensor loss = with_type(z, [&](auto type) {
-    return Call<decltype(type)>{z, options, need_grad, exact, space, state, product}.run();
+}  // namespace
+
+int64_t state_size(const TokenVectors& z) {
+  const auto [B, T, C] = z.size;
+  return B * (C + 4 * T + 1);
+}
+
+void dispersion(const TokenVectors& z, const Options& options, bool need_grad, bool exact, const Workspace& space,
+                float* product, float* state, double* losses) {
+  with_type(z, [&](auto type) {
+    Call<decltype(type)>{z, options, need_grad, exact, space, product, state}.run(losses);
   });
-  return {loss, product, need_grad ? state : at::empty({0}, floats)};
 }
 
-at::Tensor backward_in(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product,
-                       const at::Tensor& state, c10::string_view variant_name) {
-  Variant variant;
-  const int64_t B = z.size(0), T = z.size(1), C = z.size(2), warps = B * T;
-  TORCH_CHECK_VALUE(parse_variant(std::string_view(variant_name.data(), variant_name.size()), &variant),
-                    "minidisp::dispersion_backward does not know the variant ", variant_name);
-  TORCH_CHECK_VALUE(upstream.numel() == 1 && upstream.scalar_type() == at::kFloat && product.sizes() == z.sizes() &&
-                        state.dim() == 1 && state.numel() == state_size(B, T, C),
-                    "minidisp::dispersion_backward takes the results of the forward call with this z");
-  const at::Tensor grad = at::empty(z.sizes(), z.options());
+void dispersion_backward(const TokenVectors& z, Variant variant, const float* upstream, const float* product,
+                         float* state, void* grad) {
+  const auto [B, T, C] = z.size;
+  const int64_t warps = B * T, numbers = warps * C;
   const Tokens k = describe(z, state);
-  const float *const factor = pointer<float>(upstream), *const w = pointer<float>(product);
   with_type(z, [&](auto type) {
     using U = decltype(type);
     if (variant == Variant::l2_repel)
       launch(finish_distances<U>, blocks_for_warps(warps), kThreads, 0, k, warps,
-             static_cast<float>(0.2 / static_cast<double>(warps * C)), factor, w, pointer<U>(grad));
+             static_cast<float>(0.2 / static_cast<double>(numbers)), upstream, product, static_cast<U*>(grad));
     else
       launch(finish_tokens<U>, blocks_for_warps(warps), kThreads, 0, k, warps, variant == Variant::decorrelation,
-             factor, w, pointer<U>(grad));
+             upstream, product, static_cast<U*>(grad));
   });
-  return grad;
 }
 
-#if defined(__CUDACC__)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& z, c10::string_view variant, double tau,
-                                                       double clamp, double eps, bool need_grad) {
-  const c10::cuda::CUDAGuard guard(z.device());
-  const bool exact = !allows_rounding([] { return at::globalContext().allowTF32CuBLAS(); });
-  return forward_in(z, variant, tau, clamp, eps, need_grad, exact, Workspace());
-}
-
-at::Tensor backward(const at::Tensor& upstream, const at::Tensor& z, const at::Tensor& product, const at::Tensor& state,
-                    c10::string_view variant) {
-  const c10::cuda::CUDAGuard guard(z.device());
-  return backward_in(upstream, z, product, state, variant);
-}
-#endif
-
-}  // namespace
-}  // namespace minidisp
-
-#if defined(__CUDACC__)
-TORCH_LIBRARY_IMPL(minidisp, CUDA, m) {
-  m.impl("dispersion", minidisp::forward);
-  m.impl("dispersion_backward", minidisp::backward);
-}
-#endif
+}  // namespace minidisp::cuda

@@ -3,7 +3,7 @@
 
 #pragma once
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 // Rows I0 <= I < I1 of tiles with all tiles J >= I, numbered: first the pairs inside the square, then those beyond it.
@@ -65,7 +65,7 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
 }
 
 struct alignas(4) HalfPair {
-  c10::Half x[2];
+  __half x[2];
 };
 
 // Writes W_ij scale inverse_j to upper and, mirrored, W_ij scale inverse_i to upper or lower, so that their products
@@ -73,7 +73,7 @@ struct alignas(4) HalfPair {
 // goes to sums[sequence][number of the tile]. Unless need_grad, sums only.
 template <class Pair>
 __global__ void __launch_bounds__(kThreads, 2)
-    weigh_tiles(Centred k, Pair pair, Strip strip, float scale, bool need_grad, c10::Half* upper, c10::Half* lower,
+    weigh_tiles(Centred k, Pair pair, Strip strip, float scale, bool need_grad, __half* upper, __half* lower,
                 float* degrees, double* sums, int64_t sums_stride) {
   __shared__ float inverses[2][kTile], offsets[2][kTile];  // of the rows, of the columns
   __shared__ float row_sums[4][kTile], column_sums[2][kTile];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t i = static_cast<int64_t>(tile) * kTile + own_row;
     return k.x + (sequence * k.T + i) * k.width + chunk * 8;
   };
-  const c10::Half *row_source = row_of(I), *column_source = row_of(J);
+  const __half *row_source = row_of(I), *column_source = row_of(J);
   // The first of the two rows exists if this is more than 0, the second if it is more than 64.
   const int rows_here = tokens_in(I) - own_row, columns_here = tokens_in(J) - own_row;
   const auto fetch = [&](int step) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int d = step * kDepth;
     const bool inside = d + chunk * 8 < width;  // width is a multiple of 8
     for (int q = 0; q < 4; ++q) {
-      const c10::Half* source = (q < 2 ? row_source : column_source) + q % 2 * 64 * k.width + d;
+      const __half* source = (q < 2 ? row_source : column_source) + q % 2 * 64 * k.width + d;
       const bool wanted = inside && (q < 2 ? rows_here : columns_here) > q % 2 * 64;
       char* to = stage + q / 2 * (kStageBytes / 2) + chunk_offset(q % 2 * 64 + own_row, chunk);
       copy_async(to, wanted ? source : k.x, wanted);
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();  // the stages are free
 
   // s[m][n][2 h + e] is the product of row top + 16 m + 8 h + lane / 4 and column left + 8 n + 2 (lane % 4) + e.
-  c10::Half* const direct = reinterpret_cast<c10::Half*>(memory);
-  c10::Half* const mirrored = direct + kTile * kStagedStride;
+  __half* const direct = reinterpret_cast<__half*>(memory);
+  __half* const mirrored = direct + kTile * kStagedStride;
   const bool diagonal = I == J;
   const int rows_real = tokens_in(I), columns_real = tokens_in(J);
   float values = 0;
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             value_sum += value;
             row_sum += weight;
             s[m][n][h * 2 + e] = weight;
-            both.x[e] = static_cast<c10::Half>(weight * inverses[1][column]);
-            mirrored[column * kStagedStride + row] = static_cast<c10::Half>(weight * inverse);
+            both.x[e] = static_cast<__half>(weight * inverses[1][column]);
+            mirrored[column * kStagedStride + row] = static_cast<__half>(weight * inverse);
           }
           *reinterpret_cast<HalfPair*>(direct + row * kStagedStride + left + n * 8 + lane() % 4 * 2) = both;
         }
@@ -212,10 +212,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!need_grad) return;
 
   // The staged tiles are written in rows of 256 bytes, 16 threads each; a tile on the diagonal needs direct only.
-  const auto store = [&](const c10::Half* tile, const Place<c10::Half>& to) {
+  const auto store = [&](const __half* tile, const Place<__half>& to) {
     for (int row = thread / 16; row < kTile; row += kThreads / 16)
-      *reinterpret_cast<Packet<c10::Half>*>(to.tile + row * to.stride + thread % 16 * 8) =
-          *reinterpret_cast<const Packet<c10::Half>*>(tile + row * kStagedStride + thread % 16 * 8);
+      *reinterpret_cast<Packet<__half>*>(to.tile + row * to.stride + thread % 16 * 8) =
+          *reinterpret_cast<const Packet<__half>*>(tile + row * kStagedStride + thread % 16 * 8);
   };
   degrees += sequence * strip.stored() * kTile;
   const int row = thread % kTile;
@@ -381,4 +381,4 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda

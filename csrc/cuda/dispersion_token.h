@@ -5,7 +5,7 @@
 
 #include "block.h"
 
-namespace minidisp {
+namespace minidisp::cuda {
 namespace {
 
 constexpr int kRows = 64;  // tokens per block in measure
@@ -101,7 +101,7 @@ __global__ void find_centre(Tokens k, int64_t b0, int chunks, const float* sums,
 // a power of two that brings the largest feature between 1 and 2. u_i.u_j = x_i.x_j inverse_i inverse_j + offset_i +
 // offset_j.
 struct Centred {
-  c10::Half* x;  // (n, T, width)
+  __half* x;  // (n, T, width)
   float *inverse, *offset;  // (n, T)
   int64_t T, width;
 };
@@ -245,4 +245,4 @@ __global__ void finish_distances(Tokens k, int64_t tokens, float pull, const flo
 }
 
 }  // namespace
-}  // namespace minidisp
+}  // namespace minidisp::cuda

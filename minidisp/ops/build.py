@@ -45,16 +45,17 @@ NVCC_FLAGS = ("-O3", "-std=c++20", "-ftz=true")  # flushes numbers below 1e-38 t
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # if no GPU is visible; newer ones compile the PTX
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")  # each includes all before it; csrc/cpu/host.h numbers them so
 # Approximate CPU seconds of each file, for one instruction set and for all, to order the files and to estimate the time
-# left. Measured with GCC 12 on a busy EPYC; those of the CUDA files are guesses.
+# left. Measured with GCC 12 on a busy EPYC, those of the CUDA files with nvcc 13 for one kind of GPU.
 SECONDS = {
-    "bindings": (40, 40),
-    "attention": (8, 15),
-    "dispersion": (6, 12),
-    "layers": (4, 9),
-    "attention_amx": (1, 4),
-    "dispersion_amx": (1, 4),
-    "dispersion.cu": (100, 100),
-    "cross_entropy.cu": (40, 40),
+    "cpu/bindings.cpp": (40, 40),
+    "cpu/attention.cpp": (8, 15),
+    "cpu/dispersion.cpp": (6, 12),
+    "cpu/layers.cpp": (4, 9),
+    "cpu/attention_amx.cpp": (1, 4),
+    "cpu/dispersion_amx.cpp": (1, 4),
+    "cuda/bindings.cpp": (16, 16),
+    "cuda/dispersion.cu": (26, 26),
+    "cuda/cross_entropy.cu": (6, 6),
 }
 BINARY = "minidisp_fused.so"  # in the cache; DONE holds its checksum
 DONE = "done"
@@ -472,31 +473,33 @@ def units(cuda: bool, instruction_set: str) -> list[Unit]:
     headers.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     result = []
     for source in sources(cuda):
-        expected = SECONDS.get(source.stem if source.suffix == ".cpp" else source.name, (10, 10))[
-            instruction_set == "all"
-        ]
+        name = source.relative_to(SOURCE_FOLDER).as_posix()
+        expected = SECONDS.get(name, (10, 10))[instruction_set == "all"]
         if source.suffix == ".cu":
-            command = [*nvcc_command(), "-c", str(source)]
-        elif source.stem == "bindings":
-            command = [*compiler(), *BINDINGS_FLAGS, *only, *headers, "-c", str(source)]
+            command = [*nvcc(), *NVCC_FLAGS, *architecture_flags(), "--compiler-options", "-fPIC"]
+        elif name == "cuda/bindings.cpp":  # nvcc passes it on to the compiler, together with the path of CUDA's headers
+            command = [*nvcc(), "--forward-unknown-to-host-compiler", *BINDINGS_FLAGS, *headers]
+        elif name == "cpu/bindings.cpp":
+            command = [*compiler(), *BINDINGS_FLAGS, *only, *headers]
         else:
-            command = [*compiler(), *CXX_FLAGS, *only, "-c", str(source)]
-        result.append(Unit(source, command, expected))
+            command = [*compiler(), *CXX_FLAGS, *only]
+        result.append(Unit(source, [*command, "-c", str(source)], expected))
     return sorted(result, key=lambda unit: -unit.expected)
 
 
-def nvcc_command() -> list[str]:
-    """nvcc with torch's own flags, for the visible GPU or TORCH_CUDA_ARCH_LIST."""
+def nvcc() -> list[str]:
+    toolkit = cuda_toolkit()
+    program = str(Path(toolkit) / "bin" / "nvcc") if toolkit else shutil.which("nvcc") or "nvcc"
+    return [program, *(["-ccbin", compiler()[0]] if len(compiler()) == 1 else [])]
+
+
+def architecture_flags() -> list[str]:
+    """nvcc's flags for the visible GPU or TORCH_CUDA_ARCH_LIST."""
     from torch.utils import cpp_extension  # slow to import, hence only here
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    toolkit = cuda_toolkit()
-    program = str(Path(toolkit) / "bin" / "nvcc") if toolkit else shutil.which("nvcc") or "nvcc"
-    includes = [f"-isystem={folder}" for folder in cpp_extension.include_paths("cuda")]
-    host = ["-ccbin", compiler()[0]] if len(compiler()) == 1 else []
-    flags = [*NVCC_FLAGS, *cpp_extension.COMMON_NVCC_FLAGS, *cpp_extension._get_cuda_arch_flags()]
-    return [program, *flags, *includes, *host, "--compiler-options", "-fPIC"]
+    return cpp_extension._get_cuda_arch_flags()
 
 
 def link_command(objects: list[str], cuda: bool, out: Path) -> list[str]:
