@@ -278,11 +278,11 @@ class GPT(nn.Module):
     ) -> Output:
         """Logits of the next tokens or, with targets, the loss (and no logits, to save memory).
 
-        idx, targets: (B, T) int64, T <= block_size; a target of -1 is masked. Fewer targets are of the last tokens.
+        idx, targets: (B, T) int64, T <= block_size; a target of -1 is masked.
         return_hidden_states: also return n_layer + 1 tensors (B, T, C): the embeddings, the output of every block but
             the last, and the last one's **after the final norm** (the Hugging Face convention).
         loss_reduction: "mean" returns the training loss, or in eval mode the mean cross-entropy; "none" returns the
-            cross-entropy of each token. See minidisp/loss.py.
+            cross-entropy of each token, or with targets (B, N), N < T, of the last N. See minidisp/loss.py.
         segments: (B, T) int64, for each token the index of its example in the row; tokens attend within their own
             example, whose positions start at 0. None: a row is one text.
         context: any other Context instead of segments, such as a PrefixTree.
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         x, hidden_states = self._backbone(idx, return_hidden_states, context)
         if targets is None:
             return Output(self.logits(x), None, hidden_states)
-        if targets.shape[1] < x.shape[1]:  # evaluation does not need the output layer for the rest
+        if loss_reduction == "none":
             x = x[:, -targets.shape[1] :]
         return Output(None, self._cross_entropy(x, targets, loss_reduction), hidden_states)
 

@@ -141,6 +141,8 @@ def test_loss_is_the_cross_entropy_of_the_logits(vocab_size, small_chunks):
     with torch.no_grad():
         of_the_last = model(idx, targets[:, -5:], loss_reduction="none").loss
     torch.testing.assert_close(of_the_last.double(), nats[:, -5:], rtol=1e-4, atol=1e-5)
+    with pytest.raises((RuntimeError, ValueError)):  # not the training loss of shifted targets
+        model(idx, targets[:, -5:])
     (want,) = torch.autograd.grad(nats.sum() / (targets >= 0).sum(), model.wte.weight)
     (got,) = torch.autograd.grad(loss, model.wte.weight)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
