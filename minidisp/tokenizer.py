@@ -260,12 +260,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._checked(text, ids)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        if threads == 1:
-            return super().encode_batch(texts)
         for text in texts:
             text.encode("utf-8")
+        size = max(1, len(texts)) if threads > 1 else 1  # several are encoded on all processors
+        batch = []
         with _errors_of_tokenizers("this tokenizer cannot encode the text"):
-            batch = self._model.encode_batch_fast(texts, add_special_tokens=False)
+            for start in range(0, len(texts), size):  # fast: without offsets
+                batch += self._model.encode_batch_fast(texts[start : start + size], add_special_tokens=False)
         return [self._checked(text, encoded.ids) for text, encoded in zip(texts, batch, strict=True)]
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:

@@ -260,7 +260,7 @@ def test_batches_and_threads_change_nothing(tokenizer):
     for threads in (1, 2, 5):
         assert tokenizer.encode_batch(texts, threads) == expected
         assert tokenizer.encode_batch(texts[:50], threads) == expected[:50]
-    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode_batch([]) == tokenizer.encode_batch([], threads=2) == []
 
 
 def test_save_and_load(tokenizer, tmp_path):
