@@ -251,8 +251,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         excluded = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
         excluded[:, 0] = False
         probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(excluded, 0.0))
-    # torch.multinomial, with the same result but a generator per row: if q is exponentially distributed, the index of the
-    # largest p / q is distributed as p.
+    # torch.multinomial, with the same result but a generator per row: if q has the exponential distribution, the index
+    # of the largest p / q has the distribution p.
     generators = generator if isinstance(generator, list) else [generator]
     q = torch.empty_like(probs)
     for rows, one in zip(q.chunk(len(generators)), generators, strict=True):

@@ -97,14 +97,14 @@ def installed() -> bool:
 class Server:
     """llama.cpp's own server in this process, with one GGUF file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 1):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx = 0  # that of the file
-        params.n_parallel = params.cpuparams.n_threads = 1
-        params.warmup, params.use_jinja = False, True
+        params.n_parallel, params.cpuparams.n_threads = 1, threads
+        params.warmup, params.use_jinja, params.verbosity = False, True, 1
         self._server = xllamacpp.Server(params)
 
     def ask(self, endpoint: str, **body) -> dict:

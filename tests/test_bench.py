@@ -2,19 +2,23 @@
 
 import argparse
 import importlib.util
+import json
+import operator
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minidisp import GPT, GPTConfig
+from minidisp import GPT, GPTConfig, InputError
 from minidisp.data import Batches, Dataset
+from tests.conftest import write_text
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 2, "vocab_size": 1000}
 
@@ -51,12 +55,18 @@ class GPT(torch.nn.Module):
 """
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    path = Path(train.__file__).parent / "bench" / "train.py"
-    spec = importlib.util.spec_from_file_location("bench_train", path)
+def script(name: str):
+    """bench/<name>.py as a module."""
+    path = Path(train.__file__).parent / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    module = script("train")
     monkeypatch.setitem(module.MODELS, "tiny", TINY)
     return module
 
@@ -170,3 +180,56 @@ def test_recipe_against_a_peer_scores_both_by_the_same_function(corpus, tmp_path
     assert float(row[2]) < loss  # our model has learnt something in two steps
     assert "820,736 parameters" in done.stdout
     assert "1 of 1 seeds reach nanoGPT's loss" in done.stdout
+
+
+SMALLEST = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "vocab-size": 300}
+SMALLEST |= {"tokens": 40, "pairs": 2, "new-tokens": 8, "batch": 3, "seconds": 0}
+
+
+@pytest.mark.parametrize("others", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inference_is_measured_in_every_part(tmp_path, capsys, others):
+    """On the smallest scale; with the alternatives that are installed, whose results must agree."""
+    files = [write_text(tmp_path / f"{i}.txt", words=120, seed=i) for i in range(60)]
+    files[0].write_text("one two three four five six seven\n" * 3 + "a b c d e f\n")
+    flags = [f"--{name}={value}" for name, value in SMALLEST.items()]
+    script("inference").main([*flags, "--others" if others else "--no-others", "--input", *map(str, files)])
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["results"]
+    assert [*found] == [line.split(" | ")[0][2:] for line in table if " | minidisp | " in line]
+    assert [name.split(",")[0] for name in found] == [
+        *["perplexity"] * 2, "pairs", *["generate"] * 4, "export", "import", *["preparation"] * 3
+    ]  # fmt: skip
+    for rows in found.values():
+        assert all(row["per_cpu_second"] > 0 and row["per_second"] > 0 for row in rows.values())
+        assert rows["minidisp"]["speed"] == 1
+    by = {name for rows in found.values() for name in rows}
+    assert by >= ({"minidisp", "numpy", "sentencepiece"} if others else {"minidisp"})
+    assert others or by == {"minidisp"}
+
+
+def test_inference_with_another_result_is_not_timed():
+    bench, calls = script("inference"), []
+    forms = {"minidisp": lambda: calls.append(0) or 5, "other": lambda: calls.append(1) or 6}
+    with pytest.raises(InputError, match="other is wrong: task gives something else"):
+        bench.measure(bench.Task("task", 1, "tokens", forms, operator.eq), 0)
+    assert calls == [0, 1]
+    with pytest.raises(InputError, match="x is wrong: its greedy continuation"):
+        bench.refuse_other_text("x", [1, 2], [1, 3])
+    same = np.array([1.0, 2.0])
+    assert bench.same_nats(same, same + 1e-4)
+    assert not bench.same_nats(same, same + 1e-2)
+    assert bench.same_mean(same, same + np.array([0.1, -0.1]))
+    assert not bench.same_mean(same, same + 0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--new-tokens 20 --block-size 32", "exceed the context: pass --block-size 36 or more"),
+        ("--pairs 0", "--pairs is 0, but must be at least 1"),
+        ("--onyl pairs", "did you mean --only"),
+    ],
+)
+def test_bad_flags_of_inference_are_one_line(flags, expected):
+    with pytest.raises(InputError, match=expected):
+        script("inference").main(flags.split())
