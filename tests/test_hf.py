@@ -344,7 +344,7 @@ def last_seven(self, x, positions, cache, original=Attention.forward):
     """Attention to the last 7 tokens only."""
     mask = torch.ones(x.shape[1], x.shape[1]).tril().triu(-7).bool()
     with pytest.MonkeyPatch.context() as patch:
-        masked = lambda qkv, H, H_kv, *_: torch_attention(qkv, H, H_kv, kept=(lambda k, v: (k, v), mask))  # noqa: E731
+        masked = lambda qkv, H, H_kv, *_: torch_attention(qkv, H, H_kv, kept=(lambda kv: kv, mask))  # noqa: E731
         patch.setattr("minidisp.model.causal_attention", masked)
         return original(self, x, positions, cache)
 
