@@ -73,14 +73,6 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False
 
 
-# The files that take longest start first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_distributed.py", "test_cuda.py", "test_train.py", "test_experiments.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--fuzz", type=float, default=1, metavar="N", help="N times as many damaged files, and other ones each time"
