@@ -37,7 +37,7 @@ from torch import Tensor
 
 from minidisp import objective, optim
 from minidisp.config import Config
-from minidisp.dispersion import _angles, _unit, dispersion_loss, full_precision
+from minidisp.dispersion import _angles, _fill_diagonal, _unit, dispersion_loss, full_precision
 from minidisp.model import GPT
 from minidisp.objective import Forward, Objective, Term
 
@@ -71,9 +71,8 @@ def contrastive(forward: Forward, model: GPT) -> Tensor:
 def _contrastive(z: Tensor, targets: Tensor, tau: float = 0.1) -> Tensor:
     """mean_i -log(sum_{j != i, y_j = y_i} exp(u_i.u_j / tau) / sum_{j != i} exp(u_i.u_j / tau)), u of length 1."""
     u = _unit(z.flatten(0, 1), eps=0.0)
-    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
-    exponents = (u @ u.mT / tau).masked_fill(itself, -math.inf)
-    same = (targets.unsqueeze(0) == targets.unsqueeze(1)) & ~itself
+    exponents = _fill_diagonal(u @ u.mT / tau, -math.inf)
+    same = _fill_diagonal(targets.unsqueeze(0) == targets.unsqueeze(1), False)
     counted = same.any(1)
     mass = exponents[counted].masked_fill(~same[counted], -math.inf).logsumexp(1) - exponents[counted].logsumexp(1)
     return -mass.sum() / counted.sum().clamp(min=1)
@@ -179,13 +178,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 def of_a_group(recipe: str, factor: float):
     """A view of the conditions with this recipe and learning rate."""
-
-    def view(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-        start = prefix(recipe, factor)
-        return {label: rows for label, rows in study.at_the_end(evaluations).items() if label.startswith(start)}
-
-    view.__name__ = f"{recipe}_{factor:g}"
-    return view
+    return study.at_the_end_of(f"{recipe}_{factor:g}", lambda label: label.startswith(prefix(recipe, factor)))
 
 
 def main(argv: list[str] | None = None) -> int:

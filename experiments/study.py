@@ -72,6 +72,16 @@ def at_the_end(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluatio
     return {condition: [of_seed[-1] for of_seed in over_seeds] for condition, over_seeds in evaluations.items()}
 
 
+def at_the_end_of(name: str, belongs: Callable[[str], bool]) -> Callable:
+    """at_the_end of the conditions whose label belongs; name: the view's key in results.json."""
+
+    def view(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluations]:
+        return {label: rows for label, rows in at_the_end(evaluations).items() if belongs(label)}
+
+    view.__name__ = name
+    return view
+
+
 def cli(
     file: str,
     doc: str,

@@ -31,18 +31,9 @@ def arms(scale: dict) -> dict[str, dict]:
     return {f"{task}, {arm}": {**changes, "data": task} for task in TASKS for arm, changes in study.PAIR.items()}
 
 
-def of_a_task(task: str):
-    """A view of one task."""
-
-    def view(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-        return {label: rows for label, rows in study.at_the_end(evaluations).items() if label.startswith(task)}
-
-    view.__name__ = task
-    return view
-
-
 def main(argv: list[str] | None = None) -> int:
-    return study.cli(__file__, __doc__, SCALES, arms, views=tuple(map(of_a_task, TASKS)), argv=argv)
+    views = tuple(study.at_the_end_of(task, lambda label, task=task: label.startswith(task)) for task in TASKS)
+    return study.cli(__file__, __doc__, SCALES, arms, views=views, argv=argv)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,7 @@ def arms(scale: dict) -> dict[str, dict]:
 
 def at_the_same_warm_up(steps: int):
     """A view of only this warm-up: the baseline, then the loss."""
-
-    def view(evaluations: dict[str, list[study.Evaluations]]) -> dict[str, study.Evaluations]:
-        end = study.at_the_end(evaluations)
-        return {label: rows for label, rows in end.items() if label.endswith(f", warm-up {steps}")}
-
-    view.__name__ = f"warm_up_{steps}"
-    return view
+    return study.at_the_end_of(f"warm_up_{steps}", lambda label: label.endswith(f", warm-up {steps}"))
 
 
 def main(argv: list[str] | None = None) -> int:
