@@ -336,6 +336,38 @@ def test_a_second_derivative_is_refused():
             torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
+@needs_operators
+def test_in_autograd_s_graph():
+    """What torch's own operators do: backward twice only with retain_graph, saved tensors through hooks, a check of
+    what was changed since, no graph where nothing needs gradients; and no silent loss of a forward-mode derivative."""
+    x, weight = draw(5, 8).requires_grad_(), draw(8)
+    out = layers.rms_norm(x, weight, 1e-6)
+    assert not layers.rms_norm(x.detach(), weight, 1e-6).requires_grad
+    with torch.no_grad():
+        assert not layers.rms_norm(x, weight, 1e-6).requires_grad
+    (first,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(out.sum(), x)
+    assert first.equal(second)
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        out = layers.rms_norm(x, weight, 1e-6)
+    assert sorted(map(tuple, saved)) == [(5, 8), (8,)]
+    assert torch.autograd.grad(out.sum(), x)[0].equal(first)
+
+    out = layers.rms_norm(x, weight, 1e-6)
+    weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(5, 8))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            layers.rms_norm(dual, weight, 1e-6)
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_a_model_with_bfloat16_parameters(arch):
     torch.manual_seed(0)

@@ -14,12 +14,15 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -402,7 +405,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 
 // Gradients of the layers, in C++: they are called so often that Python's way would show in a step.
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Calls an operator of ours. Its results are left on the stack.
@@ -444,41 +446,46 @@ void linear_gradients(const Tensor& grad, const Stack& a, variable_list& gradien
   if (!a[2].isNone()) gradients[2] = out[2].toTensor().to(a[2].toTensor().scalar_type());
 }
 
-// Records a call: an operator's arguments, kept for backward. Autograd does not see what that computes, which
-// create_graph=True would need.
-struct Recorded : torch::autograd::Function<Recorded> {
-  static constexpr size_t kOthers = 3;  // arguments of forward that are no tensors
-  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, const c10::OperatorHandle* op,
-                        const Stack* arguments, Backward backward) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    Stack others = *arguments;
-    std::vector<int64_t> places;  // of the tensors
-    for (size_t i = 0; i < others.size(); ++i)
-      if (others[i].isTensor()) places.push_back(static_cast<int64_t>(i)), others[i] = c10::IValue();
-    ctx->save_for_backward(tensors.vec());
-    ctx->saved_data["others"] = c10::ivalue::Tuple::create(std::move(others));
-    ctx->saved_data["places"] = std::move(places);
-    ctx->saved_data["backward"] = static_cast<int64_t>(reinterpret_cast<intptr_t>(backward));
-    Stack stack = *arguments;
-    op->callBoxed(stack);
-    return stack[0].toTensor();
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+// A recorded call: an operator's arguments, kept for backward. Autograd does not see what that computes, which
+// create_graph=True would need. torch::autograd::Function does the same, but what it instantiates takes longer to
+// compile than all of this file.
+struct Recorded final : torch::autograd::Node {
+  Backward gradients_of = nullptr;
+  Stack others;                // the arguments, with None for the tensors
+  std::vector<size_t> places;  // of the tensors
+  std::vector<torch::autograd::SavedVariable> tensors;
+  bool released = false;
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(
         !at::GradMode::is_enabled(),
         "minidisp's layers have no second derivative: for create_graph=True set MINIDISP_FUSED=0 before the start");
-    Stack arguments = ctx->saved_data["others"].toTupleRef().elements().vec();
-    const std::vector<int64_t> places = ctx->saved_data["places"].toIntVector();
-    const variable_list saved = ctx->get_saved_variables();
-    for (size_t i = 0; i < places.size(); ++i) arguments[places[i]] = saved[i];
-    variable_list gradients(arguments.size()), of_tensors;
-    reinterpret_cast<Backward>(static_cast<intptr_t>(ctx->saved_data["backward"].toInt()))(grads[0], arguments,
-                                                                                           gradients);
-    for (const int64_t place : places) of_tensors.push_back(gradients[place]);
-    of_tensors.resize(places.size() + kOthers);
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list of_tensors(places.size());
+    if (!grads[0].defined()) return of_tensors;
+    Stack arguments = others;
+    for (size_t i = 0; i < places.size(); ++i) arguments[places[i]] = tensors[i].unpack();
+    variable_list gradients(arguments.size());
+    gradients_of(grads[0], arguments, gradients);
+    for (size_t i = 0; i < places.size(); ++i) of_tensors[i] = gradients[places[i]];
     return of_tensors;
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    released = true;
+    tensors.clear();
+  }
 };
+
+// torch holds nodes by c10::intrusive_ptr; before 2.13, by std::shared_ptr.
+using NodePointer = decltype(torch::autograd::Edge::function);
+template <class Pointer>
+Pointer new_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) return std::make_shared<Recorded>();
+  else return c10::make_intrusive<Recorded>();
+}
 
 template <Backward kBackward>
 void recorded(const c10::OperatorHandle& op, Stack* stack) {
@@ -487,9 +494,27 @@ void recorded(const c10::OperatorHandle& op, Stack* stack) {
   variable_list tensors;
   for (const c10::IValue& argument : arguments)
     if (argument.isTensor()) tensors.push_back(argument.toTensor());
-  const Tensor out = Recorded::apply(at::TensorList(tensors), &op, &arguments, kBackward);
-  torch::jit::drop(*stack, count);
-  stack->emplace_back(out);
+  for (const Tensor& tensor : tensors)
+    TORCH_CHECK(!tensor._fw_grad(/*level=*/0).defined(),
+                "minidisp's layers have no forward-mode derivative: set MINIDISP_FUSED=0 before the start");
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.callBoxed(*stack);
+  }
+  if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(tensors)) return;
+  const NodePointer pointer = new_node<NodePointer>();
+  auto& node = static_cast<Recorded&>(*pointer);
+  node.gradients_of = kBackward;
+  node.set_next_edges(torch::autograd::collect_next_edges(tensors));
+  node.others = arguments;
+  for (size_t i = 0; i < count; ++i) {
+    if (!arguments[i].isTensor()) continue;
+    node.places.push_back(i);
+    node.tensors.emplace_back(arguments[i].toTensor(), /*is_output=*/false);
+    node.others[i] = c10::IValue();
+  }
+  Tensor out = stack->back().toTensor();
+  torch::autograd::create_gradient_edge(out, pointer);
 }
 
 // Registration. A function is wrapped to take its arguments from the dispatcher's stack here: torch's own wrappers,
