@@ -45,14 +45,14 @@ NVCC_FLAGS = ("-O3", "-std=c++20", "-ftz=true")  # flushes numbers below 1e-38 t
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # if no GPU is visible; newer ones compile the PTX
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")  # each includes all before it; csrc/cpu/host.h numbers them so
 # Approximate CPU seconds of each file, for one instruction set and for all, to order the files and to estimate the time
-# left. Measured with GCC 12 on a busy EPYC, those of the CUDA files with nvcc 13 for one kind of GPU.
+# left. Measured on an EPYC with GCC 12, those of the CUDA files with nvcc 13 for one kind of GPU.
 SECONDS = {
-    "cpu/bindings.cpp": (40, 40),
-    "cpu/attention.cpp": (8, 15),
-    "cpu/dispersion.cpp": (6, 12),
-    "cpu/layers.cpp": (4, 9),
-    "cpu/attention_amx.cpp": (1, 4),
-    "cpu/dispersion_amx.cpp": (1, 4),
+    "cpu/bindings.cpp": (18, 18),
+    "cpu/attention.cpp": (7, 15),
+    "cpu/dispersion.cpp": (5, 10),
+    "cpu/layers.cpp": (4, 12),
+    "cpu/attention_amx.cpp": (1, 2),
+    "cpu/dispersion_amx.cpp": (1, 2),
     "cuda/bindings.cpp": (16, 16),
     "cuda/dispersion.cu": (26, 26),
     "cuda/cross_entropy.cu": (6, 6),
