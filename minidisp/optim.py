@@ -96,7 +96,7 @@ class Muon(Untraced, torch.optim.Muon):
                     self._step_together(parameters[start : start + size], group)
 
     def _step_together(self, parameters: list[nn.Parameter], group: dict) -> None:
-        rows, columns = shape = parameters[0].shape
+        shape = parameters[0].shape
         grads, momentum = [p.grad for p in parameters], group["momentum"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
@@ -106,11 +106,19 @@ class Muon(Untraced, torch.optim.Muon):
         device = parameters[0].device
         updates = torch.empty(len(parameters), *shape, dtype=newton_schulz_dtype(device.type), device=device)
         torch._foreach_copy_(updates.unbind(), torch._foreach_lerp(grads, momenta, momentum))  # Nesterov's
-        x = updates.mT if rows > columns else updates
-        x = newton_schulz(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        lr = group["lr"] * 0.2 * math.sqrt(max(shape))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, (x.mT if rows > columns else x).float().unbind(), alpha=-lr)
+        directions = self.directions(updates, parameters, group)
+        self.decay(parameters, directions, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, directions.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+    def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
+        """The orthogonalised updates (N, rows, columns), float32. Variants of Muon override this, or `decay`."""
+        wide = updates.mT if updates.shape[1] > updates.shape[2] else updates
+        x = newton_schulz(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        return (x.mT if wide is not updates else x).float()
+
+    def decay(self, parameters: list[nn.Parameter], directions: Tensor, factor: float) -> None:
+        """Weight decay: multiply the parameters by this factor."""
+        torch._foreach_mul_(parameters, factor)
 
 
 @functools.cache

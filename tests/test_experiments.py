@@ -1,6 +1,7 @@
 """The studies: each one runs at its smallest scale, continues after an interruption, and reports significance."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import train
-from minidisp import report
+from minidisp import optim, report
+from minidisp.model import GPT, GPTConfig
 from minidisp.objective import Forward
 from minidisp.runtime import files
 
 STUDIES = (
     "size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup", "forms",
-    "tasks",
+    "tasks", "muon",
 )  # fmt: skip
 FOLDER = Path(train.__file__).parent / "experiments"
 
@@ -418,3 +421,77 @@ def test_the_committed_verdict_is_consistent_and_draws_its_figures(load, tmp_pat
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
     assert verdict.main(["--stage", "figures", "--out", str(tmp_path / "empty")]) == 2
     assert "run --stage report first" in capsys.readouterr().err
+
+
+def muon_settings():
+    return {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+
+
+@pytest.mark.parametrize(("name", "parts"), [("Apart", 3), ("PerHead", 6)])
+def test_parts_of_the_attention_s_input_are_orthogonalised_like_parameters_of_their_own(load, name, parts):
+    load("study")
+    variant = getattr(load("muon"), name)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20))
+    whole = [block.attn.c_attn.weight for block in model.h]
+    others = [block.mlp.c_fc.weight for block in model.h]
+    separate = [[nn.Parameter(rows.clone()) for rows in weight.detach().chunk(parts)] for weight in whole]
+    expected = [nn.Parameter(weight.detach().clone()) for weight in others]
+    ours = variant([*whole, *others], **muon_settings())
+    ours.model = model
+    torch_s = torch.optim.Muon([p for weight in separate for p in weight] + expected, **muon_settings())
+    for _ in range(3):
+        for weight, pieces in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
+            weight.grad = torch.randn(weight.shape)
+            for p, grad in zip(pieces, weight.grad.chunk(len(pieces)), strict=True):
+                p.grad = grad.clone()
+        ours.step()
+        torch_s.step()
+    for weight, pieces in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
+        # torch's Muon orthogonalises in bfloat16
+        torch.testing.assert_close(weight.detach(), torch.cat(list(pieces)).detach(), rtol=0, atol=2e-3)
+
+
+def test_normuon_and_cautious_decay_by_their_formulas(load):
+    load("study")
+    muon, grads = load("muon"), torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    lr, scale = 0.02, 0.02 * 0.2 * math.sqrt(12)
+
+    def run(variant, decay):
+        p = nn.Parameter(start.clone())
+        optimizer = variant([p], **{**muon_settings(), "weight_decay": decay})
+        for grad in grads:
+            p.grad = grad.clone()
+            optimizer.step()
+            yield p.detach().double().numpy().copy()
+
+    plain = [start.double().numpy(), *run(optim.Muon, 0.0)]
+    directions = [(before - after) / scale for before, after in itertools.pairwise(plain)]
+    w, squares, cautious = plain[0].copy(), np.zeros((12, 1)), plain[0].copy()
+    for direction, normuon, decayed in zip(
+        directions, run(muon.NorMuon, 0.0), run(muon.CautiousDecay, 0.1), strict=True
+    ):
+        squares = 0.95 * squares + 0.05 * (direction**2).mean(axis=1, keepdims=True)
+        step = direction / np.sqrt(squares)
+        w -= lr * 0.2 * step / np.sqrt((step**2).mean())  # root mean square 0.2 lr
+        np.testing.assert_allclose(normuon, w, atol=1e-5)
+        for i, j in np.ndindex(12, 8):
+            if cautious[i, j] * direction[i, j] >= 0:
+                cautious[i, j] *= 1 - lr * 0.1
+        cautious -= scale * direction
+        np.testing.assert_allclose(decayed, cautious, atol=1e-5)
+
+
+def test_polar_express_orthogonalises(load):
+    """Singular values from a thousandth of the norm on come to 1, in the directions of the singular vectors."""
+    load("study")
+    muon = load("muon")
+    u, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    v, _ = torch.linalg.qr(torch.randn(12, 8, generator=torch.Generator().manual_seed(1)))
+    x = (v * torch.logspace(0, -2.5, 8)) @ u.mT
+    optimizer = muon.PolarExpress([nn.Parameter(x)], **muon_settings())
+    out = optimizer.directions(x[None], [], {"eps": 1e-7})[0]
+    singular = (v.mT @ out @ u).diagonal()
+    assert (singular - 1).abs().max() < 0.3
+    torch.testing.assert_close(out, (v * singular) @ u.mT, rtol=0, atol=1e-3)
