@@ -428,8 +428,8 @@ def _add_flags(parser: Parser) -> None:
     tasks.add_argument(
         "--completions",
         metavar="GLOB",
-        help="rows of context and completion are scored (accuracy, perplexity); rows of prompt and completion are "
-        "answered greedily (exact match, and chrF and BLEU with sacrebleu)",
+        help="rows of context and completion are scored (accuracy, perplexity); prompts with completions and dialogues "
+        "are answered greedily (exact match, and chrF and BLEU with sacrebleu)",
     )
     tasks.add_argument("--chat", action="store_true", help="chat with a model; Ctrl-C stops an answer, Ctrl-D exits")
     tasks.add_argument("--system", metavar="TEXT", help="system message of the chat")

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from data.examples import FIELDS, Unusable, as_messages, as_text, text_of
 from data.files import DAMAGE, MAX_RATIO, MAX_UNPACKED, Bomb, Input, StandardInput, identity, matches, not_regular, say
 from minidisp import InputError, printable
+from minidisp.examples import FIELDS, Unusable, as_messages, as_text, text_of
 from minidisp.runtime.limits import limited_memory
 
 BLOCK_CHARS = 1 << 18  # files are read, and long ones encoded, in blocks of about this size

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from minidisp import TEXT, InputError, printable, read_bytes
 from minidisp.decoding import check_sampling, look_every
 from minidisp.model import GPT
-from minidisp.template import Template
+from minidisp.template import Messages, Template
 
 ROWS = 64  # sequences per batch
 MOST_PROMPTS = 1 << 22  # bytes of a file of prompts
@@ -224,11 +224,12 @@ def continue_all(
 
 
 def answer_all(
-    model: GPT, tokenizer, template: Template, prompts: list[str], sampling: Sampling
+    model: GPT, tokenizer, template: Template, prompts: list[str | Messages], sampling: Sampling
 ) -> list[tuple[str, int]]:
-    """The answer to each prompt, given as a user message, and its number of tokens."""
+    """The answer to each prompt, a user message or a whole dialogue, and its number of tokens."""
     stops = {template.stop_id, tokenizer.eos_id}
-    rendered = [template.render([{"role": "user", "content": prompt}], True).ids for prompt in prompts]
+    dialogues = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    rendered = [template.render(messages, True).ids for messages in dialogues]
     room = model.config.block_size - 1
     drawn = continue_all(model, [ids[-room:] for ids in rendered], sampling, [sampling.seed] * len(prompts), stops)
     return [(tokenizer.decode(ids), len(ids)) for ids in drawn]

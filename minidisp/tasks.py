@@ -23,9 +23,11 @@ from minidisp import TEXT, InputError, parse_json, printable
 from minidisp.comparison import Comparison, Measure, Run, bootstrap_mean, compare, short_names
 from minidisp.data import strided_windows
 from minidisp.decoding import PrefixTree
+from minidisp.examples import Unusable, as_messages
 from minidisp.metrics import minimal_pair_values
 from minidisp.model import GPT
 from minidisp.runtime.device import to_device
+from minidisp.template import Messages
 
 BATCH_TOKENS = 4096  # per forward pass
 ROW_TOKENS = 96  # of texts with common prefixes per row: longer rows share more, but cost more attention
@@ -478,33 +480,48 @@ def _note_verdicts(key: str, found: Comparison, summaries: list[dict]) -> None:
 
 
 class Completion(NamedTuple):
-    start: str  # the prompt or context
+    start: str | Messages  # a context or prompt, or the messages before an answer
     completion: str
-    answered: bool  # True: a prompt, for which an answer is generated; False: a context, whose completion is scored
+    answered: bool  # True: an answer to the prompt is generated; False: the completion of the context is scored
     where: str
     file: str
 
 
 def read_completions(pattern: str) -> list[Completion]:
-    """Rows of prompt and completion, or of context and completion; all rows of a file are of the same kind.
+    """Rows of context and completion, of prompt and completion, or dialogues in any form that can be trained on: every
+    assistant message is a completion. All rows of a file are of the same kind.
 
     Raises InputError, with file, line and field, if a row is invalid.
     """
     rows, kinds = [], {}
     for record, where, file in read_rows("--completions", pattern):
-        if ("prompt" in record) == ("context" in record):
-            raise InputError(f"{where} must have either a prompt or a context, with a completion")
-        key = "prompt" if "prompt" in record else "context"
-        start = _text(record, key, where, empty=key == "context")
-        completion = _text(record, "completion", where)
-        if key == "prompt" and not completion.strip():
-            raise InputError(f"{where} has an empty completion")
-        if kinds.setdefault(file, key) != key:
+        kind = "context" if "context" in record else "prompt" if "prompt" in record else "dialogue"
+        if kind == "dialogue":
+            found = _answers(record, where)
+        elif kind == "context" and "prompt" in record:
+            raise InputError(f"{where} must have either a prompt or a context, not both")
+        else:
+            start = _text(record, kind, where, empty=kind == "context")
+            found = [(start, _text(record, "completion", where))]
+            if kind == "prompt" and not found[0][1].strip():
+                raise InputError(f"{where} has an empty completion")
+        if kinds.setdefault(file, kind) != kind:
             raise InputError(
-                f"{where} has a {key}, but the rows before it have a {kinds[file]}: use a separate file for each kind"
+                f"{where} has a {kind}, but the rows before it have a {kinds[file]}: use a separate file for each kind"
             )
-        rows.append(Completion(start, completion, key == "prompt", where, file))
+        rows += [Completion(start, completion, kind != "context", where, file) for start, completion in found]
     return rows
+
+
+def _answers(record: dict, where: str) -> list[tuple[Messages, str]]:
+    """The assistant messages of a dialogue, each with the messages before it."""
+    try:
+        messages = as_messages(record)
+    except Unusable as error:
+        raise InputError(f"{where} {error}") from None
+    if messages is None:
+        raise InputError(f"{where} must have either a prompt or a context, with a completion, or be a dialogue")
+    return [(messages[:i], m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
 class Completed(NamedTuple):
@@ -524,7 +541,7 @@ def complete(
     model: GPT,
     tokenizer,
     rows: list[Completion],
-    answer: Callable[[list[str]], list[tuple[str, int]]],
+    answer: Callable[[list[str | Messages]], list[tuple[str, int]]],
     device: torch.device,
 ) -> Completed:
     """Score the rows with a context, and generate answers to the prompts. answer: prompts -> [(text, tokens), ...]."""

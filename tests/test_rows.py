@@ -6,8 +6,8 @@ import json
 import pytest
 
 from data import prepare
-from data.examples import Unusable, as_messages
 from minidisp.data import Dataset
+from minidisp.examples import Unusable, as_messages
 
 
 def said(*turns: str) -> list[dict]:

@@ -210,6 +210,28 @@ def test_completions_are_scored_and_answered(run, task_files, tmp_path, capsys):
     assert found["asked.json"]["bleu"] == sacrebleu.corpus_bleu(texts[0], [texts[1]]).score
 
 
+def test_every_assistant_message_of_a_dialogue_is_answered(run, tmp_path):
+    """After the messages before it in the file, whatever was answered there; in all forms of dialogues."""
+    messages = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+    ]  # fmt: skip
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"messages": messages}, {"conversations": turns}, {"instruction": "a", "input": "e", "output": "b"}]
+    path = write(tmp_path / "dialogues.jsonl", rows)
+    (scores,) = evaluation.main([str(run), "--completions", path, "--max-new-tokens", "5", "--split", "none"])
+    found, (model, tokenizer) = scores["completions"]["dialogues"], load(run)
+    template = Template.of(tokenizer)
+    user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    expected = [(messages[:2], "b"), (messages[:4], "d"), (user("a"), "b"), (user("a\n\ne"), "b")]
+    assert found["rows"] == len(expected)
+    for answer, (before, completion) in zip(found["answers"], expected, strict=True):
+        assert (answer["prompt"], answer["completion"]) == (before, completion)
+        ids = template.render(before, True).ids[-31:]
+        out = model.generate(torch.tensor([ids]), 5, 0, stop_token=[tokenizer.eos_id, template.stop_id])
+        assert answer["answer"] == tokenizer.decode(out[0, len(ids) :].tolist())
+
+
 def test_chrf_and_bleu_are_resampled_as_sacrebleu_does():
     sacrebleu = pytest.importorskip("sacrebleu")
     rng = np.random.default_rng(0)
@@ -246,6 +268,13 @@ def test_chrf_and_bleu_are_resampled_as_sacrebleu_does():
         ("completions", {"prompt": "", "completion": "x"}, "empty prompt"),
         ("completions", {"prompt": "x", "context": "x", "completion": "y"}, "either a prompt or a context"),
         ("completions", {"text": "x"}, "either a prompt or a context"),
+        ("completions", {"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        ("completions", {"messages": "x"}, "not a list of messages"),
+        (
+            "completions",
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "a separate file for each kind",
+        ),
         ("completions", {"prompt": "x", "completion": "y"}, "a separate file for each kind"),
     ],
 )

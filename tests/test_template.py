@@ -13,10 +13,10 @@ from conftest import SMALL, write_text
 
 import train
 from data import prepare
-from data.examples import as_text
 from minidisp import InputError, hf
 from minidisp.config import from_dict
 from minidisp.data import Dataset
+from minidisp.examples import as_text
 from minidisp.hf.gguf import export_run
 from minidisp.template import PLAIN, Template, load_template
 from minidisp.tokenizer import ByteTokenizer, HuggingFaceTokenizer, to_tokenizer, train_sentencepiece
