@@ -160,8 +160,8 @@ def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: lis
         limit, why = "no difference", f"no difference: both predict the same on this {measure.sampled}"
     elif not limit:
         gain = -1 if measure.lower_is_better else 1
-        limit = "no difference" if low <= 0 <= high else "better" if gain * mean > 0 else "worse"
-        why = f"not significant with {len(pairs)} seeds" if limit == "no difference" else limit
+        limit = "not significant" if low <= 0 <= high else "better" if gain * mean > 0 else "worse"
+        why = f"not significant with {len(pairs)} seeds" if limit == "not significant" else limit
     if math.isnan(low):
         interval = f"too little {measure.sampled} for an interval"
     else:

@@ -157,7 +157,7 @@ def test_a_plain_sentence_for_every_outcome():
     [
         ([0.02, 0.021, 0.019], "better"),
         ([-0.02, -0.021, -0.019], "worse"),
-        ([0.02, -0.02, 0.01], "no difference"),
+        ([0.02, -0.02, 0.01], "not significant"),
         ([0.02, 0.02], "two seeds"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_verdict_takes_three_pairs_of_seeds(gains, verdict):
     pairs = [[bits[f"{name}-s{seed}"] for seed in range(len(gains))] for name in "yx"]
     interval = stats.ttest_rel(*pairs).confidence_interval(0.95)
     assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
-    words = {"no difference": "not significant with 3 seeds"}.get(verdict, verdict)
+    words = {"not significant": "not significant with 3 seeds"}.get(verdict, verdict)
     assert verdict == "two seeds" or words == found.sentences[-1].split(": ")[-1].split(" (")[0]
     # A batch split into micro-steps is the same configuration, another number of sequences is not.
     assert len(group_runs([seed_run("a", 0), seed_run("b", 1, batch_size=4, grad_accum=2)])) == 1

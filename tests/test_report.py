@@ -568,7 +568,7 @@ def test_a_winner_needs_a_verdict():
             c["name"] for c in _configurations([{"over_seeds": {"bits_per_byte": g}} for g in groups]) if c["winner"]
         ]
 
-    assert winners(("better", -1), ("no difference", 1)) == ["0"]
+    assert winners(("better", -1), ("not significant", 1)) == ["0"]
     assert winners(("better", -1), ("better", -1)) == ["1"]
     assert winners(("worse", 1), ("worse", 1)) == ["first"]
     assert winners(("worse", 1), ("one seed", -1)) == []
