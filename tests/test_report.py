@@ -605,3 +605,17 @@ def test_eval_writes_the_page(run, tmp_path, capsys):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [e["step"] for e in data["runs"][0]["evaluations"]] == [0, 6, 12]
     assert str(path) in capsys.readouterr().out
+
+
+def test_a_table_wider_than_the_terminal_is_transposed_if_that_is_narrower(monkeypatch):
+    runs = [f"run-{i}" for i in range(12)]
+    wide = report.Table("scores", ["", *runs], [["loss", *map(str, range(12))]], note="a note")
+    for columns, is_transposed in (("200", False), ("40", True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        first, *lines, note = str(wide).splitlines()
+        assert note == "a note"
+        assert first.split() == (["scores", "loss"] if is_transposed else ["scores", *runs])
+        if is_transposed:
+            assert [line.split() for line in lines[1:]] == [[run, str(i)] for i, run in enumerate(runs)]
+    tall = report.Table("scores", ["", "a" * 50], [[name, "1"] for name in runs])
+    assert str(tall).splitlines()[0].split() == ["scores", "a" * 50]

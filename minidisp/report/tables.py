@@ -2,6 +2,7 @@
 
 import html
 import math
+import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,12 @@ class Table(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
-        return table([self.caption, *self.headers[1:]], self.rows) + (f"\n{self.note}" if self.note else "")
+        """As text, transposed if it is wider than the terminal, or 120 characters, and narrower that way."""
+        rows = [[self.caption, *self.headers[1:]], *self.rows]
+        text, transposed = (table(headers, rest) for headers, *rest in (rows, zip(*rows, strict=True)))
+        if _width(text) > max(shutil.get_terminal_size((120, 24)).columns, _width(transposed)):
+            text = transposed
+        return text + (f"\n{self.note}" if self.note else "")
 
     def to_html(self) -> str:
         cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in self.headers)
@@ -49,6 +55,10 @@ class Table(NamedTuple):
             f'<div class="scroll"><table><caption>{escaped(self.caption)}</caption>\n'
             f"<thead><tr>{cells}</tr></thead>\n<tbody>{rows}</tbody></table>{note}</div>"
         )
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
 def escaped(text: str) -> str:
