@@ -2,6 +2,7 @@
 
     python data/prepare.py --input books10m.jsonl.gz --name books       # 142 English books, see docs/verdict.md
     python experiments/muon.py --scale laptop --threads 1
+    python experiments/muon.py --scale default --threads 1              # the default model and corpus
 
 Replaces Muon in the fast recipe by a variant, at the recipe's best learning rate at this size. Every variant keeps the
 root mean square of an update, 0.2 times the learning rate, so that the same learning rate suits it:
@@ -130,6 +131,7 @@ SCALES = {
     "laptop": {"seeds": 8, "train": {**FAST, "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128,
                                      "batch_size": 8, "max_steps": 700, "eval_every": 700, "eval_tokens": 102_400,
                                      "device": "cpu", "data": "books"}},
+    "default": {"seeds": 4, "train": {"recipe": "fast", "max_steps": 400, "eval_every": 400, "device": "cpu"}},
     "gpu": {"seeds": 4, "train": {**FAST, "n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256,
                                   "batch_size": 32, "max_steps": 3000, "eval_every": 3000, "device": "cuda",
                                   "data": "books"}},

@@ -51,16 +51,17 @@ def test_every_study_runs_at_the_smoke_scale(load, corpus, tmp_path, capsys, nam
     assert (tmp_path / "condensation.png").exists() == (len(script.arms(scale)) <= len(report.CYCLE))
 
 
-@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_settings_of_every_scale_make_sense(load, tmp_path, name, scale):
+def test_the_settings_of_every_scale_make_sense(load, tmp_path, name):
     script, study = load(name), load("study")  # study removes this folder from sys.path
-    args = study.parse_arguments(name, "", script.SCALES, ["--scale", scale])
-    arms = script.arms(script.SCALES[scale])
-    plan = study.make_plan(script.SCALES[scale], arms, tmp_path, args)
-    assert len(plan) == len(arms) * script.SCALES[scale]["seeds"]
-    assert len({config.run_dir for config, _ in plan.values()}) == len(plan)
-    assert script.SCALES[scale]["seeds"] >= 2
+    assert {"smoke", "laptop", "gpu"} <= script.SCALES.keys()
+    for scale, settings in script.SCALES.items():
+        args = study.parse_arguments(name, "", script.SCALES, ["--scale", scale])
+        arms = script.arms(settings)
+        plan = study.make_plan(settings, arms, tmp_path, args)
+        assert len(plan) == len(arms) * settings["seeds"]
+        assert len({config.run_dir for config, _ in plan.values()}) == len(plan)
+        assert settings["seeds"] >= 2
 
 
 def test_chosen_conditions_alone_are_trained_and_compared(load, corpus, tmp_path, capsys):
