@@ -2,6 +2,7 @@
 
     python bench/train.py [--threads 1] [--models 4x128,6x384,gpt2] [--against ../nanoGPT] [--compile off|on|both]
     python bench/train.py --dtype bfloat16                     # on a CPU with bfloat16 instructions
+    python bench/train.py --recipe fast                        # the model and the optimisers of the fast recipe
     python bench/train.py --device cuda --models gpt2-1024 --compile on --against ../nanoGPT
 
 A step is that of the trainer: a batch, forward, the dispersion loss (optional), backward, clipping, AdamW. nanoGPT's
@@ -16,7 +17,8 @@ the output layer, and 6 T C per token and layer for causal attention. Recomputat
 is not counted. The peak is measured with a product of square matrices in the same rounds. Memory is the peak of a child
 process over three steps, beyond that of importing torch (CPU), or the allocator's (CUDA). malloc is not tuned, for any
 form, unlike in the trainer (keep_freed_memory in minidisp/runtime/device.py). "First step" is the time from the command
-line of train.py to the end of its first step, including the evaluation at step 0, compile off. Prints a table, then one
+line of train.py to the end of its first step, including the evaluation at step 0, compile off. "Share of the loss" is
+what the dispersion loss adds to a step, as a share of that step: the median over the rounds. Prints a table, then one
 JSON line.
 """
 
@@ -44,7 +46,7 @@ from pathlib import Path
 
 import torch
 
-from minidisp.config import Config, command_line, from_dict
+from minidisp.config import RECIPES, Config, command_line, from_dict
 from minidisp.data import Batches, Dataset
 from minidisp.dispersion import DispersionLoss
 from minidisp.model import GPT
@@ -256,6 +258,8 @@ def start_peak(name: str, model: str, folder: Path, args) -> subprocess.Popen:
         args.device,
         "--dtype",
         args.dtype,
+        "--recipe",
+        args.recipe,
     ]
     command += ["--threads", str(args.threads), *(["--against", args.against] if args.against else [])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -268,7 +272,7 @@ def first_step_s(config: Config, folder: Path, args) -> float:
             sys.executable,
             str(ROOT / "train.py"),
             "--recipe",
-            "gpt2",
+            args.recipe,
             "--data",
             str(folder),
             "--out",
@@ -304,7 +308,7 @@ def reference_of(name: str, args) -> str:
 
 
 def measure(model: str, folder: Path, args) -> dict:
-    config = make_config(model)
+    config = make_config(model, args.recipe)
     batches = Batches(Dataset(folder).split("train"), config.block_size, seed=0)
     now = CLOCKS[args.clock]
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
@@ -386,6 +390,10 @@ def measure(model: str, folder: Path, args) -> dict:
             "speed": statistics.median(a / b for a, b in zip(step_ms[reference], step_ms[name], strict=True)),
             "peak_mem_mib": memory.get(name),
         }
+        without = name.removesuffix(" + dispersion")
+        if name != without and without in step_ms:
+            shares = [1 - a / b for a, b in zip(step_ms[without], step_ms[name], strict=True)]
+            result["forms"][name]["share_of_the_loss"] = statistics.median(shares)
     return result
 
 
@@ -394,8 +402,8 @@ def instruction_set() -> str:
     return registered("cpu") or torch.ops.minidisp.instruction_set()
 
 
-def make_config(model: str) -> Config:
-    return from_dict({**MODELS[model], "lr": 1e-4, "weight_decay": 0.1, "beta2": 0.95})
+def make_config(model: str, recipe: str = "gpt2") -> Config:
+    return from_dict({**RECIPES[recipe], **MODELS[model], "lr": 1e-4, "weight_decay": 0.1, "beta2": 0.95})
 
 
 def prepare_text(folder: Path) -> None:
@@ -431,6 +439,7 @@ def main() -> None:
     )
     parser.add_argument("--models", default="4x128,6x384,gpt2", help=f"any of {', '.join(MODELS)}")
     parser.add_argument("--against", metavar="DIR", help="a nanoGPT checkout")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="gpt2", help="nanoGPT's is gpt2")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="off")
     parser.add_argument("--forms", metavar="NAMES", help="only these forms, such as minidisp,nanoGPT")
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus (default: the project's own files, as bytes)")
@@ -447,12 +456,14 @@ def main() -> None:
         parser.error(f"--models: unknown model {unknown[0]}: choose from {', '.join(MODELS)}")
     if args.clock == "cpu" and (args.threads > 1 or args.device == "cuda"):
         parser.error("--clock cpu is only meaningful with --threads 1 on a CPU")
+    if args.against and args.recipe != "gpt2":
+        parser.error("--against compares with nanoGPT, whose steps are those of --recipe gpt2")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.peak_of:
-        config = make_config(args.models)
+        config = make_config(args.models, args.recipe)
         print_peak(args.peak_of, config, Batches(Dataset(args.data).split("train"), config.block_size, seed=0), args)
         return
 
@@ -475,11 +486,14 @@ def main() -> None:
             results.append(measure(model, folder, args))
             print_row(results[-1])
     for result in results:
+        for name, form in result["forms"].items():
+            if "share_of_the_loss" in form:
+                print(f"share of the loss in a step, {result['model']}, {name}: {form['share_of_the_loss']:.1%}")
         if result["first_step_s"]:
             print(f"first step of train.py, {result['model']}: {result['first_step_s']:.1f} s after the command")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     environment = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    described = {"device": where, "dtype": args.dtype, "clock": args.clock, **environment}
+    described = {"device": where, "dtype": args.dtype, "recipe": args.recipe, "clock": args.clock, **environment}
     print(json.dumps({**described, "commit": git.stdout.strip(), "results": results}))
 
 
