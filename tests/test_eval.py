@@ -232,7 +232,8 @@ def test_names_tell_runs_apart(tmp_path):
     assert evaluation.short_names(paths[2:]) == ["a/x/ckpt_last.pt", "b/x/ckpt_last.pt"]
 
 
-def test_layers_prints_every_layer(run, capsys):
+def test_layers_prints_every_layer(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow terminal gets a column per layer
     (scores,) = evaluation.main([str(run), "--tokens", "300", "--layers"])
     last = capsys.readouterr().out.strip().splitlines()[-1]
     measured = scores["condensation"]
