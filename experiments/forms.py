@@ -148,16 +148,15 @@ FORMS = {  # what each condition changes
     "centred output": {"build_optimizers": centring_optimizers},
 }
 RECIPES = {  # the best learning rate of the baseline at 8 x 64, and the warm-up, fixed for the study
-    "fast": {"recipe": "fast", "lr": 6e-3, "warmup_steps": 10},
+    "fast": study.FAST,
     "gpt2": {"recipe": "gpt2", "lr": 2e-3, "warmup_steps": 100},
 }
-SMALL = {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 700,
-         "eval_every": 700, "eval_tokens": 102_400, "device": "cpu", "data": "books"}  # fmt: skip
 SCALES = {
     "smoke": {"seeds": 2, "recipes": ("fast",), "factors": (1.0,), "train": study.SMOKE},
-    "laptop": {"seeds": 8, "recipes": ("fast", "gpt2"), "factors": (1.0, 1.5), "train": SMALL},
+    "laptop": {"seeds": 8, "recipes": ("fast", "gpt2"), "factors": (1.0, 1.5), "train": study.BOOKS},
     "gpu": {"seeds": 4, "recipes": ("fast", "gpt2"), "factors": (1.0,),
-            "train": {**SMALL, "n_head": 6, "n_embd": 192, "block_size": 256, "max_steps": 3000, "device": "cuda"}},
+            "train": {**study.BOOKS, "n_head": 6, "n_embd": 192, "block_size": 256, "max_steps": 3000,
+                      "device": "cuda"}},
 }  # fmt: skip
 
 

@@ -93,17 +93,13 @@ class PolarExpress(optim.Muon):
         (3.3184196573706015, -2.488488024314874, 0.51004894012372),
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
-    SAFETY = 1.01  # against rounding errors: singular values that exceed 1 would grow
 
     def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
-        wide = updates.mT if updates.shape[1] > updates.shape[2] else updates
-        x = wide / (self.SAFETY * wide.norm(dim=(1, 2), keepdim=True)).clamp(min=group["eps"])
-        for i, (a, b, c) in enumerate(self.COEFFICIENTS, 1):
-            safety = self.SAFETY if i < len(self.COEFFICIENTS) else 1.0
-            gram = x @ x.mT
-            product = torch.baddbmm(gram, gram, gram, beta=b / safety**3, alpha=c / safety**5)
-            x = torch.baddbmm(x, product, x, beta=a / safety)
-        return (x.mT if wide is not updates else x).float()
+        # The paper divides x by 1.01 at the start and in every step but the last, against rounding errors: singular
+        # values above 1 would grow. Dividing a, b and c by these powers does the same.
+        divisors = (1.01**2, 1.01, 1.01, 1.01, 1.0)
+        steps = [(a / d, b / d**3, c / d**5) for (a, b, c), d in zip(self.COEFFICIENTS, divisors, strict=True)]
+        return optim.newton_schulz(updates, steps, group["eps"]).float()
 
 
 def with_variant(variant: type[optim.Muon]) -> Callable[[GPT, Config], list[torch.optim.Optimizer]]:
@@ -125,14 +121,11 @@ VARIANTS = {
     "cautious decay": CautiousDecay,
     "polar express": PolarExpress,
 }
-FAST = {"recipe": "fast", "lr": 6e-3, "warmup_steps": 10}
 SCALES = {
     "smoke": {"seeds": 2, "train": {**study.SMOKE, "recipe": "fast", "warmup_steps": 1}},
-    "laptop": {"seeds": 8, "train": {**FAST, "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128,
-                                     "batch_size": 8, "max_steps": 700, "eval_every": 700, "eval_tokens": 102_400,
-                                     "device": "cpu", "data": "books"}},
+    "laptop": {"seeds": 8, "train": {**study.FAST, **study.BOOKS}},
     "default": {"seeds": 4, "train": {"recipe": "fast", "max_steps": 400, "eval_every": 400, "device": "cpu"}},
-    "gpu": {"seeds": 4, "train": {**FAST, "n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256,
+    "gpu": {"seeds": 4, "train": {**study.FAST, "n_layer": 8, "n_head": 6, "n_embd": 192, "block_size": 256,
                                   "batch_size": 32, "max_steps": 3000, "eval_every": 3000, "device": "cuda",
                                   "data": "books"}},
 }  # fmt: skip

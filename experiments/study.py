@@ -47,6 +47,9 @@ LAPTOP = {"recipe": "gpt2", "n_layer": 8, "n_head": 4, "n_embd": 64, "block_size
           "device": "cpu"}  # fmt: skip
 GPU = {"preset": "gpt2", "recipe": "gpt2", "data": "wikitext103", "block_size": 512, "batch_size": 64, "grad_accum": 4,
        "max_steps": 7600, "eval_every": 400, "eval_tokens": 102_400}  # fmt: skip
+FAST = {"recipe": "fast", "lr": 6e-3, "warmup_steps": 10}  # at the learning rate that is best at 8 x 64
+BOOKS = {"n_layer": 8, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 8, "max_steps": 700,
+         "eval_every": 700, "eval_tokens": 102_400, "device": "cpu", "data": "books"}  # fmt: skip
 PAIR = {
     "cross-entropy": {},
     "with dispersion": {"dispersion": 0.1},

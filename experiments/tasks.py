@@ -15,14 +15,13 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -P omi
 
 import study
 
-FAST = {"recipe": "fast", "lr": 6e-3, "warmup_steps": 10}
 SCALES = {
     "smoke": {"seeds": 2, "train": {**study.SMOKE, "recipe": "fast", "warmup_steps": 1}},
-    "laptop": {"seeds": 4, "train": {**FAST, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 512,
+    "laptop": {"seeds": 4, "train": {**study.FAST, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 512,
                                      "batch_size": 4, "max_steps": 500, "eval_every": 500, "eval_tokens": 102_400,
                                      "device": "cpu"}},
-    "gpu": {"seeds": 4, "train": {**FAST, "n_layer": 12, "n_head": 8, "n_embd": 512, "lr": 2.25e-3, "block_size": 512,
-                                  "batch_size": 64, "max_steps": 500, "eval_every": 100}},
+    "gpu": {"seeds": 4, "train": {**study.FAST, "n_layer": 12, "n_head": 8, "n_embd": 512, "lr": 2.25e-3,
+                                  "block_size": 512, "batch_size": 64, "max_steps": 500, "eval_every": 100}},
 }  # fmt: skip
 TASKS = ("translate", "assistant")
 

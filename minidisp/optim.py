@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +112,7 @@ class Muon(Untraced, torch.optim.Muon):
 
     def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
         """The orthogonalised updates (N, rows, columns), float32. Variants of Muon override this, or `decay`."""
-        wide = updates.mT if updates.shape[1] > updates.shape[2] else updates
-        x = newton_schulz(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        return (x.mT if wide is not updates else x).float()
+        return newton_schulz(updates, [group["ns_coefficients"]] * group["ns_steps"], group["eps"]).float()
 
     def decay(self, parameters: list[nn.Parameter], directions: Tensor, factor: float) -> None:
         """Weight decay: multiply the parameters by this factor."""
@@ -129,15 +127,16 @@ def newton_schulz_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if processor_has("amx_bf16") or processor_has("avx512_bf16") else torch.float32
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices (N, rows, columns) with singular values near 1 and the singular vectors of x; rows <= columns.
+def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]], eps: float) -> Tensor:
+    """Matrices (N, rows, columns) with singular values near 1 and the singular vectors of x.
 
-    x <- a x + (b A + c A^2) x with A = x x^T, from x / its norm; the coefficients a, b, c make small values grow fast
-    (Keller Jordan's Muon).
+    x <- a x + (b A + c A^2) x with A = x x^T, from x / its norm, for the a, b, c of every step, which make small values
+    grow fast (Keller Jordan's Muon).
     """
-    a, b, c = coefficients
+    if x.shape[1] > x.shape[2]:  # A is smaller this way
+        return newton_schulz(x.mT, coefficients, eps).mT
     x = x / torch.stack(torch._foreach_norm(x.unbind())).clamp(min=eps).view(-1, 1, 1)
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
