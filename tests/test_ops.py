@@ -879,6 +879,36 @@ def test_each_instruction_set_has_a_cache_of_its_own(unbuilt, monkeypatch):
 
 
 @on_linux
+def test_each_kind_of_gpu_has_a_cache_of_its_own(unbuilt, monkeypatch):
+    """A binary for one card holds no code for an older one."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    cards = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index])
+    with_cuda, without = [], set()
+    for visible in ([], [(8, 0)], [(9, 0)], [(9, 0), (8, 0)], [(8, 0), (9, 0)], [(8, 0), (8, 0)]):
+        cards[:] = visible
+        with_cuda.append(build.cache_folder(True))
+        without.add(build.cache_folder(False))
+    assert len(set(with_cuda)) == 4
+    assert with_cuda[3] == with_cuda[4]
+    assert with_cuda[1] == with_cuda[5]
+    assert len(without) == 1
+    cards.clear()
+    flags = build.architecture_flags()
+    assert "-gencode=arch=compute_90,code=sm_90" in flags
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+    assert build.cache_folder(True) == with_cuda[0]
+    for named in (build.CUDA_ARCHITECTURES, "8.6"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+        flags = build.architecture_flags()
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == named
+    assert flags == ["-gencode=arch=compute_86,code=sm_86"]
+    assert build.cache_folder(True) not in with_cuda
+
+
+@on_linux
 def test_one_built_before_is_found_without_a_tool_or_a_lock(unbuilt, monkeypatch):
     folder = put_binary(build.make_cache_folder())
     loaded = []

@@ -200,12 +200,23 @@ def cuda_toolkit() -> str | None:
     return os.path.normpath(found[1]) if found else None
 
 
+def gpu_architectures() -> str | tuple[tuple[int, int], ...]:
+    """What the CUDA files are compiled for: TORCH_CUDA_ARCH_LIST, or the compute capabilities of the visible GPUs, or
+    CUDA_ARCHITECTURES if there are none.
+    """
+    if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return named
+    if not torch.cuda.is_available():
+        return CUDA_ARCHITECTURES
+    return tuple(sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}))
+
+
 # The cache
 
 
 def cache_folder(cuda: bool | None = None) -> Path:
-    """The folder in which the extension is built on first use: one per torch version, ABI, compiler, flags, sources and
-    instruction set, since machines with different processors may share a home folder.
+    """The folder in which the extension is built on first use: one per torch version, ABI, compiler, flags, sources,
+    instruction set and kind of GPU, since machines with different processors and GPUs may share a home folder.
 
     cuda: with CUDA or without; None: as it would be built now. Raises OSError if there is no home folder.
     """
@@ -218,14 +229,16 @@ def cache_folder(cuda: bool | None = None) -> Path:
         root = Path(cache) / "torch_extensions"
     programs = [os.path.realpath(path) for path in map(shutil.which, compiler()) if path]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in programs]
+    if cuda is None:
+        cuda = builds_cuda()
     parts = (
-        file_stem(builds_cuda() if cuda is None else cuda),
+        file_stem(cuda),
         torch.compiled_with_cxx11_abi(),
         torch.version.cuda,
         platform.machine(),
         compiler(),
         stats,
-        os.environ.get("TORCH_CUDA_ARCH_LIST"),
+        gpu_architectures() if cuda else None,
         os.environ.get("CUDA_HOME"),
         wanted_instruction_set(),
     )
@@ -494,12 +507,16 @@ def nvcc() -> list[str]:
 
 
 def architecture_flags() -> list[str]:
-    """nvcc's flags for the visible GPU or TORCH_CUDA_ARCH_LIST."""
+    """nvcc's flags for gpu_architectures()."""
     from torch.utils import cpp_extension  # slow to import, hence only here
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    return cpp_extension._get_cuda_arch_flags()
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available():
+        return cpp_extension._get_cuda_arch_flags()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
+    try:
+        return cpp_extension._get_cuda_arch_flags()
+    finally:
+        del os.environ["TORCH_CUDA_ARCH_LIST"]  # or a child process would look in another cache folder
 
 
 def link_command(objects: list[str], cuda: bool, out: Path) -> list[str]:
