@@ -193,7 +193,7 @@ class Config(GPTConfig):
     batch_size: int = flag(8, "sequences per micro-step", low=1, resume="silent")
     grad_accum: int = flag(1, "micro-steps per optimiser step", low=1, resume="silent")
     optimizer: Literal[tuple(OPTIMIZERS)] = flag(
-        "adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest"
+        "adamw", "muon: Muon for the blocks' matrices, each head by itself, AdamW for the rest"
     )
     lr: float = flag(3e-3, "peak learning rate", above=0, resume="reported")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", low=0, resume="reported")

@@ -16,6 +16,7 @@ from minidisp.config import Config
 from minidisp.data import Dataset
 from minidisp.decoding import Segments
 from minidisp.loss import IGNORE
+from minidisp.optim import sharded_like
 from minidisp.runtime import checkpoint
 from minidisp.shards import sha256_of
 
@@ -78,7 +79,7 @@ def forget(weight: Tensor, optimizers: list[torch.optim.Optimizer], seed: int, s
     """
     fresh = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     fresh.normal_(std=0.02, generator=generator(weight.device, seed, FORGETTING, step))
-    weight.copy_(checkpoint.sharded_like(weight, fresh))
+    weight.copy_(sharded_like(weight, fresh))
     for optimizer in optimizers:
         optimizer.state.pop(weight, None)  # moments and step count; the next update creates them again
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,14 @@ def adamw(model: nn.Module, config) -> list[torch.optim.Optimizer]:
 def muon(model: nn.Module, config) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices and AdamW for the rest (Keller Jordan; arXiv 2502.16982 for the size of its step).
 
-    Both have the same learning rate, since Muon's update is scaled to the root mean square of AdamW's.
+    Each head of queries, keys and values counts as a matrix (results/2026-12-01_muon.md). Both optimisers have the same
+    learning rate, since Muon's update is scaled to the root mean square of AdamW's.
     """
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
     taken = {id(p) for p in matrices}
     optimizer = Muon(
         matrices,
+        rows={block.attn.c_attn.weight: block.attn.head_dim for block in model.h},
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -75,48 +78,75 @@ def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config) -> Adam
 
 class Muon(Untraced, torch.optim.Muon):
     """PyTorch's Muon (same state, same update), with matrices of equal shape orthogonalised in one batch; small ones
-    gain most.
+    gain most. Sharded matrices are gathered first.
+
+    rows: matrices that are stacks of smaller ones -> the number of rows of these, which are orthogonalised separately.
     """
 
     AT_ONCE = 1 << 24  # elements per batch; more costs memory and saves no time
 
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], rows: dict[nn.Parameter, int] | None = None, **settings: Any
+    ):
+        super().__init__(parameters, **settings)
+        self.rows = rows or {}
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "rows": self.rows}  # a copy needs it; torch's method names what it keeps
+
     @torch.no_grad()
     def step(self) -> None:
-        if any(hasattr(p, "placements") for group in self.param_groups for p in group["params"]):
-            super().step()  # sharded: matrices are gathered one by one
-            return
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            alike: dict[tuple[torch.Size, int], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, parameters in by_shape.items():
+                    alike.setdefault((p.shape, self.rows.get(p, len(p))), []).append(p)
+            for (shape, rows), parameters in alike.items():
                 size = max(1, self.AT_ONCE // shape.numel())
                 for start in range(0, len(parameters), size):
-                    self._step_together(parameters[start : start + size], group)
+                    self._step_together(parameters[start : start + size], rows, group)
 
-    def _step_together(self, parameters: list[nn.Parameter], group: dict) -> None:
-        shape = parameters[0].shape
+    def _step_together(self, parameters: list[nn.Parameter], rows: int, group: dict) -> None:
+        shape, device = parameters[0].shape, parameters[0].device
+        averaged = self.averaged(parameters, group)
+        if hasattr(averaged[0], "full_tensor"):  # sharded
+            averaged = [update.full_tensor() for update in averaged]
+        updates = torch.empty(len(parameters), *shape, dtype=newton_schulz_dtype(device.type), device=device)
+        torch._foreach_copy_(updates.unbind(), averaged)
+        directions = self.directions(updates.view(-1, rows, shape[1]), parameters, group).reshape(updates.shape)
+        directions = [sharded_like(p, direction) for p, direction in zip(parameters, directions, strict=True)]
+        self.decay(parameters, directions, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, directions, alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, shape[1])))
+
+    # Variants of Muon override one of these.
+
+    def averaged(self, parameters: list[nn.Parameter], group: dict) -> list[Tensor]:
+        """The gradients averaged over the steps, with Nesterov's momentum."""
         grads, momentum = [p.grad for p in parameters], group["momentum"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
-        device = parameters[0].device
-        updates = torch.empty(len(parameters), *shape, dtype=newton_schulz_dtype(device.type), device=device)
-        torch._foreach_copy_(updates.unbind(), torch._foreach_lerp(grads, momenta, momentum))  # Nesterov's
-        directions = self.directions(updates, parameters, group)
-        self.decay(parameters, directions, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, directions.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+        return list(torch._foreach_lerp(grads, momenta, momentum))
 
     def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
-        """The orthogonalised updates (N, rows, columns), float32. Variants of Muon override this, or `decay`."""
+        """The orthogonalised updates (N, rows, columns) of these parameters, float32."""
         return newton_schulz(updates, [group["ns_coefficients"]] * group["ns_steps"], group["eps"]).float()
 
-    def decay(self, parameters: list[nn.Parameter], directions: Tensor, factor: float) -> None:
+    def decay(self, parameters: list[nn.Parameter], directions: list[Tensor], factor: float) -> None:
         """Weight decay: multiply the parameters by this factor."""
         torch._foreach_mul_(parameters, factor)
+
+
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """This process's shard of a value that all processes have, or the value itself if the parameter is not sharded."""
+    if not hasattr(parameter, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 @functools.cache

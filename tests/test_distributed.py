@@ -194,7 +194,7 @@ def test_the_other_counter_measures_agree(runs, name):
 
 @pytest.mark.parametrize("name", ["muon", "sharded-muon"])
 def test_muon_agrees(runs, name):
-    """Muon orthogonalises in bfloat16 (eight bits of precision), where sharded products round differently."""
+    """Muon orthogonalises in bfloat16 (eight bits of precision), which magnifies the gradients' rounding errors."""
     assert_same_curve(curve(runs / name), curve(runs / "one-muon"), abs=1e-3, rel=1e-3)
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 import train
 from minidisp import optim, report
-from minidisp.model import GPT, GPTConfig
+from minidisp.config import Config
+from minidisp.model import GPT
 from minidisp.objective import Forward
 from minidisp.runtime import files
 
@@ -428,40 +429,16 @@ def muon_settings():
     return {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
 
 
-@pytest.mark.parametrize(("name", "parts"), [("Apart", 3), ("PerHead", 6)])
-def test_parts_of_the_attention_s_input_are_orthogonalised_like_parameters_of_their_own(load, name, parts):
-    load("study")
-    variant = getattr(load("muon"), name)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20))
-    whole = [block.attn.c_attn.weight for block in model.h]
-    others = [block.mlp.c_fc.weight for block in model.h]
-    separate = [[nn.Parameter(rows.clone()) for rows in weight.detach().chunk(parts)] for weight in whole]
-    expected = [nn.Parameter(weight.detach().clone()) for weight in others]
-    ours = variant([*whole, *others], **muon_settings())
-    ours.model = model
-    torch_s = torch.optim.Muon([p for weight in separate for p in weight] + expected, **muon_settings())
-    for _ in range(3):
-        for weight, pieces in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
-            weight.grad = torch.randn(weight.shape)
-            for p, grad in zip(pieces, weight.grad.chunk(len(pieces)), strict=True):
-                p.grad = grad.clone()
-        ours.step()
-        torch_s.step()
-    for weight, pieces in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
-        # torch's Muon orthogonalises in bfloat16
-        torch.testing.assert_close(weight.detach(), torch.cat(list(pieces)).detach(), rtol=0, atol=2e-3)
-
-
-def test_normuon_and_cautious_decay_by_their_formulas(load):
+@pytest.mark.parametrize("rows", [12, 4])
+def test_normuon_and_cautious_decay_by_their_formulas(load, rows):
     load("study")
     muon, grads = load("muon"), torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
     start = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
-    lr, scale = 0.02, 0.02 * 0.2 * math.sqrt(12)
+    lr, scale = 0.02, 0.02 * 0.2 * math.sqrt(max(rows, 8))
 
     def run(variant, decay):
         p = nn.Parameter(start.clone())
-        optimizer = variant([p], **{**muon_settings(), "weight_decay": decay})
+        optimizer = variant([p], rows={p: rows}, **{**muon_settings(), "weight_decay": decay})
         for grad in grads:
             p.grad = grad.clone()
             optimizer.step()
@@ -482,6 +459,63 @@ def test_normuon_and_cautious_decay_by_their_formulas(load):
                 cautious[i, j] *= 1 - lr * 0.1
         cautious -= scale * direction
         np.testing.assert_allclose(decayed, cautious, atol=1e-5)
+
+
+def test_the_heads_of_the_output_are_orthogonalised_like_parameters_of_their_own(load):
+    load("study")
+    weight = nn.Parameter(torch.randn(8, 12))
+    heads = [nn.Parameter(columns.clone()) for columns in weight.detach().chunk(3, dim=1)]
+    ours = load("muon").OutputHeads([weight], **muon_settings())
+    ours.heads = {weight: 3}
+    theirs = optim.Muon(heads, **muon_settings())
+    for _ in range(3):
+        weight.grad = torch.randn(8, 12)
+        for head, grad in zip(heads, weight.grad.chunk(3, dim=1), strict=True):
+            head.grad = grad.clone()
+        ours.step(), theirs.step()
+    torch.testing.assert_close(weight.detach(), torch.cat(heads, dim=1).detach(), rtol=0, atol=1e-3)
+
+
+def test_norm_bound_and_long_momentum_by_their_formulas(load):
+    load("study")
+    muon, generator = load("muon"), torch.Generator().manual_seed(0)
+    grads = torch.randn(4, 12, 8, generator=generator)
+    p = nn.Parameter(torch.zeros(12, 8))
+    bounded = muon.NormBound([p], **{**muon_settings(), "weight_decay": 5.0})
+    for start in (torch.full((12, 8), 0.03), torch.full((12, 8), 0.06)):
+        p.data, p.grad = start.clone(), torch.zeros(12, 8)
+        bounded.step()
+        torch.testing.assert_close(p.detach(), start.clamp(max=0.04))  # neither decay nor update
+
+    optimizer = muon.LongMomentum([p], **muon_settings())
+    short, long = torch.zeros(2, 12, 8, dtype=torch.float64)
+    for grad, lr in zip(grads, (0.02, 0.015, 0.01, 0.0), strict=True):
+        optimizer.param_groups[0]["lr"], p.grad = lr, grad.clone()
+        short, long = 0.9 * short + 0.1 * grad.double(), 0.99 * long + 0.01 * grad.double()
+        nesterov, share = 0.9 * short + 0.1 * grad.double(), 0.5 * lr / 0.02
+        (mixed,) = optimizer.averaged([p], optimizer.param_groups[0])
+        torch.testing.assert_close(mixed.double(), (1 - share) * nesterov + share * long, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tail_average_is_the_mean_of_the_last_fifth(load):
+    load("study")
+    config = Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16, max_steps=10, optimizer="muon")
+    seen = []
+    for build in (optim.build_optimizers, load("muon").averaging_optimizers):
+        torch.manual_seed(0)
+        model = GPT(config)
+        optimizers = build(model, config)
+        for _ in range(10):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            for optimizer in optimizers:
+                optimizer.step()
+            seen.append([p.detach().clone() for p in model.parameters()])
+    plain, averaged = seen[:10], seen[10:]
+    for step in range(9):
+        torch.testing.assert_close(averaged[step], plain[step], rtol=0, atol=0)
+    for p, one, other in zip(averaged[9], plain[8], plain[9], strict=True):
+        torch.testing.assert_close(p, (one + other) / 2)
 
 
 def test_polar_express_orthogonalises(load):

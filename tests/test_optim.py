@@ -1,5 +1,6 @@
 """Schedules, parameter groups, and one step of each optimiser against the written formula."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -135,6 +136,31 @@ def test_muon_together_is_torch_s_one_by_one(monkeypatch, at_once):
     assert str(optimizers[0].state_dict()["param_groups"]) == str(optimizers[1].state_dict()["param_groups"])
 
 
+@pytest.mark.parametrize("rows", [16, 8, 1])  # all of the queries, a head, a single row
+def test_parts_of_a_matrix_are_orthogonalised_like_parameters_of_their_own(rows):
+    torch.manual_seed(0)
+    model = GPT(Config(**SMALL))
+    whole = [block.attn.c_attn.weight for block in model.h]
+    others = [block.mlp.c_fc.weight for block in model.h]
+    separate = [[torch.nn.Parameter(part.clone()) for part in weight.detach().split(rows)] for weight in whole]
+    expected = [torch.nn.Parameter(weight.detach().clone()) for weight in others]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    ours = Muon([*whole, *others], rows=dict.fromkeys(whole, rows), **settings)
+    torch_s = torch.optim.Muon([p for parts in separate for p in parts] + expected, **settings)
+    for step in range(3):
+        for weight, parts in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
+            weight.grad = torch.randn(weight.shape)
+            for p, grad in zip(parts, weight.grad.split(len(parts[0])), strict=True):
+                p.grad = grad.clone()
+        if step == 1:
+            ours = copy.copy(ours)
+        ours.step()
+        torch_s.step()
+    for weight, parts in zip([*whole, *others], [*separate, *([p] for p in expected)], strict=True):
+        # torch's Muon orthogonalises in bfloat16
+        torch.testing.assert_close(weight.detach(), torch.cat(list(parts)).detach(), rtol=0, atol=2e-3)
+
+
 def exact_muon(weight, grads, lr, decay, momentum=0.95):
     """Muon's steps with these gradients in float64, by its formula; and the momentum."""
     a, b, c = 3.4445, -4.775, 2.0315
@@ -150,11 +176,12 @@ def exact_muon(weight, grads, lr, decay, momentum=0.95):
     return weight, buffer
 
 
+@pytest.mark.parametrize("block", [{}, {"arch": "qwen3", "n_head": 4, "n_kv_head": 2}])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
-def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch, dtype, error):
+def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch, dtype, error, block):
     """The two round differently: in bfloat16, a step is accurate to 2 % of its size."""
     monkeypatch.setattr(optim, "newton_schulz_dtype", lambda device_type: dtype)
-    config = Config(**SMALL, optimizer="muon", lr=0.1, weight_decay=0.5)
+    config = Config(**{**SMALL, **block}, optimizer="muon", lr=0.1, weight_decay=0.5)
     found = []
     for together in (False, True):
         torch.manual_seed(0)
@@ -176,7 +203,12 @@ def test_muon_together_is_muon_one_by_one_and_the_formula(monkeypatch, dtype, er
                 assert p.equal(before[name])
                 assert p not in muon.state
             elif name in before:
-                weight, buffer = exact_muon(before[name].double(), [g.double() for g in grads[name]], 0.1, 0.5)
+                rows = model.h[0].attn.head_dim if "c_attn" in name else len(p)  # each head is a matrix of its own
+                parts = zip(
+                    before[name].double().split(rows), *(g.double().split(rows) for g in grads[name]), strict=True
+                )
+                stepped = [exact_muon(part, part_grads, 0.1, 0.5) for part, *part_grads in parts]
+                weight, buffer = (torch.cat(pieces) for pieces in zip(*stepped, strict=True))
                 step = (weight - before[name]).norm()
                 assert (p.double() - weight).norm() < error * step
                 torch.testing.assert_close(muon.state[p]["momentum_buffer"].double(), buffer, rtol=1e-5, atol=1e-6)

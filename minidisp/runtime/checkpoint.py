@@ -22,6 +22,7 @@ import torch
 from minidisp import InputError, printable
 from minidisp.config import Config, from_dict
 from minidisp.model import GPT
+from minidisp.optim import sharded_like
 from minidisp.runtime.device import refuse_larger_than_memory
 from minidisp.runtime.files import write_atomic
 from minidisp.tokenizer import load as load_tokenizer
@@ -98,16 +99,6 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return torch.clone(tensor, memory_format=torch.contiguous_format)
-
-
-def sharded_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a value if the parameter is sharded; otherwise a copy, since optimisers work in place."""
-    if not hasattr(parameter, "placements"):
-        return value.clone()
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def numbered(run: Path) -> list[Path]:
@@ -439,14 +430,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: object, path: Path) 
         fits = False
     if not fits:
         raise InputError(f"{path} does not fit: it is not the state of {type(optimizer).__name__} for this model")
-    state = {
-        index: {
-            name: sharded_like(parameters[index], value) if value.shape == parameters[index].shape else value.clone()
+    copied = {}
+    for index, values in state.items():
+        p = parameters[index]
+        copied[index] = {
+            name: sharded_like(p, value.clone()) if value.shape == p.shape else value.clone()
             for name, value in values.items()
         }
-        for index, values in state.items()
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
+    optimizer.load_state_dict({"state": copied, "param_groups": fresh["param_groups"]})
 
 
 SMALL = (2, 3, 5, 7)  # placeholders for the sizes of a real parameter
