@@ -123,16 +123,11 @@ def with_term(form: Callable[[Forward, GPT], Tensor]) -> Callable[..., Objective
 
 def centring_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """train.build_optimizers; the last one also subtracts the mean row of the output matrix after its step."""
-    optimizers = optim.build_optimizers(model, config)
-    step = optimizers[-1].step
 
-    @torch.no_grad()
-    def step_and_centre() -> None:
-        step()
+    def centre() -> None:
         model.lm_head.weight.sub_(model.lm_head.weight.mean(dim=0))
 
-    optimizers[-1].step = step_and_centre
-    return optimizers
+    return study.after_each_step(centre, optim.build_optimizers(model, config))
 
 
 FORMS = {  # what each condition changes

@@ -140,21 +140,17 @@ def with_variant(
 
 def averaging_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """train.build_optimizers; the last one replaces the weights by their mean over the last fifth, in the last step."""
-    optimizers = optim.build_optimizers(model, config)
-    step, steps, sums = optimizers[-1].step, itertools.count(1), [torch.zeros_like(p) for p in model.parameters()]
+    steps, sums = itertools.count(1), [torch.zeros_like(p) for p in model.parameters()]
     last = config.max_steps - config.max_steps // 5  # before the average
 
-    @torch.no_grad()
-    def step_and_average() -> None:
-        step()
+    def average() -> None:
         taken = next(steps)
         if taken > last:
             torch._foreach_add_(sums, list(model.parameters()))
         if taken == config.max_steps > last:
             torch._foreach_copy_(list(model.parameters()), torch._foreach_div(sums, taken - last))
 
-    optimizers[-1].step = step_and_average
-    return optimizers
+    return study.after_each_step(average, optim.build_optimizers(model, config))
 
 
 VARIANTS = {

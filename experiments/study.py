@@ -70,6 +70,19 @@ class RunOf(str):
     """As the value of a flag: the folder of this condition's run with the same seed."""
 
 
+def after_each_step(act: Callable[[], None], optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """The optimisers of a run, the last of which also calls act after its step."""
+    step = optimizers[-1].step
+
+    @torch.no_grad()
+    def step_and_act() -> None:
+        step()
+        act()
+
+    optimizers[-1].step = step_and_act
+    return optimizers
+
+
 def at_the_end(evaluations: dict[str, list[Evaluations]]) -> dict[str, Evaluations]:
     """The view of most studies: the last evaluation of every condition, one per seed."""
     return {condition: [of_seed[-1] for of_seed in over_seeds] for condition, over_seeds in evaluations.items()}
