@@ -63,6 +63,7 @@ MEASURES = (
     ("kendall", "Kendall, mean cosine against depth", 3, ("lower", "higher")),
     ("other", "bits per byte of the other corpus, best checkpoint", 4, ("better", "worse")),
 )
+DIVERGED = 3  # exit code of train.py
 Evaluations = list[dict]  # of one run in order, or at one time, one per seed
 
 
@@ -151,7 +152,7 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
     add("--arms", nargs="+", metavar="LABEL", help=words)
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add_measures(parser)
-    return check_counts(parser.parse_args(argv))
+    return check_counts(parser.parse_args(argv), "seeds", "threads")
 
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
@@ -166,14 +167,15 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
     add("--time-ratio", type=float, metavar="R", help=words)
 
 
-def check_counts(args: argparse.Namespace) -> argparse.Namespace:
-    for option in ("seeds", "threads"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise InputError(f"--{option} is {getattr(args, option)}, but must be at least 1")
-    if args.time_ratio is not None and not 0 < args.time_ratio < 100:
-        raise InputError(
-            f"--time-ratio is {args.time_ratio:g}, but must be more than 0 and less than 100, such as 1.05"
-        )
+def check_counts(args: argparse.Namespace, *options: str) -> argparse.Namespace:
+    """Refuse values below 1 of these options, and a --time-ratio that is not one."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} is {value}, but must be at least 1")
+    ratio = getattr(args, "time_ratio", None)
+    if ratio is not None and not 0 < ratio < 100:
+        raise InputError(f"--time-ratio is {ratio:g}, but must be more than 0 and less than 100, such as 1.05")
     return args
 
 
@@ -269,6 +271,17 @@ def finish(config: Config, flags: list[str]) -> str:
         torch.compiler.reset()
         gc.collect()
     return remark
+
+
+def final_bits(name: tuple[str, int], run: tuple) -> float:
+    """Train a run, or the rest of it; its final validation bits per byte, infinite if it diverged."""
+    try:
+        train_all({name: run})
+    except SystemExit as failed:
+        if failed.code != DIVERGED:
+            raise
+        return math.inf
+    return read_json(run[0].run_dir / "summary.json")["last"]["bits_per_byte"]
 
 
 def evaluated(config: Config, name: str, flags: list[str]) -> dict:

@@ -93,7 +93,6 @@ INGREDIENTS = {  # of the fast recipe, each added to the gpt2 recipe alone
     "Muon": {"lr": 6e-3, "optimizer": "muon", "momentum": 0.9},
 }
 SCALES = ("laptop", "smoke")
-DIVERGED = 3  # exit code of train.py
 EVAL_TOKENS = 102_400
 TEXTS = 32
 
@@ -150,7 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (default cpu)")
     study.add_measures(parser)
     parser.set_defaults(other="pystdlib")
-    args = study.check_counts(parser.parse_args(argv))
+    args = study.check_counts(parser.parse_args(argv), "seeds", "threads")
     stage = STAGES.get(args.stage, {})
     if args.time_ratio is not None and ("settings_of" not in stage or "tunes" in stage):
         raise InputError(f"--time-ratio is for final comparisons only, not for --stage {args.stage}: omit it")
@@ -202,7 +201,7 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
             bits: dict[str, list[float]] = {}
             runs = plan(stage, candidates, args, out)
             for (label, seed), run in runs.items():
-                bits.setdefault(label, []).append(final_bits((label, seed), run))
+                bits.setdefault(label, []).append(study.final_bits((label, seed), run))
             tried |= {label: float(np.mean(over_seeds)) for label, over_seeds in bits.items()}
             winner = min(candidates, key=tried.get)
             best |= {field: candidates[winner][field]}
@@ -220,17 +219,6 @@ def choose(stage: dict, args: argparse.Namespace, out: Path) -> None:
 
 def name_of(arm: str, settings: dict) -> str:
     return ", ".join([arm, *(f"{field.replace('_', ' ')} {value:g}" for field, value in sorted(settings.items()))])
-
-
-def final_bits(name: tuple[str, int], run: tuple) -> float:
-    """Train a run, or the rest of it; its final validation bits per byte, infinite if it diverged."""
-    try:
-        study.train_all({name: run})
-    except SystemExit as failed:
-        if failed.code != DIVERGED:
-            raise
-        return math.inf
-    return read_json(run[0].run_dir / "summary.json")["last"]["bits_per_byte"]
 
 
 # --- final comparison -------------------------------------------------------------------------------------------------

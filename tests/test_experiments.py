@@ -14,7 +14,9 @@ import torch
 from scipy import stats
 from torch import nn
 
+import eval as evaluation
 import train
+from data import prepare
 from minidisp import optim, report
 from minidisp.config import Config
 from minidisp.model import GPT
@@ -530,3 +532,62 @@ def test_polar_express_orthogonalises(load):
     singular = (v.mT @ out @ u).diagonal()
     assert (singular - 1).abs().max() < 0.3
     torch.testing.assert_close(out, (v * singular) @ u.mT, rtol=0, atol=1e-3)
+
+
+def test_mid_training_selects_learning_rates_then_compares_old_and_new(load, corpus, tmp_path, capsys):
+    base, new, out = tmp_path / "base", tmp_path / "new", tmp_path / "study"
+    midtraining = load("midtraining")
+    size = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "max_steps": 20}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
+    argv = ["--data", str(corpus), "--recipe", "gpt2", "--device", "cpu", "--threads", "1", "--lr", "1e-3", *flags]
+    assert train.cli([*argv, "--eval-tokens", "512", "--out", str(base)]) == 0
+    text = tmp_path / "new.txt"
+    text.write_text("".join(f"line {i}: {i * i % 97} apples and {i % 7} pears\n" for i in range(2000)))
+    assert prepare.main(["--input", str(text), "--out", str(new), "--tokenizer-from", str(base)]) == 0
+    pairs, choices, cloze = (tmp_path / name for name in ("pairs.jsonl", "quiz.jsonl", "cloze.jsonl"))
+    pairs.write_text('{"sentence_good": "3 apples and 2 pears", "sentence_bad": "3 pears apples and and"}\n')
+    choices.write_text('{"context": "3 apples and 2", "choices": [" pears", " lines"], "answer": 0}\n')
+    cloze.write_text('{"context": "3 apples and 2", "completion": " pears"}\n')
+    command = ["--base", str(base), "--data", str(new), "--share", "0.5", "--seeds", "2", "--out", str(out)]
+    command += ["--old-tokens", "500", "--threads", "1", "--arms", *(arms := ["baseline", "active forgetting"])]
+    tasks = ["--pairs", str(pairs), "--choices", str(choices), "--completions", str(cloze)]
+    assert midtraining.main([*command, *tasks]) == 0
+    shown = capsys.readouterr().out
+
+    tried = json.loads((out / "choice.json").read_text())
+    assert list(tried["tried"]) == list(tried["chosen"]) == arms
+    for arm, bits in tried["tried"].items():
+        assert [float(lr) for lr in bits] == pytest.approx([1e-4, 3e-4, 1e-3])
+        assert bits[min(bits, key=bits.get)] == bits[f"{tried['chosen'][arm]:g}"]
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["compared"]) == list(results["base"])
+    assert {"new", "old", "minimal pairs", "quiz", "cloze", "cloze loss"} < results["compared"].keys()
+    for arm in arms:
+        config = json.loads((out / f"{arm.replace(' ', '-')}-s1" / "config.json").read_text())
+        assert (config["max_steps"], config["warmup_steps"], config["lr"]) == (10, 2, tried["chosen"][arm])
+        assert config["active_forgetting"] == (5 if arm == "active forgetting" else 0)
+        assert config["init_from"] == str(base)
+        assert len(results["compared"]["new"][arm]["values"]) == 2
+    every = midtraining.plan(
+        midtraining.CONDITIONS, midtraining.base_config(base), midtraining.parse_arguments(command)
+    )
+    for arm, changes in midtraining.CONDITIONS.items():
+        config, _ = every[arm, 0]
+        assert {field: getattr(config, field) for field in changes if field != "active_forgetting"} == {
+            field: value for field, value in changes.items() if field != "active_forgetting"
+        }
+    # The base is measured as eval.py measures it, and training on the new corpus lowers its bits per byte.
+    (scores,) = evaluation.main([str(base), "--data", str(new), "--split", "test", "--stride", "32"])
+    assert results["base"]["new"] == scores["bits_per_byte"]
+    assert max(results["compared"]["new"]["baseline"]["values"]) < results["base"]["new"]
+    assert (out / "table.txt").read_text() in shown
+    assert (out / "choice.txt").read_text() in shown
+    assert (out / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+    assert midtraining.main([*command, "--seeds", "0"]) == 2
+    assert midtraining.main([*command, "--share", "2"]) == 2
+    assert midtraining.main(["--base", str(tmp_path), "--data", str(new)]) == 2
+    shown = capsys.readouterr().err
+    assert "--seeds is 0" in shown
+    assert "--share is 2" in shown
+    assert "is not the folder of a finished run" in shown
