@@ -11,7 +11,7 @@
     python eval.py --hf FOLDER --data NAME
 
 Every token of the held-out text is scored exactly once, with a sliding window: windows are as long as the model's
-context and advance by --stride tokens. The first token follows an end-of-document token. With several runs,
+context and advance by --stride tokens. The first token follows an end-of-text token. With several runs,
 configurations are compared over their seeds. Exit codes: 0 done; 2 bad usage or input.
 """
 

@@ -78,7 +78,7 @@ class Trainer:
         self.world = world
         self.device, self.dtype, self.autocast = device, dtype, _ = set_up(config, world)
         self.sequences = config.batch_size * config.grad_accum  # per optimiser step
-        self.share = world.share_of(self.sequences)  # those of this process
+        world.share_of(self.sequences)  # refuses an uneven split before anything is read
         self.sharded = config.shard and world.launched
         self.run = RunFolder(config, world, at_exit, report.loggers(config.tensorboard, config.wandb))
 

@@ -54,11 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> None:
         args = parse_arguments(argv)
         base = base_config(args.base)
+        before = measured(base, base, args)  # first, since it reads all corpora and tasks
         lr = choose(base, args)
         arms = {arm: {**CONDITIONS[arm], "lr": lr[arm]} for arm in args.arms}
         runs = plan(arms, base, args, seeds=args.seeds)
         study.train_all(runs)
-        conclude(base, runs, args)
+        conclude(base, before, runs, args)
 
     return exit_code("midtraining.py", command)
 
@@ -99,16 +100,29 @@ def base_config(run: Path) -> Config:
         raise InputError(f"{run} is not the folder of a finished run: train the base model with train.py first")
     settings = read_json(run / "config.json")
     settings.pop("environment")
+    if not isinstance(settings["data"], str):
+        raise InputError(f"{run} was trained on several corpora, but forgetting is measured on a single one")
     return dataclasses.replace(from_dict(settings), out=str(run))
 
 
 def plan(
     arms: dict[str, dict], base: Config, args: argparse.Namespace, first_seed: int = 0, seeds: int = 1
 ) -> dict[tuple[str, int], tuple[Config, list[str]]]:
-    """(condition, seed) -> Config and command line, with the recipe, context and batch of the base."""
+    """(condition, seed) -> Config and command line, with the optimiser, context and batch of the base."""
     steps = max(1, round(args.share * base.max_steps))
-    kept = ("recipe", "optimizer", "block_size", "batch_size", "grad_accum", "weight_decay", "dtype", "device")
-    flags = {field: getattr(base, field) for field in (*kept, "eval_tokens")}
+    kept = (
+        "recipe",
+        "optimizer",
+        "schedule",
+        "beta1",
+        "beta2",
+        "momentum",
+        "grad_clip",
+        "embedding_lr",
+        "weight_decay",
+    )
+    kept += ("block_size", "batch_size", "grad_accum", "dtype", "device", "eval_tokens")
+    flags = {field: getattr(base, field) for field in kept}
     flags |= {"init_from": args.base, "max_steps": steps, "warmup_steps": steps // 5, "eval_every": steps}
     arms = {arm: dict(changes) for arm, changes in arms.items()}
     for changes in arms.values():
@@ -126,6 +140,8 @@ def choose(base: Config, args: argparse.Namespace) -> dict[str, float]:
         runs = plan({label: {**CONDITIONS[arm], "lr": lr} for label, lr in candidates.items()}, base, args, CHOICE_SEED)
         for (label, seed), run in runs.items():
             bits.setdefault(arm, {})[candidates[label]] = study.final_bits((label, seed), run)
+    if diverged := next((arm for arm, tried in bits.items() if min(tried.values()) == math.inf), None):
+        raise InputError(f"{diverged!r} diverges at every learning rate: omit it, with --arms")
     chosen = {arm: min(tried, key=tried.get) for arm, tried in bits.items()}
     files.write_json(args.out / "choice.json", {"chosen": chosen, "tried": bits})
     rows = [
@@ -155,12 +171,13 @@ def measured(config: Config, base: Config, args: argparse.Namespace) -> dict[str
             scores = study.evaluated(config, f"{task} {pattern}", flags)[task]
             if task == "minimal_pairs":
                 found["minimal pairs"] = 100 * scores["accuracy"]
-            else:
-                found |= {name: 100 * of["acc"] for name, of in scores.items() if name != "overall"}
+                continue
+            by_file = {name: of for name, of in scores.items() if name != "overall"}
+            if answered := next((name for name, of in by_file.items() if "acc" not in of), None):
+                raise InputError(f"--{task} {pattern}: {answered} has prompts to answer: pass cloze tasks, as LAMBADA")
+            found |= {name: 100 * of["acc"] for name, of in by_file.items()}
             if task == "completions":
-                found |= {
-                    f"{name} loss": math.log(of["token_perplexity"]) for name, of in scores.items() if name != "overall"
-                }
+                found |= {f"{name} loss": math.log(of["token_perplexity"]) for name, of in by_file.items()}
     return found
 
 
@@ -181,9 +198,11 @@ def measures(keys: list[str]) -> tuple[tuple[str, str, int, tuple[str, str]], ..
     return tuple((key, *labels[key]) for key in keys)
 
 
-def conclude(base: Config, runs: dict, args: argparse.Namespace) -> None:
-    """Measure every run, compare the conditions; table.txt, results.json and differences.png."""
-    before = measured(base, base, args)
+def conclude(base: Config, before: dict[str, float], runs: dict, args: argparse.Namespace) -> None:
+    """Measure every run, compare the conditions; table.txt, results.json and differences.png.
+
+    before: the measures of the base.
+    """
     found: dict[str, list[dict]] = {}
     for (arm, _), (config, _) in runs.items():
         found.setdefault(arm, []).append(measured(config, base, args))

@@ -40,7 +40,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minidisp import optim
+from minidisp import InputError, optim
 from minidisp.config import Config
 from minidisp.model import GPT, Attention
 
@@ -51,7 +51,8 @@ class NorMuon(optim.Muon):
     def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
         directions = super().directions(updates, parameters, group)
         for p, parts in zip(parameters, directions.chunk(len(parameters)), strict=True):
-            squares = self.state[p].setdefault("row_squares", torch.zeros(*parts.shape[:2], 1, device=p.device))
+            squares = self.state[p].setdefault("row_squares", torch.zeros(len(p), 1, device=p.device))
+            squares = squares.view(*parts.shape[:2], 1)
             squares.lerp_(parts.square().mean(dim=2, keepdim=True), 1 - self.BETA2)
             parts.div_(squares.sqrt() + self.EPS)
             norm = parts.norm().clamp(min=self.EPS)  # 0 in the first step, where projections are 0
@@ -83,7 +84,12 @@ class PolarExpress(optim.Muon):
 
 
 class OutputHeads(optim.Muon):
-    heads: dict[nn.Parameter, int]  # of these matrices, each of as many columns
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.heads: dict[nn.Parameter, int] = {}  # of these matrices, each of as many columns
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "heads": self.heads}
 
     def directions(self, updates: Tensor, parameters: list[nn.Parameter], group: dict) -> Tensor:
         heads = self.heads.get(parameters[0])
@@ -132,7 +138,8 @@ def with_variant(
         adamw, muon = optim.build_optimizers(model, config)
         parts = {block.attn.c_attn.weight: rows(block.attn) for block in model.h}
         replaced = variant(muon.param_groups[0]["params"], rows=parts, **muon.defaults)
-        replaced.heads = {block.attn.c_proj.weight: block.attn.n_head for block in model.h}
+        if isinstance(replaced, OutputHeads):
+            replaced.heads = {block.attn.c_proj.weight: block.attn.n_head for block in model.h}
         return [adamw, replaced]
 
     return {"build_optimizers": build_optimizers}
@@ -140,17 +147,20 @@ def with_variant(
 
 def averaging_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """train.build_optimizers; the last one replaces the weights by their mean over the last fifth, in the last step."""
+    optimizers = optim.build_optimizers(model, config)
     steps, sums = itertools.count(1), [torch.zeros_like(p) for p in model.parameters()]
     last = config.max_steps - config.max_steps // 5  # before the average
 
     def average() -> None:
         taken = next(steps)
+        if any(state["step"] != taken for state in optimizers[0].state.values()):  # AdamW's own count
+            raise InputError("the sums of a tail average are not saved: remove the folder of this run, and repeat it")
         if taken > last:
             torch._foreach_add_(sums, list(model.parameters()))
         if taken == config.max_steps > last:
             torch._foreach_copy_(list(model.parameters()), torch._foreach_div(sums, taken - last))
 
-    return study.after_each_step(average, optim.build_optimizers(model, config))
+    return study.after_each_step(average, optimizers)
 
 
 VARIANTS = {

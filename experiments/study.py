@@ -18,6 +18,7 @@ sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.rea
 import argparse
 import contextlib
 import gc
+import glob
 import io
 import math
 import re
@@ -143,7 +144,7 @@ def parse_arguments(name: str, doc: str, scales: dict, argv: list[str] | None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--scale", choices=tuple(scales), required=True, help="smoke: seconds; laptop: minutes; gpu: hours")
+    add("--scale", choices=tuple(scales), required=True, help="smoke: seconds; laptop: minutes to hours; gpu: hours")
     add("--out", metavar="DIR", help=f"folder of the study (default runs/{name}-SCALE)")
     add("--data", metavar="TEXT", help="corpus, as for train.py (default: the scale's)")
     words = "number of seeds (default: the scale's); more seeds resolve smaller differences"
@@ -258,14 +259,14 @@ def finish(config: Config, flags: list[str]) -> str:
     try:
         with open(run / "output.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             code = train.cli(flags)
-    except SystemExit:
-        print("or continue the whole study with the command that started it", file=sys.stderr)
-        raise
     finally:
         for number, handler in before.items():  # the trainer installed its own
             signal.signal(number, handler)
-    if code:
+    if code > 128:  # a signal
+        print("or continue the whole study with the command that started it", file=sys.stderr)
+    elif code:
         print(f"the run in {run} failed", file=sys.stderr)
+    if code:
         raise SystemExit(code)
     if torch.cuda.is_available():  # free what the run compiled and allocated
         torch.compiler.reset()
@@ -285,9 +286,14 @@ def final_bits(name: tuple[str, int], run: tuple) -> float:
 
 
 def evaluated(config: Config, name: str, flags: list[str]) -> dict:
-    """The output of eval.py with these flags for a finished run, cached under this name in its measured.json."""
+    """The output of eval.py with these flags for a finished run, cached in its measured.json under this name and the
+    state of the files in the flags.
+    """
     path = config.run_dir / "measured.json"
     kept = read_json(path) if path.exists() else {}
+    stats = [os.stat(file) for flag in flags for file in sorted(glob.glob(flag)) if os.path.isfile(file)]
+    if stats:
+        name += f", {sum(s.st_size for s in stats)} bytes, of {max(s.st_mtime_ns for s in stats)}"
     if name not in kept:
         with contextlib.redirect_stdout(io.StringIO()):
             kept[name] = evaluation.main([str(config.run_dir), "--device", config.device, *flags])[0]
@@ -319,10 +325,9 @@ def conclude(name: str, title: str, plan: dict, views: tuple[Callable, ...], out
         rows.append([arm, f"{runs[0]['parameters']:,}", f"{runs[0]['tokens']:,}", f"{seconds:.0f}"])
     tables = [report.table([name, "parameters", "tokens", "seconds"], rows)]
     compared = {}
-    for view in views:
+    # Views without two rows are left out; conditions chosen across views are compared with the first one.
+    for view in [view for view in views if len(view(evaluations)) >= min(2, len(evaluations))] or [at_the_end]:
         rows = view(evaluations)
-        if len(rows) < min(2, len(evaluations)):
-            continue
         compared[view.__name__], shown = compare_all(rows, MEASURES)
         tables += shown
         base, *others = rows

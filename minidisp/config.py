@@ -114,7 +114,8 @@ class Config(GPTConfig):
     )
     init_from: str = flag(
         "",
-        "initialise the weights from this run, checkpoint or Hugging Face folder (fine-tuning, mid-training)",
+        "initialise the weights from this run, checkpoint or Hugging Face model (a folder, or owner/name on the hub), "
+        "for fine-tuning and mid-training",
         resume="silent",
     )
     # dispersion
@@ -123,7 +124,7 @@ class Config(GPTConfig):
     )
     dispersion_schedule: str = flag(
         "constant",
-        "schedule of that weight: constant; linear:F, linear decay to 0 at fraction F of the run; or delayed:F, 0 "
+        "schedule of --dispersion: constant; linear:F, linear decay to 0 at fraction F of the run; or delayed:F, 0 "
         "until fraction F",
         resume="reported",
     )
@@ -132,7 +133,8 @@ class Config(GPTConfig):
     )
     dispersion_layers: str = flag(
         "all",
-        "layers it applies to: all, last, early_half, late_half, or a list of layers counted from 1, such as 1,3,5",
+        "layers the loss applies to: all, last, early_half, late_half, or a list of layers counted from 1, such as "
+        "1,3,5",
         resume="reported",
     )
     dispersion_tau: float = flag(
@@ -193,7 +195,8 @@ class Config(GPTConfig):
     batch_size: int = flag(8, "sequences per micro-step", low=1, resume="silent")
     grad_accum: int = flag(1, "micro-steps per optimiser step", low=1, resume="silent")
     optimizer: Literal[tuple(OPTIMIZERS)] = flag(
-        "adamw", "muon: Muon for the blocks' matrices, each head by itself, AdamW for the rest"
+        "adamw",
+        "muon: Muon for the blocks' matrices (queries, keys and values separately for each head), AdamW for the rest",
     )
     lr: float = flag(3e-3, "peak learning rate", above=0, resume="reported")
     min_lr: float | None = flag(None, "learning rate at the end; default lr / 10", low=0, resume="reported")
@@ -279,13 +282,15 @@ class Config(GPTConfig):
                 "since a reset must be followed by as many steps: pass at most "
                 f"{self.max_steps // 2}, or raise --max-steps"
             )
-        if self.distill:
-            teacher = os.path.realpath(self.distill)  # also resolves a loop of symbolic links
-            if os.path.realpath(self.run_dir) in (teacher, os.path.dirname(teacher)):
-                raise InputError(
-                    f"--distill {self.distill} is this run itself: choose another teacher or another --out"
-                )
-        else:
+        for name in ("distill", "init_from"):
+            # A run goes on from its own checkpoint, whatever it was initialised from.
+            if (source := getattr(self, name)) and not (self.resume and name == "init_from"):
+                path = os.path.realpath(source)  # also resolves a loop of symbolic links
+                if os.path.realpath(self.run_dir) in (path, os.path.dirname(path)):
+                    raise InputError(
+                        f"--{kebab(name)} {source} is this run itself: choose another one, or another --out"
+                    )
+        if not self.distill:
             for name in ("distill_weight", "distill_temperature"):
                 if getattr(self, name) != getattr(Config, name):
                     raise InputError(f"--{kebab(name)} has no effect without a teacher: add --distill RUN")
@@ -519,7 +524,7 @@ def _run_to_resume(given: dict) -> Path:
     """The folder of the run that a command without --config resumes: the default folder of its flags or, if there is no
     run, the default folder without the flags that --resume may change.
     """
-    if "out" in given or given.get("overwrite"):
+    if given.get("out") or given.get("overwrite"):
         return from_dict({name: given[name] for name in ("out", "resume", "overwrite") if name in given}).run_dir
     may_change = {f.name for f in flags() if f.metadata["resume"] != "refused"} - {"data", "preset", "dispersion"}
     folders = [default_run_dir(given), default_run_dir({k: v for k, v in given.items() if k not in may_change})]
@@ -614,14 +619,18 @@ def _tables() -> str:
     return "\n".join(lines)
 
 
+def architecture_fields() -> dict[str, dataclasses.Field]:
+    """The fields of GPTConfig, by name, that no resumed run can change; dropout is not among them."""
+    return {f.name: f for f in dataclasses.fields(GPTConfig) if f.metadata.get("resume", "refused") == "refused"}
+
+
 def _taken_over(start: str, source: GPTConfig, may_be_shorter: bool, wanted: dict, typed_as: dict[str, str]) -> dict:
     """The architecture of the model given as --init-from, as fields. Raises InputError where a flag contradicts it.
 
     Dropout is not part of it. Where the context may be shorter, it is the requested one, or else at most the default.
     typed_as: for each field set on the command line, the flag that set it.
     """
-    architecture = [field.name for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume") == "refused"]
-    values = {name: value for name, value in to_dict(source).items() if name in architecture}
+    values = {name: value for name, value in to_dict(source).items() if name in architecture_fields()}
     if may_be_shorter:
         values["block_size"] = wanted.get("block_size", min(source.block_size, GPTConfig.block_size))
     for name, value in values.items():

@@ -63,6 +63,8 @@ def read_rows(flag: str, pattern: str) -> list[Row]:
         files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
     if not files:
         raise InputError(f"{flag} {pattern}: no such file")
+    if twice := next((file for file in files if f"{file}.gz" in files), None):
+        raise InputError(f"{flag} {pattern}: {twice} and {twice}.gz are the same rows: remove one of them")
     rows = []
     for file, name in zip(files, short_names(files), strict=True):
         stem = name.removesuffix(".gz").removesuffix(".jsonl")

@@ -45,7 +45,7 @@ class Validation:
             for values in (by_window, self.counted)
         )
         self.device, self.world = device, world
-        self.batch_size = config.batch_size  # windows per forward pass; reduced on out-of-memory
+        self.batch_size = min(config.batch_size, len(self.x))  # windows per forward pass; reduced on out-of-memory
 
     def scores(self, model: GPT, step: int, average: Average | None = None) -> dict:
         """val_loss in nats per token, perplexity, bits_per_byte, and the condensation metrics of the same windows.

@@ -1,12 +1,16 @@
 """The studies: each one runs at its smallest scale, continues after an interruption, and reports significance."""
 
+import copy
+import dataclasses
 import importlib
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,11 +21,11 @@ from torch import nn
 import eval as evaluation
 import train
 from data import prepare
-from minidisp import optim, report
-from minidisp.config import Config
+from minidisp import InputError, optim, report
+from minidisp.config import Config, from_dict
 from minidisp.model import GPT
 from minidisp.objective import Forward
-from minidisp.runtime import files
+from minidisp.runtime import checkpoint, files
 
 STUDIES = (
     "size", "mlp_width", "through_training", "distillation", "ablation", "learning_rate", "recipe", "warmup", "forms",
@@ -584,6 +588,10 @@ def test_mid_training_selects_learning_rates_then_compares_old_and_new(load, cor
     assert (out / "choice.txt").read_text() in shown
     assert (out / "differences.png").read_bytes().startswith(b"\x89PNG")
 
+    pears = tmp_path / "pears.jsonl"
+    pears.write_text('{"prompt": "3 apples and 2", "completion": " pears"}\n')
+    assert midtraining.main([*command, "--completions", str(pears)]) == 2
+    assert "pears has prompts to answer" in capsys.readouterr().err
     assert midtraining.main([*command, "--seeds", "0"]) == 2
     assert midtraining.main([*command, "--share", "2"]) == 2
     assert midtraining.main(["--base", str(tmp_path), "--data", str(new)]) == 2
@@ -591,3 +599,64 @@ def test_mid_training_selects_learning_rates_then_compares_old_and_new(load, cor
     assert "--seeds is 0" in shown
     assert "--share is 2" in shown
     assert "is not the folder of a finished run" in shown
+
+
+def test_conditions_chosen_across_views_are_compared_with_the_first(load, corpus, tmp_path):
+    study = load("study")
+    scales = {"smoke": {"seeds": 2, "train": study.SMOKE}}
+    argv = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path)]
+    views = tuple(study.at_the_end_of(letter, lambda label, letter=letter: letter in label) for letter in "ab")
+    assert study.cli("some.py", "Which?", scales, lambda scale: {"a": {}, "b": {}}, views, argv) == 0
+    assert list(json.loads((tmp_path / "results.json").read_text())["compared"]["at_the_end"]["spearman"]) == ["a", "b"]
+
+
+def test_measurements_are_kept_until_their_files_change(load, run, tmp_path):
+    study, pairs = load("study"), tmp_path / "pairs.jsonl"
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text()) | {"out": str(tmp_path / "run")}
+    settings.pop("environment")
+    flags = ["--split", "none", "--minimal-pairs", str(pairs)]
+    row = '{"sentence_good": "aa bb", "sentence_bad": "bb aa"}\n'
+    for rows in (1, 3, 3):
+        pairs.write_text(rows * row)
+        assert study.evaluated(from_dict(settings), "pairs", flags)["minimal_pairs"]["pairs"] == rows
+    before = (tmp_path / "run" / "measured.json").stat().st_mtime_ns
+    study.evaluated(from_dict(settings), "pairs", flags)
+    assert (tmp_path / "run" / "measured.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["whole", "output heads", "normuon", "long momentum", "norm bound"])
+def test_an_interrupted_variant_of_muon_goes_on(load, name):
+    load("study")
+    variant = load("muon").VARIANTS[name]["build_optimizers"]
+    config = Config(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=16, max_steps=10, optimizer="muon")
+
+    def steps(optimizers, model, first, last):
+        for step in range(first, last):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            for optimizer in optimizers:
+                optimizer.step()
+
+    models = [GPT(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    one, other = (variant(model, config) for model in models)
+    steps(one, models[0], 0, 2)
+    models[1].load_state_dict(models[0].state_dict())
+    checkpoint.load_optimizers(other, [copy.deepcopy(optimizer.state_dict()) for optimizer in one], Path("x.pt"))
+    steps(one, models[0], 2, 4), steps(other, models[1], 2, 4)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_a_tail_average_is_not_resumed_in_silence(load, corpus, tmp_path):
+    study = load("study")
+    arms = {"tail average": load("muon").VARIANTS["tail average"]}
+    argv = ["--scale", "smoke", "--data", str(corpus), "--threads", "1", "--out", str(tmp_path), "--seeds", "1"]
+    scales = {"smoke": {"seeds": 1, "train": {**study.SMOKE, "recipe": "fast", "warmup_steps": 1, "save_every": 2}}}
+    plan = study.make_plan(scales["smoke"], arms, tmp_path, study.parse_arguments("muon", "", scales, argv))
+    ((config, _),) = plan.values()
+    with mock.patch.object(train, "build_optimizers", arms["tail average"]["build_optimizers"]):
+        train.main(dataclasses.replace(config, max_steps=2))
+        with pytest.raises(InputError, match="remove the folder of this run"):
+            train.main(dataclasses.replace(config, resume=True))

@@ -1176,3 +1176,13 @@ def test_backward_is_handed_no_zeros_and_takes_no_gradient(name):
     x.grad = None
     (WithoutGradient.apply(value()) + 2 * x.sum()).backward()
     assert (x.grad == 2).all()
+
+
+def test_a_compiler_that_does_not_exist_is_a_failed_build(tmp_path, monkeypatch):
+    """Such as nvcc in a CUDA_HOME of libraries alone: the CPU part is then built without it."""
+    missing = build.Unit(Path("x.cpp"), [str(tmp_path / "bin" / "nvcc")], 1.0)
+    monkeypatch.setattr(build, "units", lambda *_: [missing])
+    failure = build.compile_into(tmp_path / "out.so", True, "baseline")
+    assert failure.code == 127
+    assert b"bin/nvcc" in failure.log
+    assert not failure.transient

@@ -27,6 +27,7 @@ from minidisp import InputError, loss, report
 from minidisp.config import parse
 from minidisp.data import Dataset, training_batches
 from minidisp.runtime import checkpoint, command, device, processes
+from minidisp.runtime.guard import Guard
 from minidisp.runtime.processes import World
 from tests.conftest import small_config, small_flags
 
@@ -198,6 +199,10 @@ def test_compiling_without_a_compiler_is_one_line(corpus, tmp_path, monkeypatch,
     assert "not compiled" in capsys.readouterr().err
     assert not device.compiles("auto", torch.device("cpu"))
     assert not device.compiles("off", torch.device("cuda"))
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(InputError, match="no C\\+\\+ compiler"):
+        device.compiles("on", torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -530,6 +535,68 @@ def test_the_best_of_repeated_steps_is_discarded(corpus, tmp_path, monkeypatch):
     assert best["val_loss"] in [line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert best["val_loss"] in (summary["best"]["val_loss"], summary["last"]["val_loss"])
+
+
+def test_a_longer_run_has_no_results_of_the_shorter_one(corpus, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    config = small_config(corpus, run, max_steps=6)
+    train.main(config)
+    (run / "measured.json").write_text("{}")
+    train.main(dataclasses.replace(config, resume=True))  # nothing to do
+    assert (run / "measured.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "forward_backward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(dataclasses.replace(config, resume=True, max_steps=12))
+    assert not (run / "measured.json").exists()
+    assert not (run / "summary.json").exists()
+
+
+def test_the_best_loss_is_that_of_todays_validation_windows(corpus, tmp_path):
+    config = small_config(corpus, tmp_path / "run", eval_tokens=512)
+    train.main(config)
+    assert checkpoint.read(tmp_path / "run" / checkpoint.BEST)["step"] == 12
+    train.main(dataclasses.replace(config, resume=True, max_steps=18, lr=1e-30))  # nothing changes
+    assert checkpoint.read(tmp_path / "run" / checkpoint.BEST)["step"] == 12
+    train.main(dataclasses.replace(config, resume=True, max_steps=24, lr=1e-30, eval_tokens=1024))
+    assert checkpoint.read(tmp_path / "run" / checkpoint.BEST)["step"] == 24
+
+
+def test_a_row_of_skipped_steps_is_judged_by_the_limit_of_its_dtype():
+    guard = Guard(torch.device("cpu"), float16=True)
+    for step in range(12):  # the scaler looks for its scale
+        guard.count(torch.tensor(False), step)
+    guard.count(torch.tensor(True), 12)
+    guard.fetch(13)
+    assert not guard.hopeless(13)
+    resumed = Guard(torch.device("cpu"), float16=False)
+    resumed.load_state(guard.state())
+    assert not resumed.hopeless(13)
+    for step in range(13, 23):
+        resumed.count(torch.tensor(False), step)
+    resumed.fetch(23)
+    assert resumed.hopeless(23)
+
+
+def test_a_system_that_hides_the_peak_of_memory(monkeypatch):
+    monkeypatch.setattr(device.Path, "read_text", lambda self: "VmSize:\t  300 kB\n")
+    assert device.peak_memory_mib(torch.device("cpu")) is None
+
+
+def test_a_run_is_not_initialised_from_itself(corpus, tmp_path):
+    config = small_config(corpus, tmp_path / "run", max_steps=2)
+    train.main(config)
+    for source in (tmp_path / "run", tmp_path / "run" / checkpoint.LAST):
+        with pytest.raises(InputError, match=r"--init-from .* is this run itself"):
+            dataclasses.replace(config, init_from=str(source), overwrite=True)
+    assert (tmp_path / "run" / checkpoint.LAST).exists()
+
+
+def test_an_empty_out_is_the_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(parse([]).run_dir)
+    with pytest.raises(InputError, match=re.escape(str(folder))):
+        parse(["--resume", "--out", ""])
 
 
 def test_a_run_that_is_to_end_where_it_is_is_evaluated_there(corpus, tmp_path, monkeypatch):

@@ -296,6 +296,15 @@ def test_files_of_rows_have_a_size_that_memory_holds(tmp_path, monkeypatch):
             tasks.read_completions(str(tmp_path / "x.jsonl.gz"))
 
 
+def test_a_file_and_its_compressed_twin_are_refused(tmp_path):
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        write(tmp_path / name, [{"a": 1}])
+    for pattern in (tmp_path, tmp_path / "x*"):
+        with pytest.raises(InputError, match=r"x\.jsonl and .*x\.jsonl\.gz are the same rows"):
+            tasks.read_rows("--choices", str(pattern))
+    assert len(tasks.read_rows("--choices", str(tmp_path / "x.jsonl.gz"))) == 1
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     (tmp_path / "y.jsonl.gz").write_bytes(b'{"a": 1}\n')

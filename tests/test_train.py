@@ -382,6 +382,7 @@ def test_a_signal_saves_and_prints_how_to_resume(corpus, tmp_path, number, code)
 
 BAD = {
     "unknown flag": (["--dispersoin", "0.1"], "did you mean --dispersion"),
+    "an unset variable": ([""], "an argument is empty"),
     "not a number": (["--dispersion", "much"], "--dispersion"),
     "not finite": (["--lr", "nan"], "--lr"),
     "negative": (["--batch-size", "0"], "--batch-size"),

@@ -16,7 +16,7 @@ def stored_form(model: GPT, eos_id: int) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors in float32) of a model, which give the same logits and the same loss.
 
     They are compared on random tokens over the context, at most 1,024 (fewer if the vocabulary is so large that the
-    logits would exhaust memory), including two end-of-document tokens. Raises InputError for anything that no family
+    logits would exhaust memory), including two end-of-text tokens. Raises InputError for anything that no family
     supports; changes in the code of a block are detected by the logits.
     """
     config, parameters = to_config(model.config), parameters_of(model)

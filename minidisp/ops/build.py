@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ TRANSIENT = (
     "cannot allocate memory",
     "terminated program",
     "killed",
+    "died due to signal",  # nvcc, of a part of it
 )
 OTHER_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own"
 
@@ -158,14 +159,14 @@ def fitting() -> list[bool]:
 # The tools
 
 
-def compiler() -> list[str]:
-    """The C++ compiler command: CXX, which may have arguments ("ccache g++"), or the first one found in PATH.
+def compiler(variable: str = "CXX", names: Sequence[str] = ("c++", "g++", "clang++")) -> list[str]:
+    """The C++ compiler command: CXX, which may have arguments ("ccache g++"), or the first one of `names` in PATH.
 
-    Empty if there is none, or if the one in CXX is not found.
+    Empty if there is none, or if the one in CXX is not found. variable: another one instead of CXX.
     """
-    wanted = os.environ.get("CXX", "").strip()
+    wanted = os.environ.get(variable, "").strip()
     if not wanted:
-        return [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
+        return [path for path in map(shutil.which, names) if path][:1]
     if path := shutil.which(wanted):  # the whole string first, since a path may contain spaces
         return [os.path.abspath(path)]
     try:
@@ -548,14 +549,17 @@ def compile_into(out: Path, cuda: bool, instruction_set: str, lock: int | None =
         with guard:
             if stopped.is_set():
                 return None
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[] if lock is None else [lock],
-                env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
-            )
+            try:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[] if lock is None else [lock],
+                    env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
+                )
+            except OSError as error:  # such as a CUDA_HOME without nvcc
+                return Failure(str(error).encode(), 127)
             running[child.pid] = child
         said = child.communicate()[0]
         with guard:

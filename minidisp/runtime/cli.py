@@ -39,7 +39,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            word = message.split(": ", 1)[1].split()[0]
+            words = message.split(": ", 1)[1].split()
+            if not words:  # as from "$UNSET"
+                raise InputError("an argument is empty: leave it out, or give it a value")
+            word = words[0]
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(word.split("=")[0], known, n=1)
             if (name := word.split("=")[0].lstrip("-").replace("_", "-")) in self.elsewhere:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import minidisp
 from minidisp import InputError
 from minidisp.config import Config, kebab, to_dict
 from minidisp.data import SPLITS, Corpora, Dataset
-from minidisp.ops import attention, processor_has, registered
+from minidisp.ops import attention, build, processor_has, registered
 from minidisp.runtime.processes import World
 
 try:
@@ -104,10 +103,9 @@ def compiles(wanted: str, device: torch.device) -> bool:
     if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
         return False
     lacking = None
-    names = shlex.split(os.environ.get("CXX" if device.type == "cpu" else "CC", ""))[:1]
-    names = names or ["c++", "g++", "clang++", "gcc", "cl"]
-    if not any(shutil.which(name) for name in names):
-        lacking = f"no C++ compiler ({names[0]}) is in PATH"
+    variable = "CXX" if device.type == "cpu" else "CC"  # Triton compiles C
+    if not build.compiler(variable, ("c++", "g++", "clang++", "gcc", "cl")):
+        lacking = f"no C++ compiler ({os.environ.get(variable) or 'c++'}) is in PATH"
     elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
         lacking = "the package triton is not installed"
     if lacking and wanted == "on":
@@ -293,8 +291,14 @@ def git(*arguments: str) -> str | None:
 
 
 def resident_peak_kib() -> int:
-    """Peak resident memory of this process (Linux). getrusage would include the peak of the parent before the fork."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    """Peak resident memory of this process. Raises OSError where it is unknown: Linux has it, but not every sandbox.
+
+    getrusage would include the peak of the parent before the fork.
+    """
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if not found:
+        raise OSError("/proc/self/status has no VmHWM")
+    return int(found[1])
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -303,7 +307,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         return resident_peak_kib() / 2**10
-    except OSError:  # not Linux
+    except OSError:
         return None
 
 

@@ -67,6 +67,8 @@ class Guard:
     def load_state(self, state: dict[str, int]) -> None:
         if state.keys() != self.state().keys() or not all(type(n) is int and 0 <= n <= MOST for n in state.values()):
             raise ValueError("invalid counts of skipped steps")
+        # Earlier rows were judged then, maybe by the larger limit of float16.
+        state = {**state, "longest": state["in_a_row"]}
         self._counts = torch.tensor([state[name] for name in self.state()], device=self._counts.device)
         self.total, self.in_a_row, self.longest, self.last_skipped = self._counts.tolist()
 

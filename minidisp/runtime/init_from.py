@@ -3,7 +3,7 @@
 import dataclasses
 
 from minidisp import InputError, hf
-from minidisp.config import Config, from_dict, read_json, to_dict
+from minidisp.config import Config, architecture_fields, from_dict, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.model import GPT, GPTConfig
 from minidisp.runtime import checkpoint
@@ -39,16 +39,11 @@ def start_from(config: Config, dataset: Dataset) -> tuple[GPT, Config]:
         how = "prepare the data with its tokenizer, --tokenizer-from"
     if tokenizer.hash != dataset.tokenizer.hash:
         raise InputError(f"--init-from {config.init_from} and {dataset.folder} have different tokenizers: {how}")
-    asked, there = to_dict(config), to_dict(saved)
-    # A field that a resumed run may change, such as dropout, is not part of the architecture.
-    architecture = [
-        field for field in dataclasses.fields(GPTConfig) if field.metadata.get("resume", "refused") == "refused"
-    ]
-    for field in architecture:
-        name = field.name
+    asked, there, architecture = to_dict(config), to_dict(saved), architecture_fields()
+    for name, field in architecture.items():
         if asked[name] not in (field.default, there[name]) and getattr(config, name) != getattr(saved, name):
             raise InputError(
                 f"--init-from {config.init_from} has {name} {getattr(saved, name)}, not "
                 f"{getattr(config, name)}: pass the same model flags"
             )
-    return source, from_dict({**asked, **{field.name: there[field.name] for field in architecture}})
+    return source, from_dict({**asked, **{name: there[name] for name in architecture}})

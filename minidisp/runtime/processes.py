@@ -113,16 +113,15 @@ class World:
             )
         return sequences // self.size
 
-    def mean(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Average the scalar tensors among the values over the processes; the other values are equal in all of them."""
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Average scalars over the processes."""
         if self.size == 1:
             return values
         import torch.distributed as dist
 
-        names = [name for name, value in values.items() if isinstance(value, Tensor)]
-        stacked = torch.stack([values[name].float() for name in names])
+        stacked = torch.stack([value.float() for value in values.values()])
         dist.all_reduce(stacked)
-        return {**values, **dict(zip(names, (stacked / self.size).unbind(), strict=True))}
+        return dict(zip(values, (stacked / self.size).unbind(), strict=True))
 
     def sum(self, number: Tensor) -> Tensor:
         """The sum of the processes' numbers, a scalar on the device."""

@@ -80,6 +80,8 @@ class RunFolder:
                 )
             if self._best_is_later(state["step"], logged):
                 self._later_best, state["best_val_loss"] = True, math.inf
+            if any(state["config"].get(name) != to_dict(config)[name] for name in ("eval_tokens", "data")):
+                state["best_val_loss"] = math.inf  # that of other validation windows
             return state, path, changed
         saved = read_json(self.path / "config.json")
         if last > saved.get("save_every", config.save_every):
@@ -128,6 +130,9 @@ class RunFolder:
                 remove_run(self.path, self._metrics, but="wandb_id" if config.wandb else "")
             if self._later_best:
                 (self.path / checkpoint.BEST).unlink()
+            if saved_step is None or saved_step < config.max_steps:  # results of a shorter run
+                for name in ("summary.json", "measured.json"):
+                    (self.path / name).unlink(missing_ok=True)
             self._open_loggers(config, saved_step, outside=False)
             files.write_json(self.path / "config.json", {**to_dict(config), "environment": environment})
             tokenizer = (dataset.folder / "tokenizer.model").read_bytes()
