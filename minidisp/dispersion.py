@@ -298,7 +298,7 @@ class DispersionLoss(nn.Module):
             positions = untraced(self._positions)(states[0].shape[1], layers, step, states)
             states = [z.index_select(1, where) for z, where in zip(states, positions, strict=True)]
         losses = [dispersion_loss(z, self.variant, self.tau, self.clamp, self.eps, self.impl) for z in states]
-        return torch.stack(losses).mean()
+        return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()  # layers may be on several devices
 
     def _masked(self, hidden_states: Sequence[Tensor], step: int | None, attention_mask: Tensor) -> Tensor:
         """The mean of the sequences' losses without padding; sequences of equal length are batched."""
@@ -311,13 +311,17 @@ class DispersionLoss(nn.Module):
             step = self.calls
             self.calls += 1
         chosen, mask = select_layers(self.layers, len(hidden_states) - 1), attention_mask.bool()
-        lengths, total, count = mask.sum(1).tolist(), hidden_states[-1][mask].sum() * 0.0, 0
+        last = hidden_states[-1][:0]  # the loss of no sequence is 0, with a graph
+        total, count = last.sum(dtype=torch.promote_types(last.dtype, torch.float32)), 0
+        lengths = mask.sum(1).tolist()
         for length in sorted({length for length in lengths if length > 1}):
-            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=mask.device)
+            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length])
             states = list(hidden_states)
             for layer in chosen:
-                states[layer] = states[layer][rows][mask[rows]].view(len(rows), length, -1)
-            total = total + len(rows) * self(states, step)
+                z = states[layer]
+                kept = rows.to(z.device)
+                states[layer] = z[kept][mask.to(z.device)[kept]].view(len(rows), length, -1)
+            total = total + len(rows) * self(states, step).to(total.device)
             count += len(rows)
         return total / max(1, count)
 

@@ -87,7 +87,8 @@ def can_be_chunked(logits: Callable[[Tensor], Tensor], head: nn.Linear, paramete
         found = logits(x)
     finally:
         head.weight = kept
-    others = torch.autograd.grad(found.sum(), [p for p in parameters if p.requires_grad], allow_unused=True)
+    wanted = [p for p in parameters if p.requires_grad]
+    others = torch.autograd.grad(found.sum(), wanted, allow_unused=True) if wanted and found.requires_grad else []
     linear = torch.equal(found, F.linear(x, probe)) and all(grad is None for grad in others)
     return linear and _is_cross_entropy(plain)
 
@@ -149,6 +150,7 @@ def _chunked(
     """
     wide = torch.promote_types(dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype)  # no copy in float32
+    targets = targets.contiguous()
     size = max(1, min(chunk_tokens(x), len(x)))
     x_grad = x.new_empty(x.shape if want_x else 0)
     weight_grad = weight.new_empty(weight.shape if want_weight else 0, dtype=wide)

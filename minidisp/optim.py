@@ -77,8 +77,9 @@ def _adamw(model: nn.Module, parameters: Iterable[nn.Parameter], config) -> Adam
 
 
 class Muon(Untraced, torch.optim.Muon):
-    """PyTorch's Muon (same state, same update), with matrices of equal shape orthogonalised in one batch; small ones
-    gain most. Sharded matrices are gathered first.
+    """PyTorch's Muon (same state, same update) with Nesterov's momentum and adjust_lr_fn "match_rms_adamw".
+
+    Matrices of equal shape are orthogonalised in one batch; small ones gain most. Sharded matrices are gathered first.
 
     rows: matrices that are stacks of smaller ones -> the number of rows of these, which are orthogonalised separately.
     """
@@ -89,6 +90,8 @@ class Muon(Untraced, torch.optim.Muon):
         self, parameters: Iterable[nn.Parameter], rows: dict[nn.Parameter, int] | None = None, **settings: Any
     ):
         super().__init__(parameters, **settings)
+        if not self.defaults["nesterov"] or self.defaults["adjust_lr_fn"] != "match_rms_adamw":
+            raise ValueError("only nesterov=True and adjust_lr_fn='match_rms_adamw' are implemented")
         self.rows = rows or {}
 
     def __getstate__(self) -> dict:

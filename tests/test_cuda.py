@@ -487,6 +487,14 @@ def test_cross_entropy_of_nan_and_inf(emulated):
     assert not found[3].any()  # ignored, whatever its value
 
 
+def test_cross_entropy_of_a_target_outside_the_vocabulary_is_nan(emulated):
+    logits = torch.randn(5, 64)
+    losses, gradients = cross_entropy(logits.clone(), torch.tensor([5, -100, 64, -1, 63]))
+    assert losses.isnan().tolist() == [False, True, True, False, False]
+    assert gradients.isnan().all(1).tolist() == gradients.isnan().any(1).tolist() == losses.isnan().tolist()
+    assert losses[3] == 0
+
+
 def test_cross_entropy_in_any_order_and_none_without_its_barrier(emulated):
     logits, targets = randn(2, 5003).float(), torch.tensor([70, 5001])
     losses, found = cross_entropy(logits, targets)

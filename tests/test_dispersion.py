@@ -609,3 +609,15 @@ def test_padding_does_not_count(impl, options):
     nothing.backward()
     with pytest.raises(ValueError, match=r"\(2, 5\)"):
         module(z, attention_mask=whole[:, :3])
+
+
+def test_a_mask_over_states_whose_sum_overflows():
+    states = [torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(i)) + 5 for i in range(3)]
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, 40:] = False
+    exact = DispersionLoss()(states, attention_mask=mask)
+    found = DispersionLoss()([z.half() for z in states], attention_mask=mask)  # the sum of a state is above 65,504
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+    assert (
+        DispersionLoss()([z.bfloat16() for z in states], attention_mask=~mask[:1].repeat(2, 1)).dtype == torch.float32
+    )

@@ -740,3 +740,15 @@ def test_logits_that_are_not_finite_are_refused(model):
         model.ln_f.weight.fill_(math.inf)
     with pytest.raises(InputError, match="logits are NaN or Inf"):
         model.generate(torch.tensor([[1, 2]]), 3, temperature=0)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 2000])
+def test_a_frozen_model_has_a_loss(vocab_size, small_chunks):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=vocab_size))
+    tokens = torch.randint(vocab_size, (2, 16))
+    expected = model(tokens[:, :8], tokens[:, 8:])
+    found = model.requires_grad_(False)(tokens[:, :8], tokens[:, 8:])
+    torch.testing.assert_close(found.loss, expected.loss.detach())
+    every_other = model(tokens[:, :8], targets=torch.cat([tokens, tokens], dim=1)[:, 1::4])  # not contiguous
+    assert every_other.loss.isfinite()

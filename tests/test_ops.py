@@ -1186,3 +1186,26 @@ def test_a_compiler_that_does_not_exist_is_a_failed_build(tmp_path, monkeypatch)
     assert failure.code == 127
     assert b"bin/nvcc" in failure.log
     assert not failure.transient
+
+
+@pytest.mark.parametrize("variant", ["angular_spread", "orthogonalization", "decorrelation"])
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e17])
+def test_streamed_gradients_of_any_norm(variant, scale):
+    z = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradient(z, impl):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(dispersion_loss(z, variant, eps=0.0, impl=impl), z)[0]
+
+    found, exact = gradient(scale * z, "streamed").double(), gradient(scale * z.double(), "reference")
+    torch.testing.assert_close(scale * found, scale * exact, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_beyond_float32_is_inf_and_no_error():
+    z = 1e20 * torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert dispersion_loss(z, "l2_repel", impl="fused").abs() == math.inf
+
+
+def test_float8_is_streamed():
+    z = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    torch.testing.assert_close(dispersion_loss(z), dispersion_loss(z.float(), impl="reference"), rtol=1e-5, atol=1e-6)

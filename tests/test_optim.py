@@ -246,3 +246,9 @@ def test_muon_leaves_all_as_it_was_where_something_is_not_finite():
     same = [[a.equal(b) for a, b in zip(states[step], states[step + 1], strict=True)] for step in (0, 1)]
     assert all(same[0])
     assert not any(same[1])
+
+
+@pytest.mark.parametrize("changed", [{"nesterov": False}, {"adjust_lr_fn": "original"}])
+def test_muon_refuses_what_it_does_not_implement(changed):
+    with pytest.raises(ValueError, match="only nesterov=True"):
+        Muon([torch.nn.Parameter(torch.randn(4, 4))], **{"adjust_lr_fn": "match_rms_adamw", **changed})

@@ -10,7 +10,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -118,7 +117,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dispersion_loss(const at::Tensor&
   const at::Tensor grad = at::empty(need_grad ? z.sizes() : at::IntArrayRef({0}), floats);
   const double loss =
       dispersion(token_vectors(z), options, may_round, need_grad ? grad.mutable_data_ptr<float>() : nullptr);
-  return {at::full({}, loss, floats), grad, at::empty({0}, floats)};
+  const at::Tensor value = at::empty({}, floats);
+  *value.mutable_data_ptr<float>() = static_cast<float>(loss);  // at::full would refuse what overflows
+  return {value, grad, at::empty({0}, floats)};
 }
 
 // Causal attention

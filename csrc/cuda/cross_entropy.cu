@@ -15,7 +15,8 @@
 namespace minidisp::cuda {
 namespace {
 
-// Row n: V logits from n stride on. losses (rows,): 0 if the target is ignored, and so is its gradient.
+// Row n: V logits from n stride on. losses (rows,): 0 if the target is ignored, and so is its gradient; both are NaN if
+// it is not in the vocabulary.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     softmax_loss(T* logits, const int64_t* targets, int64_t ignored, int64_t V, int64_t stride, bool packed,
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double most_of[kWarps], sum_of[kWarps];
   T* const row = logits + static_cast<int64_t>(blockIdx.x) * stride;
   const int64_t target = targets[blockIdx.x];
-  const bool counted = target != ignored;
+  const bool counted = target != ignored, known = 0 <= target && target < V;
   float x[8];
   // The largest logit so far, and the sum of the exponentials relative to it. Finite initially, so that logits of -Inf
   // have an exponential of 0.
@@ -39,11 +40,12 @@ __global__ void __launch_bounds__(kThreads)
   const float largest = static_cast<float>(block_reduce<true>(most, most_of));
   const double total = block_reduce<false>(sum * expf(most - largest), sum_of);
   if (threadIdx.x == 0)
-    losses[blockIdx.x] =
-        counted ? static_cast<float>(log(total)) - (static_cast<float>(row[target]) - largest) : 0.0f;
+    losses[blockIdx.x] = !counted ? 0.0f
+                         : known  ? static_cast<float>(log(total)) - (static_cast<float>(row[target]) - largest)
+                                  : NAN;
   if (!need_grad) return;
   __syncthreads();  // the target's logit has been read
-  const float share = counted ? static_cast<float>(1 / total) : 0.0f;
+  const float share = !counted ? 0.0f : known ? static_cast<float>(1 / total) : NAN;
   for (int64_t d = threadIdx.x * 8; d < V; d += kThreads * 8) {
     const bool whole = packed && d + 8 <= V;
     read8(row, 1, d, V, whole, x);

@@ -127,8 +127,8 @@ def choose(impl: str, variant: str, dtype: torch.dtype, device_type: str, missin
         return "streamed", ""
     if variant not in FUSED_VARIANTS:
         return "streamed", f"the extension does not support {variant}"
-    if dtype == torch.float64:
-        return "streamed", "the extension does not support float64"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "streamed", f"the extension does not support {str(dtype).removeprefix('torch.')}"
     if device_type not in FUSED_DEVICES:
         return "streamed", f"the extension does not run on {device_type}"
     return ("streamed", missing) if missing else ("fused", "")

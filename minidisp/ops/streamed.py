@@ -158,8 +158,8 @@ def _cosine_pairs(
         scale = 4 / pairs if variant == "decorrelation" else 4 / (math.pi * pairs)
     if grad is not None:  # through u = z / (norm + eps), and through the centring
         grad.mul_(scale)
-        radial = (z * grad).sum(dim=-1, keepdim=True) / (norm * length.square()).masked_fill_(norm == 0, math.inf)
-        grad.div_(length).addcmul_(z, radial, value=-1)
+        radial = (u * grad).sum(dim=-1, keepdim=True) / norm.masked_fill(norm == 0, math.inf)
+        grad.div_(length).addcmul_(u, radial, value=-1)  # squares of norms would underflow below 1e-15
         if variant == "decorrelation":
             grad.sub_(grad.mean(dim=-1, keepdim=True)).masked_fill_(norm == 0, 0.0)
     return loss.sum()
