@@ -156,8 +156,10 @@ def _against(runs: Sequence[Run], measure: Measure, first: list[int], other: lis
     numbers = {"pairs": len(pairs), "mean": mean, "sd": sd, "low": low, "high": high}
     if limit == "undefined":
         return f"undefined, {why}", {**numbers, "verdict": limit}
-    if low == high == mean == 0:
-        limit, why = "no difference", f"no difference: both predict the same on this {measure.sampled}"
+    # Equal scores in all pairs of seeds may come from different predictions.
+    if low == high == mean == 0 and all(not any(measure.difference(*pair)) for pair in pairs or [(i, j)]):
+        these = "these" if measure.sampled.endswith("s") else "this"
+        limit, why = "no difference", f"no difference: both predict the same on {these} {measure.sampled}"
     elif not limit:
         gain = -1 if measure.lower_is_better else 1
         limit = "not significant" if low <= 0 <= high else "better" if gain * mean > 0 else "worse"

@@ -282,15 +282,12 @@ class Config(GPTConfig):
                 "since a reset must be followed by as many steps: pass at most "
                 f"{self.max_steps // 2}, or raise --max-steps"
             )
-        for name in ("distill", "init_from"):
-            # A run goes on from its own checkpoint, whatever it was initialised from.
-            if (source := getattr(self, name)) and not (self.resume and name == "init_from"):
-                path = os.path.realpath(source)  # also resolves a loop of symbolic links
-                if os.path.realpath(self.run_dir) in (path, os.path.dirname(path)):
-                    raise InputError(
-                        f"--{kebab(name)} {source} is this run itself: choose another one, or another --out"
-                    )
-        if not self.distill:
+        if self.distill:
+            if is_within(self.distill, self.run_dir):
+                raise InputError(
+                    f"--distill {self.distill} is this run itself: choose another teacher or another --out"
+                )
+        else:
             for name in ("distill_weight", "distill_temperature"):
                 if getattr(self, name) != getattr(Config, name):
                     raise InputError(f"--{kebab(name)} has no effect without a teacher: add --distill RUN")
@@ -617,6 +614,12 @@ def _tables() -> str:
     lines += ["", "recipe", *(f"{name:12s}  {text}" for name, text in settings.items()), ""]
     lines.append("tiny and mini use --recipe fast by default; the others, which are published models, --recipe gpt2.")
     return "\n".join(lines)
+
+
+def is_within(source: str, run: Path) -> bool:
+    """Whether a source of weights is this run folder or a file in it."""
+    path = os.path.realpath(source)  # also resolves a loop of symbolic links
+    return os.path.realpath(run) in (path, os.path.dirname(path))
 
 
 def architecture_fields() -> dict[str, dataclasses.Field]:

@@ -104,4 +104,7 @@ def _check(messages: list[dict[str, str]]) -> None:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value, default=str)[:40]
+    try:
+        return json.dumps(value, default=str)[:40]
+    except RecursionError:  # needs a few frames more than reading it did
+        return type(value).__name__

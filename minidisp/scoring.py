@@ -137,10 +137,7 @@ def token_nats(model: GPT, tokens: np.ndarray, eos_id: int, stride: int, device:
     progress = tqdm(total=len(tokens), unit="token", unit_scale=True, leave=False, disable=None)
     batches, losses = [], []
     while windows:
-        # All windows of a batch have the same length; only the first few and the last window differ.
-        length = windows[0].stop - windows[0].context_start
-        batch = [w for w in windows[:batch_size] if w.stop - w.context_start == length]
-        windows = windows[len(batch) :]
+        batch, windows = windows[:batch_size], windows[batch_size:]  # all windows of a text have the same length
         rows = to_device(np.stack([stream[w.context_start : w.stop + 1] for w in batch]), device)
         scored = max(w.stop - w.start for w in batch)
         losses.append(model(rows[:, :-1], rows[:, -scored:], loss_reduction="none").loss)

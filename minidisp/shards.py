@@ -320,7 +320,8 @@ def read_meta(path: Path) -> dict:
                 raise InputError(f"{path}: shard {shard['file']!a:.60} is not in the same folder")
         if not split["tokens"] or sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
             raise InputError(f"{path}: the shards of split {name} do not add up to its {split['tokens']:,} tokens")
-        sizes = [[file["tokens"] for file in split[files]] for files in ("shards", "masks") if files in split]
-        if of_examples and sizes[0] != sizes[1]:
+        if of_examples and [mask["tokens"] for mask in split["masks"]] != [
+            shard["tokens"] for shard in split["shards"]
+        ]:
             raise InputError(f"{path}: the masks of split {name} do not match its shards")
     return meta

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from minidisp.comparison import (
+    Run,
     bootstrap_mean,
+    compare,
     holm,
     paired_bootstrap,
     paired_interval,
@@ -14,6 +16,7 @@ from minidisp.comparison import (
     sign_test_p,
     student_t,
 )
+from minidisp.tasks import _mean_measure
 
 
 def test_paired_bootstrap_covers_a_known_difference():
@@ -108,3 +111,18 @@ def test_bootstrap_of_a_mean_at_its_limits():
     assert mean == 0.5
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_equal_scores_over_seeds_may_come_from_different_predictions():
+    answers = {"a": [1.0, 0, 1, 0], "b": [0.0, 1, 0, 1]}
+    for second, verdict in (("b", "not significant"), ("a", "no difference")):
+        names = [*("a" for _ in range(3)), *(second for _ in range(3))]
+        values = [np.array(answers[name]) for name in names]
+        runs = [
+            Run(f"{i // 3}-s{i % 3}", "tokenizer", {"seed": i % 3, "dispersion": 0.1 * (i // 3)}, "data")
+            for i in range(6)
+        ]
+        measure = _mean_measure("acc", values, "questions", "%")
+        found = compare(runs, measure)
+        assert found.groups[1]["versus_first"]["verdict"] == verdict
+        assert "these questions" in found.sentences[0] or verdict == "not significant"

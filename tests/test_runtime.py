@@ -588,7 +588,7 @@ def test_a_run_is_not_initialised_from_itself(corpus, tmp_path):
     train.main(config)
     for source in (tmp_path / "run", tmp_path / "run" / checkpoint.LAST):
         with pytest.raises(InputError, match=r"--init-from .* is this run itself"):
-            dataclasses.replace(config, init_from=str(source), overwrite=True)
+            train.main(dataclasses.replace(config, init_from=str(source), overwrite=True))
     assert (tmp_path / "run" / checkpoint.LAST).exists()
 
 

@@ -1,5 +1,6 @@
 """One self-contained HTML page; its layout and scripts are in report.html beside this file."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def _configurations(scores: list[dict]) -> list[dict]:
         )
     if len(found) > 1:
         first, *others = found
-        best = min(others, key=lambda c: c["mean"])
+        best = min(others, key=lambda c: c["mean"] if math.isfinite(c["mean"]) else math.inf)
         if best["verdict"] == "better":
             best |= {"winner": True, "reason": f"has fewer bits per byte than {first['name']}: {_interval(best)}"}
         elif all(c["verdict"] == "worse" for c in others):

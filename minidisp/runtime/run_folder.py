@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from minidisp import InputError, read_bytes
-from minidisp.config import Config, from_dict, read_json, to_dict
+from minidisp.config import Config, from_dict, is_within, read_json, to_dict
 from minidisp.data import Dataset
 from minidisp.runtime import checkpoint, files
 from minidisp.runtime.command import warn
@@ -205,6 +205,10 @@ def refuse_occupied(run: Path, config: Config) -> None:
     occupied = (run / "config.json").exists() or (run / REPLACED).exists() or any(run.glob("ckpt_*.pt"))
     if not occupied and (foreign := next((name for name in OWN_FILES if _has(run / name)), None)):
         raise InputError(f"{run} is not a run folder, but has a {foreign}, which would be lost: give another --out")
+    if config.init_from and not config.resume and is_within(config.init_from, run):
+        raise InputError(
+            f"--init-from {config.init_from} is this run itself, which would be replaced: give another --out"
+        )
     if config.resume and not occupied:
         raise InputError(f"--resume: {run} holds no run; omit --resume, or pass the run's folder with --out")
     if occupied and not config.overwrite and not (run / "config.json").exists():
