@@ -182,7 +182,7 @@ def stream(
             x, _ = model._backbone(unread, context=cache)
             logits = model.logits(x[:, -1]).float()  # (rows, V)
             finite &= (logits < math.inf).all()
-            if (new % every == 0 or new == max_new_tokens) and not finite:
+            if new % every == 0 and not finite:
                 raise InputError("the model's logits are NaN or Inf: its weights are damaged, or training diverged")
             unread = sample(logits, temperature, top_k, top_p, generators)  # (rows, 1)
             if stops is not None:
